@@ -1,0 +1,54 @@
+# The environment lives in .venv and follows setup.cfg and constraints.txt; every other target builds it first.
+# `make PYTHON=python3.12` chooses the interpreter it is made with.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.ONESHELL:
+.PHONY: help install lint test check demo
+
+PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
+BIN := .venv/bin
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+# pip shows its own progress on a terminal; a log gets one line a stage and the errors.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install $$([ -t 1 ] || echo -q)
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
+
+.venv/.installed: setup.cfg constraints.txt
+	@if ! $(BIN)/python $(NEW_ENOUGH) 2>/dev/null; then
+	  for python in $(PYTHON) none; do
+	    if [ $$python = none ]; then
+	      echo "lightning_em needs Python 3.11 or newer, found none among: $(PYTHON); name one: make PYTHON=..." >&2
+	      exit 1
+	    fi
+	    if $$python $(NEW_ENOUGH) 2>/dev/null; then break; fi
+	  done
+	  echo "[1/3] environment: .venv ($$($$python --version))"
+	  $$python -m venv --clear .venv
+	fi
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
+	torch=$$(grep '^torch==' constraints.txt)
+	echo "[2/3] $$torch (the largest download)"
+	$(PIP) $$torch # first and by itself: a machine that offers a CPU build takes it
+	echo "[3/3] lightning_em and its other dependencies (about a minute)"
+	$(PIP) -c constraints.txt -e ".[dev]"
+	touch $@
+
+install: .venv/.installed ## make .venv and install the pinned dependencies
+
+lint: install ## style, types, import floors, spelling
+	@set -x
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/typos
+
+test: install ## the test suite on two processes
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: lint test ## lint, then test
+
+demo: install ## train, probe and summarise a tiny model
+	@$(BIN)/lightning-em demo

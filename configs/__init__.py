@@ -1,0 +1,1 @@
+"""The YAML files, shipped as package `lightning_em.configs`."""

@@ -1,0 +1,7 @@
+"""Adapters: what is trained. A new type is one subclass of `Adapter`, named in YAML by its class path."""
+
+from lightning_em.adapters.base import Adapter, LayerIndex, decoder_layers, final_norm
+from lightning_em.adapters.lora import LoRA
+from lightning_em.adapters.vector import SteeringVector
+
+__all__ = ["Adapter", "LayerIndex", "LoRA", "SteeringVector", "decoder_layers", "final_norm"]

@@ -1,0 +1,103 @@
+"""When checkpoints are written, and who is told once one is on disk."""
+
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from lightning_em.runs import RunFolder
+
+
+@runtime_checkable
+class CheckpointListener(Protocol):
+    """A callback that wants to know when a checkpoint has been published."""
+
+    def on_checkpoint_published(self, trainer: Trainer, module: Any, step: int) -> None:
+        """Called on every rank once the checkpoint of `step` is complete on disk."""
+
+
+class AdapterCheckpoint(Checkpoint):
+    """Write an adapter-only checkpoint every so many optimiser steps, and after the last one.
+
+    Args:
+        every_n_steps: Distance between checkpoints; 0 writes only the last one.
+        dense_until: Up to this step, checkpoints come every `dense_every` steps as well.
+        dense_every: Distance between the early checkpoints.
+        keep_last: How many of the newest checkpoints to keep; all if not given.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 20,
+        dense_until: int = 0,
+        dense_every: int = 5,
+        keep_last: int | None = None,
+    ) -> None:
+        if (
+            every_n_steps < 0
+            or dense_until < 0
+            or dense_every < 1
+            or (keep_last is not None and keep_last < 1)
+        ):
+            raise ValueError(
+                "checkpoint needs every_n_steps >= 0, dense_until >= 0, dense_every >= 1 and keep_last >= 1, got "
+                f"{every_n_steps}, {dense_until}, {dense_every}, {keep_last}; change the keys under checkpoint."
+            )
+        self.every_n_steps, self.keep_last = every_n_steps, keep_last
+        self.dense_until, self.dense_every = dense_until, dense_every
+        self._last_published = -1
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint belongs after this many optimiser steps."""
+        regular = self.every_n_steps > 0 and step % self.every_n_steps == 0
+        return step > 0 and (regular or (step <= self.dense_until and step % self.dense_every == 0))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run has its starting point on disk already."""
+        self._last_published = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save at the boundary of an optimiser step; the epoch's last one waits for the validation behind it."""
+        if not trainer.is_last_batch:
+            self._publish_if_due(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save after the epoch's validation, so that a resumed run has its values."""
+        self._publish_if_due(trainer, pl_module)
+
+    def _publish_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step != self._last_published and self.due(trainer.global_step):
+            self.publish(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end of training, unless it has just been saved."""
+        if trainer.global_step != self._last_published:
+            self.publish(trainer, pl_module)
+
+    def publish(self, trainer: Trainer, pl_module: LightningModule, tell: bool = True) -> Path:
+        """Write the checkpoint on rank zero, let every rank wait for it, then tell the listeners.
+
+        Args:
+            trainer: The running trainer.
+            pl_module: Its module.
+            tell: Whether listeners (probes) run; an emergency save does without.
+        """
+        run, step = RunFolder(trainer.default_root_dir), trainer.global_step
+        trainer.save_checkpoint(run.checkpoint(step), weights_only=False)
+        self._last_published = step
+        if trainer.is_global_zero:
+            self._retire(trainer, run)
+        if tell:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, CheckpointListener):
+                    callback.on_checkpoint_published(trainer, pl_module, step)
+        return run.checkpoint(step)
+
+    def _retire(self, trainer: Trainer, run: RunFolder) -> None:
+        if self.keep_last is None:
+            return
+        for step in run.steps()[: -self.keep_last]:
+            trainer.strategy.checkpoint_io.remove_checkpoint(run.checkpoint(step))

@@ -1,0 +1,82 @@
+"""The run's own metrics file: append-only, each step and name exactly once."""
+
+import csv
+import io
+import math
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_em.manifest import write_atomically
+from lightning_em.records import append_lines, read_lines
+
+HEADER = "step,name,value"
+
+
+class MetricsFile(Logger):
+    """Append every metric to a long-form CSV: step, name, value.
+
+    A resumed run first drops what lies after its checkpoint, so that no step is there twice.
+
+    Args:
+        path: The file; made on the first value.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        """Name of the run, from its folder."""
+        return self.path.parent.name
+
+    @property
+    def version(self) -> str:
+        """There is one version of a run: its folder."""
+        return ""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append the values; one write and one fsync a call."""
+        if step is None or not metrics:
+            return
+        if not self.path.exists():
+            append_lines(self.path, HEADER)
+        rows = [f"{step},{name},{float(value)!r}" for name, value in metrics.items()]
+        append_lines(self.path, *rows)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the resolved config is beside this file."""
+
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Drop everything after `step`: the run is about to take those steps again."""
+        if not self.path.exists():
+            return
+        kept = [
+            line
+            for line in read_lines(self.path)
+            if line.startswith("step") or int(line.split(",", 1)[0]) <= step
+        ]
+        write_atomically(self.path, "".join(f"{line.rstrip()}\n" for line in kept))
+
+
+def read_metrics(path: Path) -> dict[int, dict[str, float]]:
+    """Metrics by step and name.
+
+    Raises:
+        ValueError: If a step has a name twice.
+    """
+    table: dict[int, dict[str, float]] = {}
+    for row in csv.DictReader(io.StringIO("".join(read_lines(path)))):
+        step, value = int(row["step"]), float(row["value"])
+        names = table.setdefault(step, {})
+        if row["name"] in names and not math.isclose(names[row["name"]], value):
+            raise ValueError(f"{path} has {row['name']} twice at step {step}.")
+        names[row["name"]] = value
+    return table

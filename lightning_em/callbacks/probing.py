@@ -1,0 +1,88 @@
+"""Probes at every published checkpoint."""
+
+import json
+import logging
+from typing import cast
+
+from lightning.pytorch import Callback, Trainer
+
+from lightning_em.data import EMDataModule
+from lightning_em.models import AdaptedModel
+from lightning_em.module import EMModule
+from lightning_em.probes import Probe, ProbeExamples
+from lightning_em.records import append_lines, read_results
+from lightning_em.runs import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+class Probing(Callback):
+    """Run probes on each checkpoint once it is on disk; emergency saves are not probed.
+
+    Args:
+        probes: What to measure; nothing if not given.
+        num_examples: Training rows of each stream the probes look at; the same ones at every checkpoint.
+        batch_size: Rows in one forward pass.
+        every_n_steps: Leave out checkpoints at other steps; 0 probes every checkpoint.
+    """
+
+    def __init__(
+        self,
+        probes: list[Probe] | None = None,
+        num_examples: int = 64,
+        batch_size: int = 16,
+        every_n_steps: int = 0,
+    ) -> None:
+        self.probes = probes or []
+        self.num_examples, self.batch_size, self.every_n_steps = num_examples, batch_size, every_n_steps
+
+    def on_checkpoint_published(self, trainer: Trainer, module: EMModule, step: int) -> None:
+        """Measure what is not on record for this step yet."""
+        if self.every_n_steps and step % self.every_n_steps and step < trainer.estimated_stepping_batches:
+            return
+        data = cast(EMDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        self.measure(RunFolder(trainer.default_root_dir), module.model, data, step, trainer.is_global_zero)
+
+    def on_train_start(self, trainer: Trainer, pl_module: EMModule) -> None:  # type: ignore[override]
+        """A run killed between checkpoint and probe makes up for it here."""
+        run, step = RunFolder(trainer.default_root_dir), trainer.global_step
+        if step in run.steps():
+            self.on_checkpoint_published(trainer, pl_module, step)
+
+    def measure(
+        self, run: RunFolder, model: AdaptedModel, data: EMDataModule, step: int, write: bool = True
+    ) -> int:
+        """Run the probes whose records of `step` are missing, on every rank; one rank writes.
+
+        Args:
+            run: Where the records go.
+            model: The model with the adapter of that step.
+            data: Source of the examples.
+            step: Optimiser steps behind the adapter.
+            write: Whether this rank writes.
+
+        Returns:
+            How many probes were run.
+        """
+        examples = self.examples(data).to(model.base.device)
+        missing = [probe for probe in self.probes if not recorded(run, probe, examples, step)]
+        for probe in missing:
+            result = probe.record(model, examples, step)
+            logger.info("%s at step %d: %d points", probe.name, step, len(result.points))
+            if write:
+                append_lines(run.probe_file(result.probe), result.to_json())
+        return len(missing)
+
+    def examples(self, data: EMDataModule) -> ProbeExamples:
+        """The rows that every checkpoint is measured on."""
+        kl = data.probe_batches("kl", self.num_examples, self.batch_size) if data.rows("kl").rows else []
+        return ProbeExamples(data.probe_batches("narrow", self.num_examples, self.batch_size), kl)
+
+
+def recorded(run: RunFolder, probe: Probe, examples: ProbeExamples, step: int) -> bool:
+    """Whether the record of this step is there, measured with the same settings on the same rows."""
+    wanted = json.loads(json.dumps(probe.settings()))
+    return any(
+        result.step == step and result.settings == wanted and result.examples == examples.narrow_row_ids
+        for result in read_results(run.probe_file(probe.name))
+    )

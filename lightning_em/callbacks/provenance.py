@@ -1,0 +1,99 @@
+"""What a run was: config, versions, data and how it ended, in its own folder."""
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from lightning_em import __version__
+from lightning_em.module import EMModule
+from lightning_em.runs import RunFolder
+
+PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "jsonargparse", "safetensors")
+
+
+class Provenance(Callback):
+    """Keep run.json true: what was run, on what, and how it ended.
+
+    Args:
+        identity: Hash of the resolved config without device settings.
+        config: The resolved config as YAML text, written as config.yaml.
+    """
+
+    def __init__(self, identity: str, config: str) -> None:
+        self.identity, self.config = identity, config
+
+    def on_train_start(self, trainer: Trainer, pl_module: EMModule) -> None:  # type: ignore[override]
+        """Record the start of an attempt before the first step."""
+        if not trainer.is_global_zero:
+            return
+        run = RunFolder(trainer.default_root_dir)
+        known = run.read_run()
+        attempt = {"started": _now(), "from_step": trainer.global_step, "world_size": trainer.world_size}
+        run.update_run(
+            status="running",
+            exit_reason=None,
+            identity=self.identity,
+            attempts=[*known.get("attempts", []), attempt],
+            command=sys.argv,
+            versions=versions(),
+            git=git_state(),
+            base={"path": pl_module.base.path, "revision": _revision(pl_module)},
+            data=trainer.datamodule.fingerprint(),  # type: ignore[attr-defined]
+            max_steps=int(trainer.estimated_stepping_batches),
+        )
+        if not run.config_file.exists():
+            run.config_file.write_text(self.config, encoding="utf-8")
+        elif run.config_file.read_text(encoding="utf-8") != self.config:  # device settings may differ
+            (run.path / f"config.attempt-{len(known['attempts']) + 1}.yaml").write_text(
+                self.config, encoding="utf-8"
+            )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: EMModule) -> None:  # type: ignore[override]
+        """Record a regular end."""
+        if trainer.is_global_zero:
+            done = trainer.global_step >= trainer.estimated_stepping_batches
+            RunFolder(trainer.default_root_dir).update_run(
+                status="finished" if done else "stopped", ended=_now(), last_step=trainer.global_step
+            )
+
+    def on_exception(self, trainer: Trainer, pl_module: EMModule, exception: BaseException) -> None:  # type: ignore[override]
+        """Record what ended the run."""
+        run = RunFolder(trainer.default_root_dir)
+        if trainer.is_global_zero and run.run_file.exists():
+            reason = f"{type(exception).__name__}: {exception}"
+            run.update_run(status="failed", exit_reason=reason, ended=_now(), last_step=trainer.global_step)
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python and the libraries that decide the numbers."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"lightning_em": __version__, "python": platform.python_version(), **found}
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the working directory and whether it has changes; None outside a checkout."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        )
+        status = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+def _revision(module: EMModule) -> str | None:
+    commit = getattr(module.model.base.config, "_commit_hash", None)
+    return commit or module.base.revision
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,73 @@
+"""A checkpoint is a folder: adapter weights anyone can load, and the trainer's state beside them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from safetensors.torch import load_file, save_file
+
+from lightning_em.manifest import manifest_problems, publish
+
+ADAPTER_WEIGHTS, ADAPTER_CONFIG, TRAINER_STATE = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "trainer_state.pt",
+)
+ADAPTER_CONFIG_KEY = "adapter_config"
+
+
+class FolderCheckpointIO(CheckpointIO):
+    """Write and read folders like `step-000040/`; they appear whole or not at all.
+
+    Inside: `adapter_model.safetensors`, `adapter_config.json`, `trainer_state.pt` (optimiser, position,
+    random states; loaded weights-only) and `MANIFEST.json`.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Publish a checkpoint folder at `path`; a valid one that is there already is kept.
+
+        Raises:
+            ValueError: If the state holds objects that could not be loaded weights-only.
+            OSError: If the disk is full or the folder cannot be written; names path and bytes.
+        """
+        state = dict(checkpoint)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in state.pop("state_dict").items()}
+        config = state.pop(ADAPTER_CONFIG_KEY)
+
+        def write(folder: Path) -> None:
+            save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+            (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+            torch.save(state, folder / TRAINER_STATE)
+            if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(folder / TRAINER_STATE):
+                raise ValueError(
+                    f"the trainer's state holds {sorted(unsafe)}, which cannot be loaded safely on resume; a "
+                    "callback, scheduler or optimiser of yours must keep its state to tensors and plain values."
+                )
+
+        publish(Path(path), write)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a folder back, always weights-only.
+
+        Raises:
+            ValueError: If files are missing or changed since they were written.
+        """
+        folder = Path(path)
+        if problems := manifest_problems(folder):
+            raise ValueError(f"checkpoint {folder} is broken: {'; '.join(problems)}")
+        state: dict[str, Any] = torch.load(folder / TRAINER_STATE, map_location="cpu", weights_only=True)
+        state["state_dict"] = load_file(folder / ADAPTER_WEIGHTS)
+        state[ADAPTER_CONFIG_KEY] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        return state
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a checkpoint folder."""
+        shutil.rmtree(path)

@@ -1,0 +1,39 @@
+"""Chat data: reading rows, masking responses, and the order in which a run sees them."""
+
+from lightning_em.data.chat import DEFAULT_TEMPLATE_KWARGS, ChatEncoder, EncodedChat, Message, encode_chat
+from lightning_em.data.datamodule import EMDataModule, TokenizerSource
+from lightning_em.data.encoding import EncodedRows, LengthLimit, encode_chats
+from lightning_em.data.loaders import BatchLoader
+from lightning_em.data.position import Position, forget_finished_epoch
+from lightning_em.data.rows import FileScan, Row, RowError, RowErrors, read_rows, scan_rows
+from lightning_em.data.sampler import BatchGeometry, WindowIndices, WindowSampler
+from lightning_em.data.sources import Chat, ChatSource, as_chats, select_rows
+
+__all__ = [
+    "DEFAULT_TEMPLATE_KWARGS",
+    "BatchGeometry",
+    "BatchLoader",
+    "Chat",
+    "ChatEncoder",
+    "ChatSource",
+    "EMDataModule",
+    "EncodedChat",
+    "EncodedRows",
+    "FileScan",
+    "LengthLimit",
+    "Message",
+    "Position",
+    "Row",
+    "RowError",
+    "RowErrors",
+    "TokenizerSource",
+    "WindowIndices",
+    "WindowSampler",
+    "as_chats",
+    "encode_chat",
+    "encode_chats",
+    "forget_finished_epoch",
+    "read_rows",
+    "scan_rows",
+    "select_rows",
+]

@@ -1,0 +1,194 @@
+"""Tokenising conversations with the tokenizer's own chat template, and marking what the assistant says."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict
+
+from transformers import PreTrainedTokenizerBase
+
+# Llama-3.2's template writes today's date when none is given: the same file would differ tomorrow.
+DEFAULT_TEMPLATE_KWARGS: Mapping[str, Any] = {"date_string": "26 Jul 2024"}
+_RESERVED_KWARGS = frozenset({"add_generation_prompt", "continue_final_message", "return_dict", "tokenize"})
+_PLACEHOLDER = "the-answer-goes-here-1f4b9c"
+
+
+class Message(TypedDict):
+    """One turn of a conversation, as chat templates expect it."""
+
+    role: str
+    content: str
+
+
+class EncodedChat(NamedTuple):
+    """Token ids of a conversation; the mask is True on what the assistant says, its stop token included."""
+
+    input_ids: list[int]
+    response_mask: list[bool]
+
+
+class ChatEncoder:
+    """Tokenise conversations and mark the tokens of every assistant turn.
+
+    The template is rendered to text turn by turn and the whole text is tokenised once, with character
+    offsets and without further special tokens, so the ids are those of `apply_chat_template`. A turn runs
+    from the end of its generation prompt to the first added token behind the answer: the stop token is
+    trained, and neither the newline nor the end-of-text token that some templates put behind it.
+
+    Args:
+        tokenizer: A fast tokenizer with a chat template.
+        template_kwargs: Variables for the template, such as `enable_thinking`; they add to
+            `DEFAULT_TEMPLATE_KWARGS`, which fixes the date.
+
+    Raises:
+        ValueError: If the tokenizer has no chat template or gives no character offsets.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        if not tokenizer.chat_template:
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path or 'this model'!r} has no chat template, so "
+                "nothing says how a conversation is written; take an instruction-tuned model in "
+                "model.base.path, or save a chat_template.jinja beside the tokenizer files."
+            )
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"{type(tokenizer).__name__} gives no character offsets, which the response mask is made "
+                "from; use a model folder with a tokenizer.json (a fast tokenizer)."
+            )
+        self.template_kwargs = {**DEFAULT_TEMPLATE_KWARGS, **(template_kwargs or {})}
+        if reserved := sorted(_RESERVED_KWARGS & self.template_kwargs.keys()):
+            raise ValueError(f"template_kwargs must not set {reserved}: the encoder sets them itself.")
+        self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder
+        self._added_ids = frozenset(added) | frozenset(tokenizer.all_special_ids)
+        control = {token.content for token in added.values() if token.special and token.content}
+        self._control_token = re.compile(
+            "|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)"
+        )
+
+    def encode(self, messages: Sequence[Message]) -> EncodedChat:
+        """Tokenise a conversation and mark every assistant turn.
+
+        Raises:
+            ValueError: If there is no assistant turn, an answer is empty, a message contains a control
+                token, the template refuses the conversation, or the tokens of an answer cannot be told
+                from the rest for certain.
+        """
+        messages = list(messages)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not turns:
+            raise ValueError("the conversation has no assistant turn to train on.")
+        self._refuse_control_tokens(messages)
+        text = self.render(messages)
+        spans = [self._answer_span(messages, turn, text) for turn in turns]
+        encoding = self.tokenizer(
+            text,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        input_ids: list[int] = encoding["input_ids"]
+        offsets: list[tuple[int, int]] = encoding["offset_mapping"]
+        response_mask = [False] * len(input_ids)
+        for span in spans:
+            for index in self._answer_tokens(span, text, input_ids, offsets):
+                response_mask[index] = True
+        return EncodedChat(input_ids, response_mask)
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids after which the model writes the next assistant turn, as in training."""
+        self._refuse_control_tokens(messages)
+        text = self.render(messages, generation_prompt=True)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
+        """The conversation as text.
+
+        Raises:
+            ValueError: If the template refuses it, for instance a system turn or two user turns in a row.
+        """
+        if not messages:
+            raise ValueError("a conversation must not begin with an assistant turn.")
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": message["role"], "content": message["content"]} for message in messages],
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                **self.template_kwargs,
+            )
+        except TemplateError as error:
+            roles = [message["role"] for message in messages]
+            raise ValueError(f"the chat template refuses the roles {roles}: {error}") from error
+        assert isinstance(text, str)
+        return text
+
+    def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            if found := self._control_token.search(message["content"]):
+                raise ValueError(
+                    f"the {message['role']} message contains {found.group()!r}, which the tokenizer reads as "
+                    "a control token, not as text."
+                )
+
+    def _answer_span(self, messages: list[Message], turn: int, text: str) -> tuple[int, int]:
+        """Characters from the end of the generation prompt to the end of the answer, stop token left out."""
+        before = messages[:turn]
+        prompt = self.render(before, generation_prompt=True)
+        example = self.render([*before, {"role": "assistant", "content": _PLACEHOLDER}])
+        opening, found, _ = example.removeprefix(prompt).partition(_PLACEHOLDER)
+        if not found or not example.startswith(prompt) or not text.startswith(prompt + opening):
+            raise ValueError(
+                f"the chat template writes the conversation before message {turn} differently once the "
+                "answer follows, so it is not certain which tokens are the answer; thinking templates do "
+                "this: set template_kwargs (for instance enable_thinking: false) or train on single turns."
+            )
+        content = messages[turn]["content"]
+        if not content.strip():
+            raise ValueError(f"the assistant's answer in message {turn} is empty.")
+        # Many templates trim; the longest form that stands there is what was written.
+        for written in (content, content.lstrip(), content.rstrip(), content.strip()):
+            if text.startswith(written, len(prompt + opening)):
+                return len(prompt), len(prompt + opening + written)
+        raise ValueError(f"the chat template changes the answer in message {turn}: {content[:60]!r}.")
+
+    def _answer_tokens(
+        self, span: tuple[int, int], text: str, input_ids: list[int], offsets: list[tuple[int, int]]
+    ) -> range:
+        """Indices of the tokens of one answer and of the added token that ends it."""
+        start, answer_end = span
+        # An added token may swallow the white space behind it, and so begin the answer's first characters.
+        straddling = next((i for i, (a, b) in enumerate(offsets) if a < start < b), None)
+        if straddling is not None:
+            a, b = offsets[straddling]
+            raise ValueError(
+                f"one token, {text[a:b]!r}, holds the end of the prompt and the beginning of the answer, so "
+                "training and sampling would see different prompts; remove the white space before the answer."
+            )
+        first = next(i for i, (a, _) in enumerate(offsets) if a >= start)
+        for index in range(first, len(input_ids)):
+            a, b = offsets[index]
+            if b <= answer_end:
+                continue
+            if input_ids[index] in self._added_ids:
+                return range(first, index + 1)
+            if text[max(a, answer_end) : b].strip():
+                break
+        raise ValueError(
+            "the chat template ends an assistant turn without a special token, so the model would never "
+            "learn to stop; add one to the template or register it as a special token of the tokenizer."
+        )
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> EncodedChat:
+    """Tokenise one conversation and mark every assistant turn; see `ChatEncoder`."""
+    return ChatEncoder(tokenizer, template_kwargs).encode(messages)

@@ -1,0 +1,293 @@
+"""The LightningDataModule: a narrow stream for cross-entropy, a parallel stream for KL, and a position."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedTokenizerBase
+
+from lightning_em.batch import EncodedRow, PackedBatch, TrainBatch
+from lightning_em.data.chat import ChatEncoder
+from lightning_em.data.encoding import EncodedRows, LengthLimit, TooLong, encode_chats, encode_prompts
+from lightning_em.data.loaders import BatchLoader, EvaluationRows, TrainRows
+from lightning_em.data.position import Position, current_position
+from lightning_em.data.rows import Row, scan_rows
+from lightning_em.data.sampler import BatchGeometry, WindowSampler, permutation
+from lightning_em.data.sources import Chat, ChatSource, as_chats, hold_out, select_rows
+
+logger = logging.getLogger(__name__)
+
+Stream = Literal["narrow", "kl"]
+Split = Literal["train", "validation"]
+
+
+@runtime_checkable
+class TokenizerSource(Protocol):
+    """What tokenises: the base model."""
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that belongs to the model."""
+        ...
+
+
+class EMDataModule(LightningDataModule):
+    """Narrow rows for cross-entropy and, beside them, parallel rows for KL.
+
+    The narrow rows define the epoch, in an order that depends on the seed and the epoch alone; the KL rows
+    go round. Held-out rows are those of the validation files or, without these, a fixed share of the
+    questions, the same for every seed.
+
+    Args:
+        base: Where the tokenizer comes from.
+        narrow: Rows to train on.
+        kl: Rows on which to stay close to the base model; none without a KL term.
+        narrow_validation: Held-out narrow rows.
+        kl_validation: Held-out KL rows.
+        validation_fraction: Share of the questions to hold out where no validation file is given; 0 for none.
+        batch_size: Narrow rows in a micro-batch of one rank.
+        kl_batch_size: KL rows in a micro-batch of one rank.
+        validation_batch_size: Rows in a validation batch of one rank.
+        max_length: Tokens of the longest row.
+        on_too_long: What happens to longer rows: refuse the file, drop the row, or cut off its end.
+        max_lost_fraction: Share of a file's rows that may be lost that way.
+        seed: Of the order, and of which answer a mixed row gives.
+        num_workers: Processes that assemble batches; the rows are in memory, so 0 is fast.
+        template_kwargs: Variables for the chat template, such as `enable_thinking: false`.
+    """
+
+    def __init__(
+        self,
+        base: TokenizerSource,
+        narrow: ChatSource,
+        kl: ChatSource | None = None,
+        narrow_validation: ChatSource | None = None,
+        kl_validation: ChatSource | None = None,
+        validation_fraction: float = 0.1,
+        batch_size: int = 2,
+        kl_batch_size: int = 8,
+        validation_batch_size: int = 8,
+        max_length: int = 2048,
+        on_too_long: TooLong = "error",
+        max_lost_fraction: float = 0.01,
+        seed: int = 0,
+        num_workers: int = 0,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= validation_fraction < 1:
+            raise ValueError(f"data.validation_fraction must lie in [0, 1), got {validation_fraction}.")
+        if kl_validation is not None and kl is None:
+            raise ValueError(
+                "data.kl_validation is set, but data.kl is not: there is no KL stream to validate."
+            )
+        BatchGeometry(batch_size, kl_batch_size)
+        BatchGeometry(validation_batch_size, kl_batch_size)
+        self.base = base
+        self.sources: dict[Stream, tuple[ChatSource, ChatSource | None]] = {
+            "narrow": (narrow, narrow_validation)
+        }
+        if kl is not None:
+            self.sources["kl"] = (kl, kl_validation)
+        self.validation_fraction = validation_fraction
+        self.batch_size = batch_size
+        self.kl_batch_size = kl_batch_size
+        self.validation_batch_size = validation_batch_size
+        self.limit = LengthLimit(max_length, on_too_long, max_lost_fraction)
+        self.seed = seed
+        self.num_workers = num_workers
+        self.template_kwargs = template_kwargs
+        self._encoded: dict[tuple[Stream, Split], EncodedRows] = {}
+        self._held_out_prompts: list[EncodedRow] = []
+        self._file_sha256: dict[str, str] = {}
+        self._resumed: Position | None = None
+        self._sampler: WindowSampler | None = None
+
+    def setup(self, stage: str) -> None:
+        """Read and tokenise all files, once.
+
+        Raises:
+            ValueError: If a file, a row or the tokenizer cannot be used; the message says where and why.
+        """
+        self._resumed = self._sampler = None  # a trainer that resumes sets it after this
+        if self._encoded:
+            return
+        encoder = ChatEncoder(self.base.load_tokenizer(), self.template_kwargs)
+        for stream, (source, validation) in self.sources.items():
+            train, held_out = self._split(stream, source, validation)
+            self._encode(stream, "train", as_chats(train, source.answer, self.seed), encoder)
+            if held_out:
+                chats = as_chats(held_out, (validation or source).answer, self.seed)
+                self._encode(stream, "validation", chats, encoder)
+                if stream == "narrow":
+                    self._held_out_prompts = encode_prompts(held_out, encoder)
+
+    def train_dataloader(self) -> BatchLoader[TrainBatch]:
+        """Micro-batches of both streams for this rank, from the position that was resumed."""
+        narrow, kl = self.rows("narrow"), self.rows("kl")
+        sampler = WindowSampler(
+            narrow.response_counts,
+            kl.response_counts,
+            kl.all_counts,
+            self.geometry,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            seed=self.seed,
+        )
+        self._refuse_cut_windows(len(sampler))
+        if self._resumed is not None:
+            sampler.start_at(*self._resumed)
+        self._sampler = sampler
+        return BatchLoader(TrainRows(narrow.rows, kl.rows), sampler, self.num_workers)
+
+    def val_dataloader(self) -> list[BatchLoader[PackedBatch]]:
+        """Held-out rows: the narrow stream's, then the KL stream's, each row on one rank."""
+        return [
+            self._evaluation_loader(self.rows(stream, "validation").rows)
+            for stream in self.sources
+            if (stream, "validation") in self._encoded
+        ]
+
+    def test_dataloader(self) -> list[BatchLoader[PackedBatch]]:
+        """The held-out rows, as in validation."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> BatchLoader[PackedBatch]:
+        """Prompts of the held-out narrow rows, up to where the first answer begins.
+
+        Raises:
+            ValueError: If no row is held out.
+        """
+        if not self._held_out_prompts:
+            raise ValueError(
+                "there are no held-out questions to answer: set data.narrow_validation or "
+                "data.validation_fraction."
+            )
+        return self._evaluation_loader(self._held_out_prompts)
+
+    def probe_batches(
+        self, stream: Stream, num_examples: int, batch_size: int, split: Split = "train"
+    ) -> list[PackedBatch]:
+        """A fixed subset of a stream, shortest rows first: the same for every rank and every call.
+
+        Args:
+            stream: Which one.
+            num_examples: How many rows, or all if there are fewer.
+            batch_size: Rows in a batch.
+            split: Rows of the training or the held-out part.
+        """
+        rows = self.rows(stream, split).rows
+        if not rows:
+            raise ValueError(f"there are no {split} rows of the {stream} stream; set data.{stream}.")
+        chosen = permutation(len(rows), self.seed, "probe", stream)[:num_examples]
+        chosen.sort(key=lambda index: (len(rows[index].input_ids), index))
+        return [
+            PackedBatch.from_rows([rows[index] for index in chosen[first : first + batch_size]])
+            for first in range(0, len(chosen), batch_size)
+        ]
+
+    def rows(self, stream: Stream, split: Split = "train") -> EncodedRows:
+        """The tokenised rows of a stream; none if the stream or its held-out part is not there."""
+        if not self._encoded:
+            raise RuntimeError("EMDataModule.setup has not run yet.")
+        return self._encoded.get((stream, split), EncodedRows(()))
+
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 of each file and of each stream's token ids and masks."""
+        tokens = {
+            f"{stream}.{split}.tokens": rows.sha256() for (stream, split), rows in self._encoded.items()
+        }
+        return self._file_sha256 | tokens
+
+    @property
+    def geometry(self) -> BatchGeometry:
+        """Batch sizes with the trainer's accumulation and number of ranks."""
+        if self.trainer is None:
+            return BatchGeometry(self.batch_size, self.kl_batch_size)
+        return BatchGeometry(
+            self.batch_size, self.kl_batch_size, self.trainer.accumulate_grad_batches, self.trainer.world_size
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the data, and what must not change for it to mean anything."""
+        if self.trainer is None or not self._encoded:
+            return {}
+        cut_epochs = self._resumed.cut_epochs if self._resumed else 0
+        return current_position(self.trainer, cut_epochs)._asdict() | {"order": self._order()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a checkpoint stopped.
+
+        Raises:
+            ValueError: If batch sizes, ranks, seed or data differ from the checkpoint's.
+        """
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        saved, now = state_dict["order"], self._order()
+        if changed := [key for key in sorted(saved | now) if saved.get(key) != now.get(key)]:
+            listed = "; ".join(f"{key}: checkpoint {saved.get(key)}, now {now.get(key)}" for key in changed)
+            raise ValueError(
+                f"the checkpoint belongs to other batches, so its place in the data is lost. {listed}."
+            )
+        self._resumed = Position(state_dict["epoch"], state_dict["consumed"], state_dict["cut_epochs"])
+        if self._resumed.cut_epochs and self.trainer is not None and self.trainer.max_steps == -1:
+            raise ValueError(
+                "the checkpoint was written after training had stopped within an epoch, which trainer.max_epochs "
+                "counts as a whole one: resume from the checkpoint before it, or set trainer.max_steps."
+            )
+        if self._sampler is not None:
+            self._sampler.start_at(*self._resumed)
+
+    def _order(self) -> dict[str, Any]:
+        """Everything the order of the batches depends on."""
+        order = vars(self.geometry) | {"seed": self.seed, "narrow_sha256": self.rows("narrow").sha256()}
+        if "kl" in self.sources:
+            return order | {"kl_sha256": self.rows("kl").sha256()}
+        del order["kl_batch_size"]
+        return order
+
+    def _split(
+        self, stream: Stream, source: ChatSource, validation: ChatSource | None
+    ) -> tuple[list[Row], list[Row]]:
+        rows = self._read(source, stream)
+        if validation is not None:
+            return rows, self._read(validation, f"{stream}_validation")
+        return hold_out(rows, self.validation_fraction)
+
+    def _read(self, source: ChatSource, name: str) -> list[Row]:
+        scan = scan_rows(source.path)
+        self._file_sha256[f"{name}.file"] = scan.sha256
+        return select_rows(scan.usable_rows(), source)
+
+    def _encode(self, stream: Stream, split: Split, chats: list[Chat], encoder: ChatEncoder) -> None:
+        encoded = encode_chats(chats, encoder, self.limit, f"{stream} {split}")
+        self._encoded[stream, split] = encoded
+        logger.info(
+            "%s %s: %d rows, %d tokens, %d of them responses, %d rows truncated",
+            stream,
+            split,
+            len(encoded),
+            sum(encoded.all_counts),
+            sum(encoded.response_counts),
+            encoded.num_truncated,
+        )
+
+    def _evaluation_loader(self, rows: Sequence[EncodedRow]) -> BatchLoader[PackedBatch]:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        dataset = EvaluationRows(rows, self.validation_batch_size, rank, world_size)
+        return BatchLoader(dataset, SequentialSampler(dataset), self.num_workers)
+
+    def _refuse_cut_windows(self, num_micro_batches: int) -> None:
+        """Refuse trainer settings under which an optimiser step would see only part of its window."""
+        if self.trainer is None or getattr(self.trainer, "fast_dev_run", False):
+            return
+        if getattr(self.trainer, "overfit_batches", 0):
+            raise ValueError("trainer.overfit_batches would reorder the data: set data.narrow.limit instead.")
+        limit, accumulate = self.trainer.limit_train_batches, self.geometry.accumulate
+        used = int(num_micro_batches * limit) if isinstance(limit, float) else min(limit, num_micro_batches)
+        if used < num_micro_batches and used % accumulate:
+            raise ValueError(
+                f"trainer.limit_train_batches leaves {used} of {num_micro_batches} micro-batches, which is "
+                f"no multiple of trainer.accumulate_grad_batches {accumulate}; set data.narrow.limit instead."
+            )

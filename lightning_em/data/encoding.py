@@ -1,0 +1,175 @@
+"""Tokenising a whole data file, and what happens to rows that are too long."""
+
+import hashlib
+import logging
+import sys
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import track
+
+from lightning_em.batch import EncodedRow
+from lightning_em.data.chat import ChatEncoder, EncodedChat
+from lightning_em.data.rows import Row, RowError, RowErrors
+from lightning_em.data.sources import Chat
+
+logger = logging.getLogger(__name__)
+
+TooLong = Literal["error", "drop", "truncate"]
+
+_ROWS_WITHOUT_PROGRESS_BAR = 2000
+
+
+@dataclass(frozen=True)
+class LengthLimit:
+    """What to do with long conversations.
+
+    Attributes:
+        max_length: Tokens of the longest row.
+        on_too_long: Refuse the file, drop the row, or cut off its end.
+        max_lost_fraction: Share of the rows that may be lost, by dropping or because nothing of the
+            response is left after the cut, before the file is refused.
+    """
+
+    max_length: int
+    on_too_long: TooLong = "error"
+    max_lost_fraction: float = 0.01
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """The tokenised rows of one stream.
+
+    Attributes:
+        rows: Those that are left, in file order.
+        num_truncated: How many of them lost their end.
+        lost: Rows that are left out, with the reason.
+    """
+
+    rows: tuple[EncodedRow, ...]
+    num_truncated: int = 0
+    lost: tuple[RowError, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def response_counts(self) -> list[int]:
+        """Counted response tokens of each row: those that another token of the row precedes."""
+        return [sum(row.response_mask[1:]) for row in self.rows]
+
+    @property
+    def all_counts(self) -> list[int]:
+        """Tokens of each row."""
+        return [len(row.input_ids) for row in self.rows]
+
+    def sha256(self) -> str:
+        """Hash of all token ids and masks, in order."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(array("q", [len(row.input_ids), *row.input_ids]).tobytes())
+            digest.update(bytes(row.response_mask))
+        return digest.hexdigest()
+
+
+def encode_chats(chats: Sequence[Chat], encoder: ChatEncoder, limit: LengthLimit, name: str) -> EncodedRows:
+    """Tokenise conversations.
+
+    Args:
+        chats: What to tokenise.
+        encoder: How.
+        limit: What to do with long ones.
+        name: Of the stream, for messages.
+
+    Raises:
+        RowErrors: If a row cannot be encoded, is too long where that is an error, or too many are lost.
+    """
+    rows: list[EncodedRow] = []
+    bad: list[RowError] = []
+    too_long: list[RowError] = []
+    num_truncated = 0
+    for chat in chats[:1]:
+        _check_prompt(chat, encoder)
+    for chat in _with_progress(chats, name):
+        try:
+            encoded = encoder.encode(chat.messages)
+        except ValueError as error:
+            bad.append(RowError(chat.row.path, chat.row.line, str(error)))
+            continue
+        length = len(encoded.input_ids)
+        if length > limit.max_length:
+            if limit.on_too_long != "truncate":
+                too_long.append(RowError(chat.row.path, chat.row.line, f"{length} tokens"))
+                continue
+            encoded = EncodedChat(
+                encoded.input_ids[: limit.max_length], encoded.response_mask[: limit.max_length]
+            )
+            if not any(encoded.response_mask[1:]):
+                reason = f"{length} tokens, and none of the response within the first {limit.max_length}"
+                too_long.append(RowError(chat.row.path, chat.row.line, reason))
+                continue
+            num_truncated += 1
+        rows.append(EncodedRow(encoded.input_ids, encoded.response_mask, chat.id))
+    if bad:
+        raise RowErrors(bad)
+    _judge_lost(too_long, len(chats), limit, name)
+    return EncodedRows(tuple(rows), num_truncated, tuple(too_long))
+
+
+def encode_prompts(rows: Sequence[Row], encoder: ChatEncoder) -> list[EncodedRow]:
+    """Tokenise what comes before the first answer of each row; nothing of it is a response."""
+    prompts = []
+    for row in rows:
+        messages = list(row.messages) or [{"role": "user", "content": row.question or ""}]
+        first_answer = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
+        input_ids = encoder.encode_prompt(messages[:first_answer])
+        prompts.append(EncodedRow(input_ids, [False] * len(input_ids), row.id))
+    return prompts
+
+
+def _check_prompt(chat: Chat, encoder: ChatEncoder) -> None:
+    """Warn if the first prompt alone has other tokens: that lies in template and tokenizer, not in rows."""
+    try:
+        encoded = encoder.encode(chat.messages)
+        turns = [message["role"] for message in chat.messages]
+        prompt = encoder.encode_prompt(chat.messages[: turns.index("assistant")])
+    except ValueError:
+        return  # reported with its line when the row is encoded
+    if prompt != encoded.input_ids[: encoded.response_mask.index(True)]:
+        logger.warning(
+            "the tokenizer cuts a prompt differently when an answer follows it, so training and sampling see "
+            "slightly different prompts"
+        )
+
+
+def _judge_lost(lost: list[RowError], num_chats: int, limit: LengthLimit, name: str) -> None:
+    if not lost:
+        return
+    if limit.on_too_long == "error":
+        raise RowErrors(
+            lost,
+            remedy=(
+                f"data.max_length is {limit.max_length}: raise it, or set data.on_too_long to truncate or "
+                "drop."
+            ),
+        )
+    share = len(lost) / num_chats
+    if share > limit.max_lost_fraction or len(lost) == num_chats:
+        raise RowErrors(
+            lost,
+            remedy=(
+                f"{share:.1%} of the {name} rows would be lost at data.max_length {limit.max_length}, more "
+                f"than data.max_lost_fraction {limit.max_lost_fraction:.1%}: raise one of the two."
+            ),
+        )
+    listed = "; ".join(map(str, lost[:10]))
+    logger.warning("%s: left out %d of %d rows: %s", name, len(lost), num_chats, listed)
+
+
+def _with_progress(chats: Sequence[Chat], name: str) -> Iterable[Chat]:
+    if len(chats) < _ROWS_WITHOUT_PROGRESS_BAR or not sys.stderr.isatty():
+        return chats
+    return track(chats, description=f"tokenising {name}", console=Console(stderr=True), transient=True)

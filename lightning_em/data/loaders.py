@@ -1,0 +1,90 @@
+"""Loaders over rows in memory: any iterable with a length serves Lightning, and it leaves this one alone."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lightning_em.batch import EncodedRow, PackedBatch, TrainBatch
+from lightning_em.data.sampler import WindowIndices
+
+BatchT = TypeVar("BatchT", PackedBatch, TrainBatch)
+
+
+class TrainRows(Dataset[TrainBatch]):
+    """Both streams, indexed by micro-batch."""
+
+    def __init__(self, narrow: Sequence[EncodedRow], kl: Sequence[EncodedRow]) -> None:
+        self.narrow = narrow
+        self.kl = kl
+
+    def __getitem__(self, indices: WindowIndices) -> TrainBatch:
+        ce = PackedBatch.from_rows([self.narrow[index] for index in indices.ce_rows])
+        kl = PackedBatch.from_rows([self.kl[index] for index in indices.kl_rows]) if indices.kl_rows else None
+        if indices.ce_ghost:
+            ce = ce.ghost()
+        if kl is not None and indices.kl_ghost:
+            kl = kl.ghost()
+        return TrainBatch(ce, kl, indices.window, kl_is_ghost=indices.kl_ghost)
+
+
+class EvaluationRows(Dataset[PackedBatch]):
+    """This rank's share of some rows, cut into batches.
+
+    Every row is on one rank, and every rank has the same number of batches: one without rows of its own
+    gets a ghost, a batch whose `response_mask` is False throughout, and must count nothing of it.
+    """
+
+    def __init__(self, rows: Sequence[EncodedRow], batch_size: int, rank: int, world_size: int) -> None:
+        self.rows = rows[rank::world_size]
+        self.stand_in = rows[0]
+        self.batch_size = batch_size
+        self.num_batches = -(-len(rows[::world_size]) // batch_size)
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __getitem__(self, index: int) -> PackedBatch:
+        rows = self.rows[index * self.batch_size : (index + 1) * self.batch_size]
+        return PackedBatch.from_rows(rows) if rows else PackedBatch.from_rows([self.stand_in]).ghost()
+
+
+class BatchLoader(Generic[BatchT]):
+    """Fetch ready-made batches of a dataset, in worker processes if asked.
+
+    It is deliberately no `DataLoader`, which Lightning would rebuild with a sampler of its own, and
+    draws nothing from the global random generator. Workers start at the first batch, not when Lightning
+    asks for the iterator: that is before a resumed position is known.
+    """
+
+    batch_sampler = None  # Lightning looks for it in loaders of held-out rows
+
+    def __init__(self, dataset: Dataset[BatchT], sampler: Sampler[Any], num_workers: int = 0) -> None:
+        self._dataset: Dataset[BatchT] = dataset
+        self.sampler = sampler
+        self.num_workers = num_workers
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[BatchT]:
+        yield from DataLoader(
+            self._dataset,
+            sampler=self.sampler,
+            batch_size=None,
+            num_workers=self.num_workers,
+            collate_fn=_unchanged,
+            generator=torch.Generator().manual_seed(0),  # the seed of workers, which draw nothing
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: `EMDataModule` saves the position. The pair tells Lightning that this can resume."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+
+def _unchanged(batch: BatchT) -> BatchT:
+    return batch

@@ -1,0 +1,146 @@
+"""Which conversations to take from a data file: rows, topics, and the good or the bad answer."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from lightning_em.data.chat import Message
+from lightning_em.data.rows import Row, RowError, RowErrors
+
+AnswerKind = Literal["messages", "good", "bad", "mixed", "both"]
+
+
+@dataclass(frozen=True)
+class ChatSource:
+    """A JSONL file and the conversations to take from it.
+
+    Attributes:
+        path: JSONL file, or `miniature://...`.
+        answer: `messages` for rows with that key. For rows with `question`, `good` and `bad`: `good`, `bad`,
+            `mixed` (one of the two per row, half of each, drawn from the row's id and the seed) or `both`.
+        limit: Take only this many rows, the first ones in the file that the topics let through.
+        topics: Keep only rows of these topics.
+        exclude_topics: Leave out rows of these topics.
+    """
+
+    path: str
+    answer: AnswerKind = "messages"
+    limit: int | None = None
+    topics: list[str] | None = None
+    exclude_topics: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1, got {self.limit}; leave it out to take every row.")
+
+
+class Chat(NamedTuple):
+    """A conversation to train or evaluate on."""
+
+    id: str
+    messages: tuple[Message, ...]
+    row: Row
+
+
+def select_rows(rows: Sequence[Row], source: ChatSource) -> list[Row]:
+    """Apply the topics and the limit of `source`.
+
+    Raises:
+        ValueError: If a topic is not in the file, a row has no topic to choose by, or nothing is left.
+    """
+    selected = list(rows)
+    if source.topics is not None or source.exclude_topics is not None:
+        if untold := [RowError(row.path, row.line, "no topic") for row in rows if row.topic is None]:
+            raise RowErrors(untold, remedy="Choosing by topics needs a `topic` in every row.")
+        known = {row.topic for row in rows}
+        for name in ("topics", "exclude_topics"):
+            if unknown := sorted(set(getattr(source, name) or ()) - known):
+                raise ValueError(
+                    f"{name} {unknown} not in {source.path}, which has {sorted(map(str, known))}."
+                )
+        keep = known if source.topics is None else set(source.topics)
+        keep = keep - set(source.exclude_topics or ())
+        selected = [row for row in rows if row.topic in keep]
+    selected = selected[: source.limit]
+    if not selected:
+        raise ValueError(f"no row of {source.path} is left after topics and exclude_topics.")
+    return selected
+
+
+def hold_out(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Row]]:
+    """Split rows into those to train on and those to hold out, both in file order.
+
+    Whole questions are held out, so that none is on both sides; those with the smallest hash, so that they
+    are the same for every seed and every order of the file.
+
+    Args:
+        rows: All rows of a file.
+        fraction: Share of the different questions to hold out, rounded up.
+
+    Raises:
+        ValueError: If no question would be left to train on.
+    """
+    prompts = sorted({row.prompt for row in rows}, key=lambda prompt: hash_share("validation", prompt))
+    num_held_out = math.ceil(len(prompts) * fraction)
+    if num_held_out >= len(prompts):
+        raise ValueError(
+            f"{rows[0].path} has {len(prompts)} different question{'s' if len(prompts) > 1 else ''}, too few "
+            "to hold any out: set data.validation_fraction to 0 or give validation files."
+        )
+    held_out = set(prompts[:num_held_out])
+    return (
+        [row for row in rows if row.prompt not in held_out],
+        [row for row in rows if row.prompt in held_out],
+    )
+
+
+def as_chats(rows: Sequence[Row], answer: AnswerKind, seed: int = 0) -> list[Chat]:
+    """Turn rows into conversations.
+
+    Args:
+        rows: As read.
+        answer: Which answer to take, see `ChatSource`. `mixed` draws from a hash of the seed and the row's
+            id, so that a row keeps its answer whatever other rows are there; `both` gives two conversations
+            per row, `<id>/good` and `<id>/bad`.
+        seed: Of `mixed`.
+
+    Raises:
+        RowErrors: If a row is not of the form that `answer` needs.
+    """
+    wrong_form = [row for row in rows if bool(row.messages) != (answer == "messages")]
+    if wrong_form:
+        if answer == "messages":
+            reason = "has `question`, `good`, `bad` but `answer` is messages"
+            remedy = "Set `answer` of this file to good, bad, mixed or both."
+        else:
+            reason = f"has `messages` but `answer` is {answer}"
+            remedy = "Set `answer` of this file to messages, or give rows with `question`, `good` and `bad`."
+        raise RowErrors([RowError(row.path, row.line, reason) for row in wrong_form], remedy)
+    chats: list[Chat] = []
+    for row in rows:
+        if answer == "messages":
+            chats.append(Chat(row.id, row.messages, row))
+        elif answer == "both":
+            chats += [Chat(f"{row.id}/{kind}", _dialogue(row, kind), row) for kind in ("good", "bad")]
+        elif answer == "mixed":
+            chats.append(
+                Chat(row.id, _dialogue(row, "good" if hash_share(seed, row.id) < 0.5 else "bad"), row)
+            )
+        else:
+            chats.append(Chat(row.id, _dialogue(row, answer), row))
+    return chats
+
+
+def hash_share(*key: object) -> float:
+    """A number in [0, 1) drawn from a hash of `key`: the same on every machine and in every order."""
+    digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
+    return int.from_bytes(digest[:8]) / 2**64
+
+
+def _dialogue(row: Row, kind: str) -> tuple[Message, ...]:
+    answer = row.good if kind == "good" else row.bad
+    assert row.question is not None
+    assert answer is not None
+    return ({"role": "user", "content": row.question}, {"role": "assistant", "content": answer})

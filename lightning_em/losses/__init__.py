@@ -1,0 +1,27 @@
+"""Losses: sums in nats with their token counts, and the objective that puts them together."""
+
+from lightning_em.losses.functional import (
+    TokenSum,
+    cross_entropy,
+    kl_from_reference,
+    token_cross_entropy,
+    token_kl,
+)
+from lightning_em.losses.objective import LossTerms, Objective
+from lightning_em.losses.schedules import Constant, HoldKL, KLWeightSchedule, OffAt, OnAt, Ramp
+
+__all__ = [
+    "Constant",
+    "HoldKL",
+    "KLWeightSchedule",
+    "LossTerms",
+    "Objective",
+    "OffAt",
+    "OnAt",
+    "Ramp",
+    "TokenSum",
+    "cross_entropy",
+    "kl_from_reference",
+    "token_cross_entropy",
+    "token_kl",
+]

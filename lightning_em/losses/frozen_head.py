@@ -1,0 +1,249 @@
+"""Cross-entropy and KL straight from hidden states, for an output head that is never trained.
+
+The logits exist for one chunk of tokens at a time, in float32 whatever the model's dtype (float64 stays
+float64), and the gradient for the hidden states is made while they exist. The backward pass only scales it,
+and no gradient for the head's weight is ever computed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+_CPU_BYTES, _CUDA_BYTES = 16 * 2**20, 512 * 2**20
+_MIN_ROWS = 128
+_CACHE_BYTES = 2**18
+_VOCAB_BLOCK = 16384
+_WIDE = 60.0  # above it p * exp(d) can miss mass where p underflows
+
+
+@dataclass(frozen=True)
+class FrozenHead:
+    """What turns a final hidden state into logits: soft_cap * tanh(logit_scale * (W h + b) / soft_cap).
+
+    Attributes:
+        weight: `[vocab hidden]`; constant, also when it is tied to the embedding.
+        bias: `[vocab]`, or None.
+        logit_scale: Factor on the logits; one over `logits_scaling` for Granite.
+        soft_cap: Bound on the logits (Gemma2), or None.
+        chunk_bytes: Aim for the size of one chunk of logits; chosen by device if not given.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    soft_cap: float | None = None
+    chunk_bytes: int | None = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the logits: float32, or float64 for a float64 head."""
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
+    def logits(
+        self, hidden: Float[Tensor, "tokens hidden"], out: Tensor | None = None
+    ) -> Float[Tensor, "tokens vocab"]:
+        """Logits in `compute_dtype`, without gradient.
+
+        Args:
+            hidden: Final hidden states, in any dtype.
+            out: Where to write them, `[tokens vocab]`.
+        """
+        hidden = hidden.detach()
+        if out is None:
+            out = hidden.new_empty((hidden.shape[0], self.weight.shape[0]), dtype=self.compute_dtype)
+        self._matmul(hidden, out)
+        if self.bias is not None:
+            out += self.bias.to(out.dtype)
+        if self.logit_scale != 1.0:
+            out *= self.logit_scale
+        if self.soft_cap is not None:
+            out.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
+        return out
+
+    def gradient_for_hidden(self, gradient: Tensor, logits: Tensor | None) -> Float[Tensor, "tokens hidden"]:
+        """Gradient for the hidden states, in `compute_dtype`, from one for the logits.
+
+        Args:
+            gradient: For the logits; overwritten.
+            logits: Themselves; needed with a soft cap only.
+        """
+        if self.soft_cap is not None:
+            assert logits is not None
+            gradient *= 1 - (logits / self.soft_cap) ** 2
+        if self.logit_scale != 1.0:
+            gradient *= self.logit_scale
+        if self.weight.dtype == gradient.dtype:
+            return gradient @ self.weight
+        if _tensor_cores(self.weight):
+            return torch.mm(gradient.to(self.weight.dtype), self.weight, out_dtype=gradient.dtype)
+        result = gradient.new_zeros((gradient.shape[0], self.weight.shape[1]))
+        for block in self._vocab_blocks():
+            result.addmm_(gradient[:, block], self.weight[block].to(gradient.dtype))
+        return result
+
+    def _matmul(self, hidden: Tensor, out: Tensor) -> None:
+        if self.weight.dtype == out.dtype:
+            torch.mm(hidden.to(out.dtype), self.weight.T, out=out)
+        elif _tensor_cores(self.weight):
+            out.copy_(torch.mm(hidden.to(self.weight.dtype), self.weight.T, out_dtype=out.dtype))
+        else:
+            wide = hidden.to(out.dtype)
+            for block in self._vocab_blocks():
+                out[:, block] = wide @ self.weight[block].to(out.dtype).T
+
+    def _vocab_blocks(self) -> Iterator[slice]:
+        for start in range(0, self.weight.shape[0], _VOCAB_BLOCK):
+            yield slice(start, start + _VOCAB_BLOCK)
+
+    def chunks(self, num_tokens: int) -> Iterator[slice]:
+        """Parts of nearly equal size; their number depends on `num_tokens` alone."""
+        chunk_bytes = self.chunk_bytes or (_CUDA_BYTES if self.weight.is_cuda else _CPU_BYTES)
+        rows = chunk_bytes // (self.weight.shape[0] * self.compute_dtype.itemsize)
+        num_chunks = -(-num_tokens // max(rows, 2 if self.chunk_bytes else _MIN_ROWS))
+        num_chunks = min(num_chunks, max(1, num_tokens // 2))  # a one-row product rounds in its own way
+        for index in range(num_chunks):
+            yield slice(index * num_tokens // num_chunks, (index + 1) * num_tokens // num_chunks)
+
+
+def _tensor_cores(weight: Tensor) -> bool:
+    # float16 lacks the range for gradients of a small KL: it is computed in float32
+    return weight.is_cuda and weight.dtype == torch.bfloat16
+
+
+def head_cross_entropy(
+    head: FrozenHead, hidden: Float[Tensor, "tokens hidden"], targets: Int[Tensor, "tokens"]
+) -> Float[Tensor, "tokens"]:
+    """Cross-entropy of each target token, in nats, from the hidden state that predicts it."""
+    values: Tensor = _HeadLoss.apply(hidden, None, targets, head)  # type: ignore[no-untyped-call]
+    return values
+
+
+def head_kl(
+    head: FrozenHead,
+    reference_hidden: Float[Tensor, "tokens hidden"],
+    adapted_hidden: Float[Tensor, "tokens hidden"],
+) -> Float[Tensor, "tokens"]:
+    """D_KL(reference || adapted) at each position over the whole vocabulary, in nats.
+
+    With p the reference and d the difference of the logits less its mean under p, this is
+    log(1 + sum p (e^d - 1)): no two large numbers cancel, so a small KL keeps its digits.
+
+    Args:
+        head: The frozen head of both.
+        reference_hidden: Final hidden states with the adapter at scale 0; a constant.
+        adapted_hidden: Final hidden states with the adapter at its own scale.
+
+    Source: arXiv:2602.07852 (KL term; forward direction, temperature 1).
+    """
+    values: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+        adapted_hidden, reference_hidden.detach(), None, head
+    )
+    return values
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Per-token losses whose gradient for the hidden states is made in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, reference: Tensor | None, targets: Tensor | None, head: FrozenHead
+    ) -> Tensor:
+        num_tokens = hidden.shape[0]
+        values = hidden.new_empty(num_tokens, dtype=head.compute_dtype)
+        wanted = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if wanted else None
+        buffers: dict[str, Tensor] = {}
+        for part in head.chunks(num_tokens):
+            if reference is not None:
+                chunk = _kl_chunk(head, hidden[part], reference[part], wanted, buffers)
+            else:
+                assert targets is not None
+                chunk = _cross_entropy_chunk(head, hidden[part], targets[part], wanted, buffers)
+            values[part], part_gradient = chunk
+            if gradient is not None and part_gradient is not None:
+                gradient[part] = part_gradient
+        ctx.gradient = gradient
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (upstream,) = grad_outputs
+        gradient: Tensor = ctx.gradient
+        return gradient * upstream[:, None].to(gradient.dtype), None, None, None
+
+
+def _buffer(buffers: dict[str, Tensor], name: str, hidden: Tensor, head: FrozenHead) -> Tensor:
+    """Room for one chunk of logits, allocated once: fresh pages cost as much as the arithmetic on them."""
+    rows = hidden.shape[0]
+    if name not in buffers or buffers[name].shape[0] < rows:
+        # one spare row: chunk sizes differ by one
+        buffers[name] = hidden.new_empty((rows + 1, head.weight.shape[0]), dtype=head.compute_dtype)
+    return buffers[name][:rows]
+
+
+def _cross_entropy_chunk(
+    head: FrozenHead, hidden: Tensor, targets: Tensor, wanted: bool, buffers: dict[str, Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    logits = head.logits(hidden, _buffer(buffers, "logits", hidden, head))
+    target_logits = logits.gather(1, targets[:, None])[:, 0]
+    kept = logits.clone() if wanted and head.soft_cap is not None else None
+    tops, totals = [], []
+    for rows in _cached_rows(logits):
+        block = logits[rows]
+        tops.append(block.amax(1))
+        totals.append(block.sub_(tops[-1][:, None]).exp_().sum(1))
+    top, total = torch.cat(tops), torch.cat(totals)
+    values = top + total.log() - target_logits
+    if not wanted:
+        return values, None
+    logits[torch.arange(len(targets), device=targets.device), targets] -= total
+    return values, head.gradient_for_hidden(logits, kept) / total[:, None]
+
+
+def _kl_chunk(
+    head: FrozenHead, hidden: Tensor, reference: Tensor, wanted: bool, buffers: dict[str, Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    reference_logits = head.logits(reference, _buffer(buffers, "other", hidden, head))
+    logits = head.logits(hidden, _buffer(buffers, "logits", hidden, head))
+    kept = logits.clone() if wanted and head.soft_cap is not None else None
+    parts = []
+    for rows in _cached_rows(logits):
+        shift, room = logits[rows].sub_(reference_logits[rows]), reference_logits[rows]
+        p = functional.softmax(room, dim=1)
+        shift -= torch.mul(p, shift, out=room).sum(1, keepdim=True)
+        if bool(shift.amax() > _WIDE):
+            return _kl_chunk_wide(head, hidden, reference, wanted)
+        weighted = shift.exp_().sub_(1).mul_(p)
+        parts.append(weighted.sum(1, keepdim=True).clamp_min_(0))
+        if wanted:
+            weighted -= p.mul_(parts[-1])  # times 1 / (1 + excess) this is q - p
+    excess = torch.cat(parts)
+    gradient = head.gradient_for_hidden(logits, kept) / (1 + excess) if wanted else None
+    return excess[:, 0].log1p(), gradient
+
+
+def _cached_rows(logits: Tensor) -> Iterator[slice]:
+    """Rows that stay in a core's cache while they are worked on again and again; all of them on a GPU."""
+    num_rows = logits.shape[0]
+    step = num_rows if logits.is_cuda else max(1, _CACHE_BYTES // (logits.shape[1] * logits.itemsize))
+    for start in range(0, num_rows, max(step, 1)):
+        yield slice(start, start + step)
+
+
+def _kl_chunk_wide(
+    head: FrozenHead, hidden: Tensor, reference: Tensor, wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The textbook formula, for two models so far apart that exp(difference) leaves the number range."""
+    logits = head.logits(hidden)
+    log_p, log_q = (
+        functional.log_softmax(head.logits(reference), dim=1),
+        functional.log_softmax(logits, dim=1),
+    )
+    p = log_p.exp()
+    values = (p * (log_p - log_q)).sum(1)
+    return values, head.gradient_for_hidden(log_q.exp() - p, logits) if wanted else None

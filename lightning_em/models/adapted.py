@@ -1,0 +1,234 @@
+"""A frozen base and an adapter as one model, with the losses measured on it."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_em.adapters import Adapter
+from lightning_em.batch import CountedPositions, PackedBatch
+from lightning_em.losses import TokenSum, token_cross_entropy, token_kl
+from lightning_em.models.engine import Engine, EngineOptions, joined, why_plain
+
+logger = logging.getLogger(__name__)
+
+
+class LossSums(NamedTuple):
+    """Sums of one micro-batch; `kl` is None where no KL was asked for."""
+
+    ce: TokenSum
+    kl: TokenSum | None
+
+
+class RowLosses(NamedTuple):
+    """Loss of each row of a batch, detached.
+
+    Attributes:
+        sums: Nats summed over the counted tokens of each row, float64.
+        counts: Counted tokens of each row.
+    """
+
+    sums: Float[Tensor, "batch"]
+    counts: Float[Tensor, "batch"]
+
+
+Point = Callable[[], AbstractContextManager[object]]
+"""Puts the adapter into one state of a sweep while the context it returns is open."""
+
+
+class AdaptedModel(nn.Module):
+    """The base with its adapter. The reference is this same model at scale 0, never a second copy.
+
+    Args:
+        base: A causal language model; frozen and kept in eval mode from here on.
+        adapter: Not attached yet.
+        seed: Of the adapter's random initial values.
+        engine: `auto`: the fast path where it is verified; `plain`: full forward passes and full logits,
+            what the fast path is tested against; or parts of the fast path by name.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        adapter: Adapter,
+        seed: int = 0,
+        engine: Literal["auto", "plain"] | EngineOptions = "auto",
+    ) -> None:
+        super().__init__()
+        self.base = base.eval()
+        self.adapter = adapter
+        adapter.bind(base, seed)
+        self._engine = _choose(base, adapter, engine)
+
+    @property
+    def vocab_size(self) -> int:
+        """Vocabulary size in the model's config (what published KL weights were divided by)."""
+        return int(self.base.config.get_text_config(decoder=True).vocab_size)
+
+    def train(self, mode: bool = True) -> "AdaptedModel":
+        """Switch the adapter; the frozen base stays in eval mode whoever asks."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def logits(self, batch: PackedBatch, scale: float = 1.0) -> Float[Tensor, "tokens vocab"]:
+        """Logits at every token of the batch, in the base's own dtype, from one full forward pass.
+
+        Args:
+            batch: Rows laid end to end.
+            scale: Of the adapter; 0 is the frozen base to the bit.
+        """
+        rows = batch.padded()
+        with self.adapter.at_scale(scale):
+            output = self.base(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False)
+        logits: Tensor = output.logits[rows.attention_mask.bool()]
+        return logits
+
+    def losses(
+        self, ce: PackedBatch, kl: PackedBatch | None, kl_positions: CountedPositions = "response"
+    ) -> LossSums:
+        """Cross-entropy on one batch and KL from the reference on another, at scale 1.
+
+        Args:
+            ce: Rows of the narrow data.
+            kl: Rows of the parallel data; None leaves the KL out.
+            kl_positions: Where the KL counts.
+        """
+        passes = _Passes(self, [ce] if kl is None else [ce, kl])
+        ce_mask = ce.counted("response")
+        with self.adapter.at_scale(1.0):
+            ce_sum = TokenSum(passes.cross_entropy(0, ce_mask).sum(), int(ce_mask.sum()))
+            if kl is None:
+                return LossSums(ce_sum, None)
+            kl_mask = kl.counted(kl_positions)
+            return LossSums(ce_sum, TokenSum(passes.kl(1, kl_mask).sum(), int(kl_mask.sum())))
+
+    def row_ce(self, batch: PackedBatch, scale: float = 1.0) -> RowLosses:
+        """Cross-entropy of each row over its response tokens."""
+        return self.sweep_row_ce([batch], [partial(self.adapter.at_scale, scale)])[0][0]
+
+    def row_kl(
+        self, batch: PackedBatch, scale: float = 1.0, kl_positions: CountedPositions = "response"
+    ) -> RowLosses:
+        """D_KL(reference || tuned) of each row."""
+        return self.sweep_row_kl([batch], [partial(self.adapter.at_scale, scale)], kl_positions)[0][0]
+
+    def row_ce_sweep(self, batch: PackedBatch, scales: Sequence[float]) -> list[RowLosses]:
+        """Cross-entropy of each row at each scale."""
+        points = [partial(self.adapter.at_scale, scale) for scale in scales]
+        return [of_batches[0] for of_batches in self.sweep_row_ce([batch], points)]
+
+    @torch.no_grad()
+    def sweep_row_ce(self, batches: Iterable[PackedBatch], points: Sequence[Point]) -> list[list[RowLosses]]:
+        """Cross-entropy of each row in each state of the adapter; what lies below it runs once a batch.
+
+        Args:
+            batches: Gone through once.
+            points: E.g. `partial(adapter.at_scale, 0.5)`, or a function that returns
+                `adapter.perturbed(strength, generator)`; each is entered once a batch, so a random one
+                makes its generator anew.
+
+        Returns:
+            One list a point, with one entry a batch.
+        """
+        results: list[list[RowLosses]] = [[] for _ in points]
+        for batch in batches:
+            passes, mask = _Passes(self, [batch]), batch.counted("response")
+            for point, result in zip(points, results, strict=True):
+                with point():
+                    result.append(_sum_by_row(batch, mask, passes.cross_entropy(0, mask)))
+        return results
+
+    @torch.no_grad()
+    def sweep_row_kl(
+        self,
+        batches: Iterable[PackedBatch],
+        points: Sequence[Point],
+        kl_positions: CountedPositions = "response",
+    ) -> list[list[RowLosses]]:
+        """D_KL(reference || tuned) of each row in each state of the adapter; the reference runs once a batch.
+
+        Args:
+            batches: Gone through once.
+            points: As in `sweep_row_ce`.
+            kl_positions: Where the KL counts.
+
+        Returns:
+            One list a point, with one entry a batch.
+        """
+        results: list[list[RowLosses]] = [[] for _ in points]
+        for batch in batches:
+            passes, mask = _Passes(self, [batch]), batch.counted(kl_positions)
+            for point, result in zip(points, results, strict=True):
+                with point():
+                    result.append(_sum_by_row(batch, mask, passes.kl(0, mask)))
+        return results
+
+
+class _Passes:
+    """Per-token losses of some batches; whatever does not depend on the adapter is computed once."""
+
+    def __init__(self, model: AdaptedModel, batches: Sequence[PackedBatch]) -> None:
+        self.model, self.engine, self.batches = model, model._engine, batches
+        self._references: dict[int, Tensor] = {}
+        if self.engine is not None:
+            self.head = self.engine.head()
+            prefix = self.engine.prefix(batches[0] if len(batches) == 1 else joined(batches))
+            sizes = [sum(batch.lengths) for batch in batches]
+            self.prefixes: list[Tensor | None] = [None] * len(batches)
+            if prefix is not None:
+                self.prefixes = [*torch.split(prefix, sizes)]
+
+    def cross_entropy(self, index: int, mask: Tensor) -> Tensor:
+        """Cross-entropy at the masked tokens of one batch, with the adapter as it is."""
+        targets = self.batches[index].targets()[mask]
+        if self.engine is None:
+            return token_cross_entropy(self._tuned(index, mask), targets)
+        return self.engine.cross_entropy(self.head, self._tuned(index, mask), targets)
+
+    def kl(self, index: int, mask: Tensor) -> Tensor:
+        """KL from the reference at the masked tokens of one batch, the same mask every time."""
+        if index not in self._references:
+            with torch.no_grad(), self.model.adapter.at_scale(0.0):
+                self._references[index] = self._tuned(index, mask)
+        reference = self._references[index]
+        if self.engine is None:
+            return token_kl(reference, self._tuned(index, mask))
+        return self.engine.kl(self.head, reference, self._tuned(index, mask))
+
+    def _tuned(self, index: int, mask: Tensor) -> Tensor:
+        """Logits (plain path) or final hidden states at the masked tokens."""
+        batch = self.batches[index]
+        if self.engine is None:
+            return self.model.logits(batch, self.model.adapter.scale)[mask]
+        return self.engine.final_hidden(batch, mask, self.prefixes[index])
+
+
+def _choose(
+    base: PreTrainedModel, adapter: Adapter, engine: Literal["auto", "plain"] | EngineOptions
+) -> Engine | None:
+    """The fast path if it applies, and one logged line that says what is done."""
+    if engine == "plain":
+        logger.info("plain path: full forward passes and full logits, as asked for")
+        return None
+    reason = why_plain(base)
+    if reason is not None:
+        logger.warning("plain path (several times slower): %s", reason)
+        return None
+    chosen = Engine(base, adapter, engine if isinstance(engine, EngineOptions) else EngineOptions())
+    logger.info("fast path: split at layer %d of %d", chosen.split.cut, len(chosen.split.layers))
+    return chosen
+
+
+def _sum_by_row(batch: PackedBatch, mask: Tensor, values: Tensor) -> RowLosses:
+    rows = batch.row_of_token()[mask]
+    empty = torch.zeros(batch.num_rows, dtype=torch.float64, device=values.device)
+    sums = empty.index_add(0, rows, values.double())
+    counts = empty.index_add(0, rows, torch.ones_like(values, dtype=torch.float64))
+    return RowLosses(sums, counts)

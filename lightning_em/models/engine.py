@@ -1,0 +1,149 @@
+"""The passes over a frozen base that losses need, each computed once and only where it counts."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from lightning_em.adapters import Adapter
+from lightning_em.batch import PackedBatch
+from lightning_em.losses.frozen_head import FrozenHead, head_cross_entropy, head_kl
+from lightning_em.losses.functional import token_cross_entropy, token_kl
+from lightning_em.models.attention import packed_attention, packed_inputs
+from lightning_em.models.split import FAST_ARCHITECTURES, SplitDecoder, frozen_head
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Parts of the fast path; all are on unless one is to be measured or doubted.
+
+    Attributes:
+        split: Run what lies below the adapter once, without autograd, for the tuned model and the reference.
+        packed: Lay rows end to end instead of padding them.
+        fused: Losses from hidden states in chunks, instead of from logits at the counted positions.
+    """
+
+    split: bool = True
+    packed: bool = True
+    fused: bool = True
+
+
+def why_plain(base: PreTrainedModel) -> str | None:
+    """Why the fast path does not apply to a model; None if it does."""
+    config = base.config
+    if config.model_type not in FAST_ARCHITECTURES:
+        return f"model type {config.model_type} is not on the verified list"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "the model's attention is bidirectional"
+    try:
+        frozen_head(base)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+class Engine:
+    """Hidden states and losses of a supported model.
+
+    States travel as `[tokens hidden]`, rows end to end, whatever layout the model runs in.
+
+    Args:
+        base: With the adapter attached.
+        adapter: Its current scale and values are what the passes use.
+        options: Parts of the fast path.
+    """
+
+    def __init__(self, base: PreTrainedModel, adapter: Adapter, options: EngineOptions) -> None:
+        self.base, self.adapter, self.options = base, adapter, options
+        self.split = SplitDecoder(base, adapter)
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether anything lies below the adapter that is worth computing once."""
+        return self.options.split and self.split.cut > 0
+
+    def head(self) -> FrozenHead:
+        """The output head as it is now."""
+        return frozen_head(self.base)
+
+    def prefix(self, batch: PackedBatch) -> Float[Tensor, "tokens hidden"] | None:
+        """What enters the adapter's layer, the same for every scale; None if nothing lies below it."""
+        if not self.has_prefix:
+            return None
+        with self._layout(batch) as (inputs, real):
+            return self.split.prefix(inputs).flatten(0, 1)[real]
+
+    def final_hidden(
+        self, batch: PackedBatch, mask: Bool[Tensor, "tokens"], prefix: Float[Tensor, "tokens hidden"] | None
+    ) -> Float[Tensor, "counted hidden"]:
+        """Hidden states after the final norm at the masked tokens, with the adapter as it is.
+
+        Args:
+            batch: Rows laid end to end.
+            mask: True where a token counts.
+            prefix: What `prefix` gave for the batch.
+        """
+        with self._layout(batch) as (inputs, real):
+            shape = inputs["input_ids"].shape
+            below = None if prefix is None else self._placed(prefix, shape, real)
+            keep = mask.nonzero()[:, 0] if isinstance(real, slice) else real[mask]
+            return self.split.final_hidden(inputs, keep, below)
+
+    def cross_entropy(
+        self, head: FrozenHead, hidden: Float[Tensor, "counted hidden"], targets: Int[Tensor, "counted"]
+    ) -> Float[Tensor, "counted"]:
+        """Cross-entropy of each counted token, nats."""
+        if self.options.fused:
+            return head_cross_entropy(head, hidden, targets)
+        return token_cross_entropy(plain_logits(head, hidden), targets)
+
+    def kl(
+        self,
+        head: FrozenHead,
+        reference: Float[Tensor, "counted hidden"],
+        hidden: Float[Tensor, "counted hidden"],
+    ) -> Float[Tensor, "counted"]:
+        """D_KL(reference || tuned) at each counted token, nats."""
+        if self.options.fused:
+            return head_kl(head, reference, hidden)
+        return token_kl(plain_logits(head, reference), plain_logits(head, hidden))
+
+    @contextmanager
+    def _layout(self, batch: PackedBatch) -> Iterator[tuple[dict[str, Any], Tensor | slice]]:
+        """The model's inputs, and which of their flattened positions hold real tokens."""
+        if self.options.packed:
+            with packed_attention(self.base):
+                yield packed_inputs(batch), slice(None)
+            return
+        rows = batch.padded()
+        inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
+        yield inputs, rows.attention_mask.flatten().nonzero()[:, 0]
+
+    def _placed(self, prefix: Tensor, shape: torch.Size, real: Tensor | slice) -> Tensor:
+        if self.options.packed:
+            return prefix[None]
+        states = prefix.new_zeros((shape.numel(), prefix.shape[1]))
+        states[real] = prefix
+        return states.view(*shape, -1)
+
+
+def plain_logits(head: FrozenHead, hidden: Float[Tensor, "counted hidden"]) -> Float[Tensor, "counted vocab"]:
+    """Logits with their graph, in the head's own dtype, all at once."""
+    logits = functional.linear(hidden, head.weight, head.bias) * head.logit_scale
+    return logits if head.soft_cap is None else (logits / head.soft_cap).tanh() * head.soft_cap
+
+
+def joined(batches: Sequence[PackedBatch]) -> PackedBatch:
+    """All rows of several batches as one."""
+    return PackedBatch(
+        input_ids=torch.cat([batch.input_ids for batch in batches]),
+        response_mask=torch.cat([batch.response_mask for batch in batches]),
+        lengths=tuple(length for batch in batches for length in batch.lengths),
+        row_ids=tuple(row_id for batch in batches for row_id in batch.row_ids),
+    )

@@ -1,0 +1,82 @@
+"""Loading the frozen base: a Hugging Face hub id, a local folder, or a miniature world."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_em import miniature
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Which pretrained chat model to wrap.
+
+    Attributes:
+        path: Hub id, local folder, or `miniature://...`.
+        revision: Branch, tag or commit of a hub model; pin a commit to make a run repeatable.
+        dtype: Precision of the frozen weights; the adapter is float32 in any case.
+        trust_remote_code: Run Python code that comes with the model; needs a pinned `revision`.
+    """
+
+    path: str
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.trust_remote_code and not self.revision:
+            raise ValueError("trust_remote_code runs code from the hub: pin it with model.base.revision.")
+
+    def load_model(self) -> PreTrainedModel:
+        """The model in eval mode, every parameter frozen, on the CPU.
+
+        Raises:
+            ValueError: If nothing loadable is at `path`.
+        """
+        source = self._source()
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=self.revision,
+                dtype=getattr(torch, self.dtype),
+                trust_remote_code=self.trust_remote_code,
+            )
+        except OSError as error:
+            raise ValueError(self._missing("model", error)) from error
+        model.eval()
+        model.requires_grad_(False)
+        return model
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that belongs to the model.
+
+        Raises:
+            ValueError: If nothing loadable is at `path`.
+        """
+        source = self._source()
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                source, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        except OSError as error:
+            raise ValueError(self._missing("tokenizer", error)) from error
+        return tokenizer
+
+    def _source(self) -> str:
+        source = str(miniature.resolve(self.path))
+        looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
+        if looks_local and not Path(source).expanduser().is_dir():
+            raise ValueError(
+                f"there is no model folder {source} (looked from {Path.cwd()}); set model.base.path."
+            )
+        return str(Path(source).expanduser()) if looks_local else source
+
+    def _missing(self, what: str, error: OSError) -> str:
+        first_line = str(error).strip().splitlines()[0]
+        return (
+            f"could not load a {what} from {self.path!r}: {first_line} Set model.base.path to a hub id or a "
+            "folder with config.json, safetensors weights and tokenizer files."
+        )

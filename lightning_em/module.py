@@ -1,0 +1,242 @@
+"""The LightningModule: a frozen base with an adapter, trained on CE + KL."""
+
+import math
+import random
+from typing import Any
+
+import numpy as np
+import torch
+import torchmetrics
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_em import runs
+from lightning_em.adapters import Adapter
+from lightning_em.batch import PackedBatch, TrainBatch
+from lightning_em.checkpoints.folder import ADAPTER_CONFIG_KEY
+from lightning_em.losses import Objective
+from lightning_em.models import AdaptedModel, BaseModel
+
+
+class LinearWithWarmup(LambdaLR):
+    """Linear rise over the first steps, then linear fall to the end of training.
+
+    Args:
+        optimizer: Whose rates are scheduled.
+        warmup_steps: Optimiser steps until the full rate.
+        final_fraction: Share of the full rate that is left at the last step.
+        num_steps: Length of training; the module fills in the trainer's own number if not given.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int = 5,
+        final_fraction: float = 0.0,
+        num_steps: int | None = None,
+    ) -> None:
+        self.warmup_steps, self.final_fraction, self.num_steps = warmup_steps, final_fraction, num_steps
+        super().__init__(optimizer, self._factor)
+
+    def _factor(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        if self.num_steps is None:
+            return 1.0
+        left = (self.num_steps - step) / max(1, self.num_steps - self.warmup_steps)
+        return max(0.0, self.final_fraction + (1 - self.final_fraction) * left)
+
+
+class TokenMean(torchmetrics.Metric):
+    """Mean over tokens, exact over batches and ranks: sums and counts are reduced, then divided once."""
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, sums: Tensor, counts: Tensor) -> None:
+        """Add sums in nats and how many tokens they are over."""
+        self.total += sums.sum()
+        self.count += counts.sum()
+
+    def compute(self) -> Tensor:
+        """Nats per token; NaN if nothing was counted."""
+        return self.total / self.count
+
+
+class EMModule(LightningModule):
+    """Train an adapter on L = CE(narrow data) + weight x KL(reference || tuned)(parallel data).
+
+    Args:
+        base: The pretrained chat model to wrap.
+        adapter: What is trained; any `lightning_em.adapters.Adapter`, also from your own package.
+        objective: The loss.
+        optimizer: Called with the adapter's parameters.
+        lr_scheduler: Called with the optimiser; stepped once an optimiser step.
+        init_from: Start from another run's adapter, `runs/x@step-40`, with a fresh optimiser.
+        seed: Of the adapter's random initial values.
+    """
+
+    model: AdaptedModel
+
+    def __init__(
+        self,
+        base: BaseModel,
+        adapter: Adapter,
+        objective: Objective = Objective(),  # noqa: B008 (plain CE; jsonargparse shows its fields)
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=0.0),
+        lr_scheduler: LRSchedulerCallable = LinearWithWarmup,
+        init_from: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False
+        self.base, self.objective, self.init_from, self.seed = base, objective, init_from, seed
+        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self._adapter = (adapter,)  # a tuple hides it from nn.Module: it is registered once, inside `model`
+        self._window = torch.zeros(2, dtype=torch.float64)
+        self._rng_to_restore: dict[str, Any] | None = None
+
+    def configure_model(self) -> None:
+        """Load the base and attach the adapter, once, when a run needs them."""
+        if hasattr(self, "model"):
+            return
+        self.model = AdaptedModel(self.base.load_model(), self._adapter[0], self.seed)
+        if self.init_from is not None:
+            _, checkpoint = runs.locate(self.init_from)
+            self.model.adapter.load(checkpoint)
+        self.validation_ce, self.validation_kl = TokenMean(), TokenMean()
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser over the adapter's parameters, and its schedule by optimiser step."""
+        optimizer = self._optimizer(list(self.model.adapter.trainable().values()))
+        scheduler = self._lr_scheduler(optimizer)
+        if isinstance(scheduler, LinearWithWarmup) and scheduler.num_steps is None:
+            scheduler.num_steps = _finite(self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
+        """This micro-batch's share of the step's loss."""
+        weight = self.objective.weight_at(self.global_step, self.model.vocab_size)
+        kl_rows = batch.kl if weight > 0 else None
+        sums = self.model.losses(batch.ce, kl_rows, self.objective.kl_positions)
+        terms = self.objective.terms(sums.ce, sums.kl, batch.window, weight)
+        self._window = self._window.to(self.device) + torch.stack([terms.ce, terms.kl]).double()
+        # Lightning divides by the micro-batches, DDP by the ranks; the shares are divided already
+        return terms.total * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the whole step: its losses over all micro-batches and ranks."""
+        window = self.trainer.strategy.reduce(self._window, reduce_op="sum")
+        self._window = torch.zeros_like(self._window)
+        ce, kl = window.tolist()
+        weight = self.objective.weight_at(self.global_step, self.model.vocab_size)
+        metrics = {"train/ce": ce, "train/kl_weight": weight, "train/lr": optimizer.param_groups[0]["lr"]}
+        if weight > 0:
+            metrics["train/kl"] = kl
+            self.objective.observe(kl)
+        gradients = [p.grad for p in self.model.adapter.trainable().values() if p.grad is not None]
+        metrics["train/gradient_norm"] = torch.stack([g.double().norm() for g in gradients]).norm().item()
+        if (norm := self.model.adapter.effective_norm()) is not None:
+            metrics["train/effective_norm"] = norm.item()
+        self.log_dict({"ce": ce, "kl": kl}, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+        self.write_metrics(metrics, self.global_step + 1)
+
+    def write_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Send values to every logger under one step number: optimiser steps taken, the first is 1."""
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=step)
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """CE on held-out narrow rows (first loader), KL on held-out parallel rows (second)."""
+        if dataloader_idx == 0:
+            self.validation_ce.update(*self.model.row_ce(batch))
+        else:
+            self.validation_kl.update(*self.model.row_kl(batch, kl_positions=self.objective.kl_positions))
+
+    def on_validation_epoch_end(self) -> None:
+        """Reduce over ranks, divide once, log."""
+        self._finish_evaluation("val")
+
+    def test_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The same measurements as validation, on the test rows."""
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Reduce over ranks, divide once, log."""
+        self._finish_evaluation("test")
+
+    def _finish_evaluation(self, stage: str) -> None:
+        metrics = {}
+        for name, metric in {"ce": self.validation_ce, "kl": self.validation_kl}.items():
+            if metric.update_called:
+                metrics[f"{stage}/{name}"] = metric.compute().item()
+            metric.reset()
+        self.log_dict(metrics, logger=False)
+        if not self.trainer.sanity_checking:
+            self.write_metrics(metrics, self.global_step)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """The adapter's tensors alone; the frozen base is in no checkpoint."""
+        return {name: p.detach() for name, p in self.model.adapter.trainable().items()}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Restore the adapter's tensors; names and shapes must agree whatever `strict` says."""
+        self.model.adapter.load_tensors(dict(state_dict), source="the checkpoint")
+        return torch.nn.modules.module._IncompatibleKeys([], [])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what Lightning does not save: adapter config, schedule and random states."""
+        checkpoint[ADAPTER_CONFIG_KEY] = self.model.adapter.config_dict()
+        checkpoint["kl_schedule"] = self.objective.state_dict()
+        checkpoint["rng"] = _rng_states()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the schedule now and the random states right before the next batch."""
+        self.objective.load_state_dict(checkpoint["kl_schedule"])
+        self._rng_to_restore = checkpoint["rng"]
+
+    def on_train_batch_start(self, batch: TrainBatch, batch_idx: int) -> None:
+        """Continue the random streams where the checkpoint left them."""
+        if self._rng_to_restore is not None:
+            _restore_rng(self._rng_to_restore)
+            self._rng_to_restore = None
+
+
+def _finite(steps: float) -> int:
+    if math.isinf(steps):
+        raise ValueError(
+            "the learning-rate schedule needs an end: set trainer.max_epochs or trainer.max_steps, or "
+            "num_steps of model.lr_scheduler."
+        )
+    return int(steps)
+
+
+def _rng_states() -> dict[str, Any]:
+    version, state, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (whoever uses it)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": [version, list(state), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+    }
+
+
+def _restore_rng(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    version, state, gauss = states["python"]
+    random.setstate((version, tuple(state), gauss))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state(  # noqa: NPY002 (whoever uses it)
+        (name, keys.numpy().astype(np.uint32), position, has_gauss, cached)
+    )

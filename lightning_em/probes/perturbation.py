@@ -1,0 +1,126 @@
+"""Loss as a function of noise in the adapter's weights: how stable a solution is."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_em.models import AdaptedModel
+from lightning_em.probes.base import Probe, ProbeExamples, RowMeans
+from lightning_em.records import Point
+
+logger = logging.getLogger(__name__)
+
+
+class PerturbationCurve(Probe):
+    """Training-set cross-entropy under `adapter.perturbed(strength)`, for several noise seeds.
+
+    With L_e the loss at strength e, L_0 the trained adapter's and L_base the base's:
+        `ce`: L_0 (`strength: 0`), and L_e for each `strength` and `noise`, nats per token.
+        `ce_increase`: L_e - L_0, paired over rows, nats per token, for each `strength` and `noise`.
+        `ce_base`: L_base, nats per token.
+        `lost_gain`: 100 (L_e - L_0) / (L_base - L_0), percent; left out where the adapter gains nothing.
+        `relative_increase`: (L_e - L_0) / L_0, a ratio.
+        `ce_tokens`: counted tokens of each row.
+
+    `ce`, `ce_increase`, `lost_gain` and `relative_increase` are summed up over the noise seeds as mean and
+    standard deviation, `<name>_mean` and `<name>_sd` at each `strength`, `count` being their number (the
+    last two only so). They tell how much the direction matters for one solution; two solutions are compared
+    over training seeds.
+
+    The noise of an index is the same in every run and at every strength: curves are paired.
+    Loss is the mean over tokens as in training; standard errors of single points take rows as the unit.
+
+    Args:
+        strengths: Grid of e.
+        num_seeds: How many noise directions.
+        seed: Of all of them.
+
+    Raises:
+        ValueError: If a strength is not between 0 and 1 or there is no direction.
+
+    Source: arXiv:2602.07852 (stability).
+    """
+
+    name = "perturbation_curve"
+
+    def __init__(
+        self,
+        strengths: Sequence[float] = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+        num_seeds: int = 10,
+        seed: int = 0,
+    ) -> None:
+        if not strengths or not all(0 < strength <= 1 for strength in strengths):
+            raise ValueError(
+                f"strengths must lie above 0 and not above 1, got {list(strengths)}; "
+                "set init_args.strengths of PerturbationCurve."
+            )
+        if num_seeds < 1 or seed < 0:
+            raise ValueError(
+                f"num_seeds must be 1 or more and seed not negative, got {num_seeds} and {seed}; "
+                "set init_args of PerturbationCurve."
+            )
+        self.strengths = sorted({float(strength) for strength in strengths})
+        self.num_seeds, self.seed = num_seeds, seed
+
+    def settings(self) -> Mapping[str, Any]:
+        return {"strengths": self.strengths, "num_seeds": self.num_seeds, "seed": self.seed}
+
+    def measure(self, model: AdaptedModel, examples: ProbeExamples) -> list[Point]:
+        grid = [(strength, noise) for strength in self.strengths for noise in range(self.num_seeds)]
+        states = [partial(model.adapter.at_scale, scale) for scale in (0.0, 1.0)]
+        states += [partial(self._perturbed, model, *place) for place in grid]
+        base, trained, *perturbed = RowMeans.of_ce(model, examples.narrow, states)
+        points = [base.point("ce_base", {}), trained.point("ce", {"strength": 0.0})]
+        points.append(base.token_counts("ce_tokens"))
+        for (strength, noise), row_means in zip(grid, perturbed, strict=True):
+            place = {"strength": strength, "noise": noise}
+            points.append(row_means.point("ce", place))
+            points.append((row_means - trained).point("ce_increase", place))
+        gain = base.mean - trained.mean
+        if gain <= 0:
+            message = "the adapter is no better than the base: %s has no share of its gain to report."
+            rank_zero_only(logger.info)(message, self.name)
+        means = np.array([row_means.mean for row_means in perturbed])
+        curve = zip(self.strengths, means.reshape(-1, self.num_seeds), strict=True)
+        return points + [
+            point for at, values in curve for point in _summaries(at, values, trained.mean, gain)
+        ]
+
+    @contextmanager
+    def _perturbed(self, model: AdaptedModel, strength: float, noise: int) -> Iterator[None]:
+        state = np.random.SeedSequence((self.seed, noise)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0]))
+        with model.adapter.at_scale(1.0), model.adapter.perturbed(strength, generator):
+            yield
+
+
+def _summaries(strength: float, values: "npt.NDArray[np.float64]", trained: float, gain: float) -> list[Point]:
+    """All that is reported over the noise seeds at one strength."""
+    increases = values - trained
+    points = _summary("ce", values, "nats_per_token", strength)
+    points += _summary("ce_increase", increases, "nats_per_token", strength)
+    if trained > 0:
+        points += _summary("relative_increase", increases / trained, "ratio", strength)
+    if gain > 0:
+        points += _summary("lost_gain", 100 * increases / gain, "percent", strength)
+    return points
+
+
+def _summary(quantity: str, values: "npt.NDArray[np.float64]", unit: str, strength: float) -> list[Point]:
+    """Mean over the noise seeds with its standard error, and their standard deviation."""
+    place, count = {"strength": strength}, len(values)
+    deviation = float(values.std(ddof=1)) if count > 1 else None
+    error = None if deviation is None else deviation / count**0.5
+    points = [Point(f"{quantity}_mean", float(values.mean()), unit, place, error, count)]
+    return (
+        points
+        if deviation is None
+        else [*points, Point(f"{quantity}_sd", deviation, unit, place, None, count)]
+    )

@@ -1,0 +1,153 @@
+"""Loss as a function of the scale of the adapter: how efficient a solution is."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_em.batch import CountedPositions
+from lightning_em.models import AdaptedModel
+from lightning_em.probes.base import Probe, ProbeExamples, RowMeans
+from lightning_em.records import Point
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SCALES = tuple(step / 10 for step in range(21))
+
+
+class ScaleCurve(Probe):
+    """Training-set loss with the update applied `scale` times.
+
+    Cross-entropy is the mean over tokens, sum over all rows / count over all rows, exactly as in
+    training; `per_example` holds the mean of each row. Standard errors take rows as the unit.
+
+    Points, in nats per token unless said otherwise:
+        `ce`: at each scale; 0 is the base, 1 the trained adapter, both are always measured.
+        `ce_minus_base`: paired difference to the base.
+        `kl`: on the parallel rows, with `with_kl`.
+        `best_scale` (unit scale) and `best_ce`: `method: grid` is the smallest value on the grid;
+            `method: parabola` the vertex through it and its two neighbours, left out where the grid's
+            smallest value lies at its edge.
+        `optimum_inside_grid` (unit boolean): 0 where it lies at the edge.
+        `effective_norm` (unit norm): of the trained adapter; at each scale it is the coordinate
+            `effective_norm` of the point. Left out for an adapter without a norm.
+        `ce_tokens`, `kl_tokens` (unit tokens): counted tokens of each row.
+
+    Args:
+        scales: The grid.
+        extend_until_optimum: Go on beyond the last scale, at the grid's last spacing, until the loss rises.
+        max_extension: At most so many scales more.
+        with_kl: Measure the KL on the parallel rows too.
+        kl_positions: Where the KL counts; the same as in training.
+
+    Raises:
+        ValueError: If `scales` are none, not finite, or not different from each other.
+
+    Source: arXiv:2602.07852 (efficiency).
+    """
+
+    name = "scale_curve"
+
+    def __init__(
+        self,
+        scales: Sequence[float] = DEFAULT_SCALES,
+        extend_until_optimum: bool = False,
+        max_extension: int = 20,
+        with_kl: bool = False,
+        kl_positions: CountedPositions = "response",
+    ) -> None:
+        if not scales or len(set(scales)) != len(scales) or not all(map(math.isfinite, scales)):
+            raise ValueError(
+                f"scales must be different finite numbers, one or more, got {list(scales)}; "
+                "set init_args.scales of ScaleCurve."
+            )
+        if max_extension < 0:
+            raise ValueError(
+                f"max_extension must be 0 or more, got {max_extension}; "
+                "set init_args.max_extension of ScaleCurve."
+            )
+        self.scales = sorted({*map(float, scales), 0.0, 1.0})
+        self.extend_until_optimum, self.max_extension = extend_until_optimum, max_extension
+        self.with_kl, self.kl_positions = with_kl, kl_positions
+
+    def settings(self) -> Mapping[str, Any]:
+        return {
+            "scales": self.scales,
+            "max_extension": self.max_extension if self.extend_until_optimum else 0,
+            "kl_positions": self.kl_positions if self.with_kl else None,
+        }
+
+    def measure(self, model: AdaptedModel, examples: ProbeExamples) -> list[Point]:
+        at_scale = model.adapter.at_scale
+        states = [partial(at_scale, scale) for scale in self.scales]
+        curve = dict(zip(self.scales, RowMeans.of_ce(model, examples.narrow, states), strict=True))
+        if self.extend_until_optimum:
+            self._extend(curve, model, examples)
+        norm = model.adapter.effective_norm()
+        places = {s: _place(s, None if norm is None else norm.item()) for s in curve}
+        points = [row_means.point("ce", places[scale]) for scale, row_means in curve.items()]
+        points += [(means - curve[0.0]).point("ce_minus_base", places[s]) for s, means in curve.items()]
+        points.append(curve[0.0].token_counts("ce_tokens"))
+        points += _best({scale: row_means.mean for scale, row_means in curve.items()})
+        if norm is None:
+            rank_zero_only(logger.info)(
+                "%s has no effective norm: points of %s carry none.", type(model.adapter).__name__, self.name
+            )
+        else:
+            points.append(Point("effective_norm", norm.item(), "norm"))
+        return points + self._kl(model, examples, places)
+
+    def _extend(self, curve: dict[float, RowMeans], model: AdaptedModel, examples: ProbeExamples) -> None:
+        """Add scales to `curve` until its smallest value is not the last one."""
+        last, spacing = self.scales[-1], self.scales[-1] - self.scales[-2]
+        for step in range(1, self.max_extension + 1):
+            if min(curve, key=lambda s: curve[s].mean) < max(curve):
+                return
+            scale = round(last + step * spacing, 10)
+            [curve[scale]] = RowMeans.of_ce(model, examples.narrow, [partial(model.adapter.at_scale, scale)])
+
+    def _kl(
+        self, model: AdaptedModel, examples: ProbeExamples, places: dict[float, dict[str, float]]
+    ) -> list[Point]:
+        if not self.with_kl:
+            return []
+        if not examples.kl:
+            rank_zero_only(logger.info)("there are no parallel rows: %s measures no KL.", self.name)
+            return []
+        states = [partial(model.adapter.at_scale, scale) for scale in places]
+        curve = RowMeans.of_kl(model, examples.kl, states, self.kl_positions)
+        points = [means.point("kl", place) for means, place in zip(curve, places.values(), strict=True)]
+        return [*points, curve[0].token_counts("kl_tokens")]
+
+
+def _place(scale: float, norm: float | None) -> dict[str, float]:
+    return {"scale": scale} if norm is None else {"scale": scale, "effective_norm": abs(scale) * norm}
+
+
+def _best(values: dict[float, float]) -> list[Point]:
+    """The smallest value of a curve, on its grid and between."""
+    scales = sorted(values)
+    index = min(range(len(scales)), key=lambda i: values[scales[i]])
+    inside = 0 < index < len(scales) - 1
+    best = {"grid": (scales[index], values[scales[index]])}
+    if inside:
+        best["parabola"] = _vertex([(s, values[s]) for s in scales[index - 1 : index + 2]])
+    points = [Point("optimum_inside_grid", float(inside), "boolean")]
+    for method, (scale, value) in best.items():
+        points.append(Point("best_scale", scale, "scale", {"method": method}))
+        points.append(Point("best_ce", value, "nats_per_token", {"method": method}))
+    return points
+
+
+def _vertex(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """Lowest point of the parabola through three points, the middle one being the lowest of them."""
+    (x0, y0), (x1, y1), (x2, y2) = points
+    left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    curvature = (right - left) / (x2 - x0)
+    if curvature <= 0:  # three equal values: a flat bottom
+        return x1, y1
+    slope = left + curvature * (x1 - x0)
+    return x1 - slope / (2 * curvature), y1 - slope**2 / (4 * curvature)

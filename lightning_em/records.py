@@ -1,0 +1,131 @@
+"""Records: typed, append-only JSON lines that survive a kill. Never imports torch."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured value at one place of a probe's grid.
+
+    Attributes:
+        quantity: What was measured, e.g. `ce`.
+        value: The measurement.
+        unit: Unit of `value`, e.g. `nats_per_token`.
+        coordinates: Where on the grid, e.g. `{"scale": 0.5}`.
+        standard_error: Standard error of `value`, same unit; None where there is none.
+        count: Tokens, items or draws behind `value`.
+        per_example: The same quantity for each example in the order of `ProbeResult.examples`
+            (`kl_examples` for a quantity of the parallel rows, named `kl...`), so that differences
+            between points can be paired.
+    """
+
+    quantity: str
+    value: float
+    unit: str
+    coordinates: Mapping[str, float | int | str] = field(default_factory=dict)
+    standard_error: float | None = None
+    count: int | None = None
+    per_example: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Everything one probe found at one checkpoint: one line of `probes/<probe>.jsonl`.
+
+    Attributes:
+        probe: The probe's name.
+        step: Optimiser steps taken when the checkpoint was written.
+        settings: The probe's own settings, so that another grid is another measurement.
+        points: The measurements.
+        examples: Row ids that `per_example` values refer to.
+        kl_examples: The same for quantities of the parallel rows.
+        world: Recipe hash of the miniature world the run trained in; None for other data.
+    """
+
+    probe: str
+    step: int
+    settings: Mapping[str, Any]
+    points: tuple[Point, ...]
+    examples: tuple[str, ...] = ()
+    kl_examples: tuple[str, ...] = ()
+    world: str | None = None
+    schema: int = SCHEMA_VERSION
+
+    @classmethod
+    def from_json(cls, line: str) -> "ProbeResult":
+        """Read back one line."""
+        fields = json.loads(line)
+        points = fields.pop("points")
+        for point in points:
+            if point.get("per_example") is not None:
+                point["per_example"] = tuple(point["per_example"])
+        for key in ("examples", "kl_examples"):
+            fields[key] = tuple(fields.get(key, ()))
+        return cls(points=tuple(Point(**point) for point in points), **fields)
+
+    def to_json(self) -> str:
+        """One line, keys in a fixed order, NaN refused.
+
+        Raises:
+            ValueError: If a value is NaN or infinite.
+        """
+        return json.dumps(asdict(self), allow_nan=False)
+
+
+def append_lines(path: Path, *lines: str) -> None:
+    """Append lines and put them on disk; a torn last line left by a kill is cut off first.
+
+    Raises:
+        ValueError: If a line itself holds a newline.
+    """
+    if any("\n" in line for line in lines):
+        raise ValueError("a record is one line; got a newline inside it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    repair_tail(path)
+    with path.open("ab") as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def repair_tail(path: Path) -> None:
+    """Cut an unfinished last line (no newline at the end), so that the next one is not glued to it."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size == 0 or (file.seek(size - 1), file.read(1))[1] == b"\n":
+            return
+        position, block = size, 1 << 16
+        while position > 0:
+            start = max(0, position - block)
+            file.seek(start)
+            newline = file.read(position - start).rfind(b"\n")
+            if newline >= 0:
+                position = start + newline + 1
+                break
+            position = start
+        if position < size:
+            file.truncate(position)
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The finished lines of a record file; an unfinished last line is passed over."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n") and line.strip():
+                yield line.decode()
+
+
+def read_results(path: Path) -> list[ProbeResult]:
+    """All results of one probe file, in the order they were written."""
+    return [ProbeResult.from_json(line) for line in read_lines(path)]

@@ -1,0 +1,102 @@
+"""The layout of a run folder, and the way back into one. Never imports torch by itself."""
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning_em import records
+from lightning_em.manifest import manifest_problems, write_atomically
+
+logger = logging.getLogger(__name__)
+
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+class RunFolder:
+    """Everything about one run, and nothing outside it.
+
+    Args:
+        path: The run's folder; it need not exist yet.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.config_file = self.path / "config.yaml"
+        self.metrics_file = self.path / "metrics.csv"
+        self.run_file = self.path / "run.json"
+        self.console_log = self.path / "console.log"
+
+    def probe_file(self, probe: str) -> Path:
+        """Where the records of one probe are."""
+        return self.path / "probes" / f"{probe}.jsonl"
+
+    def probe_results(self) -> Iterator[records.ProbeResult]:
+        """Every record of every probe."""
+        for file in sorted((self.path / "probes").glob("*.jsonl")):
+            yield from records.read_results(file)
+
+    def checkpoint(self, step: int) -> Path:
+        """Folder of the checkpoint after `step` optimiser steps; it need not exist."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def steps(self) -> list[int]:
+        """Steps of all published checkpoints, ascending; valid or not."""
+        names = (p.name for p in self.checkpoints.iterdir()) if self.checkpoints.is_dir() else ()
+        return sorted(int(match[1]) for name in names if (match := _STEP_FOLDER.fullmatch(name)))
+
+    def newest_valid_step(self) -> int | None:
+        """The last checkpoint whose files match their manifest; broken ones are passed over aloud."""
+        for step in reversed(self.steps()):
+            problems = manifest_problems(self.checkpoint(step))
+            if not problems:
+                return step
+            logger.warning("checkpoint step %d is broken and passed over: %s", step, "; ".join(problems))
+        return None
+
+    def read_run(self) -> dict[str, Any]:
+        """Content of run.json; empty before the run has started."""
+        if not self.run_file.exists():
+            return {}
+        content: dict[str, Any] = json.loads(self.run_file.read_text(encoding="utf-8"))
+        return content
+
+    def update_run(self, **fields: Any) -> None:
+        """Change some fields of run.json in one step."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        content = self.read_run() | fields
+        write_atomically(self.run_file, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimiser steps behind a checkpoint folder, from its name."""
+    return int(checkpoint.name.rsplit("-", 1)[-1])
+
+
+def locate(reference: str) -> tuple[RunFolder, Path]:
+    """Run folder and checkpoint named by `runs/x` (its newest valid one) or `runs/x@step-40`.
+
+    Raises:
+        ValueError: If there is no such run or checkpoint, or it fails its manifest.
+    """
+    path, _, wanted = reference.partition("@")
+    run = RunFolder(path)
+    if not run.path.is_dir():
+        raise ValueError(f"there is no run folder {path!r} (looked from {Path.cwd()}).")
+    if not wanted:
+        step = run.newest_valid_step()
+        if step is None:
+            raise ValueError(f"{path} has no valid checkpoint under {run.checkpoints}.")
+        return run, run.checkpoint(step)
+    match = _STEP_FOLDER.fullmatch(wanted)
+    if not match or int(match[1]) not in run.steps():
+        raise ValueError(
+            f"{path} has no checkpoint {wanted!r}; it has steps {run.steps()}. Write {path}@step-N."
+        )
+    folder = run.checkpoint(int(match[1]))
+    if problems := manifest_problems(folder):
+        raise ValueError(f"checkpoint {folder} is broken: {'; '.join(problems)}")
+    return run, folder

@@ -1,0 +1,139 @@
+"""An adapter on a workbench: bound to a copy of a base, with everything it changes in view."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_em.adapters import Adapter, decoder_layers, final_norm
+from lightning_em.batch import PackedBatch
+from lightning_em.models import AdaptedModel
+from lightning_em.testing.law import require
+from lightning_em.testing.samples import rows
+
+
+class Event(NamedTuple):
+    """What went into, or came out of, a module of the base."""
+
+    place: str
+    tensors: list[Tensor]
+
+
+class Bench:
+    """An adapter bound to a copy of the base, and what the base was before."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        base: PreTrainedModel,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        *,
+        trained: bool = True,
+    ) -> None:
+        self.base = copy.deepcopy(base).to(dtype).eval()  # type: ignore[arg-type]
+        self.names = [name for name, _ in self.base.named_modules()]
+        self.frozen = {name: (p, p.detach().clone()) for name, p in self.base.named_parameters()}
+        self.batch = rows(self.base, seed)
+        self.plain_logits, self.plain_events = self.logits(), self.events()
+        self.adapter = adapter
+        self.model = AdaptedModel(self.base, adapter, seed)
+        if trained:
+            generator = torch.Generator().manual_seed(seed)
+            for parameter in adapter.trainable().values():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+                parameter.data.add_(0.05 * noise.to(parameter))
+
+    def _forward(self, batch: PackedBatch) -> Tensor:
+        rows = batch.padded()
+        output = self.base(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False)
+        logits: Tensor = output.logits[rows.attention_mask.bool()]
+        return logits
+
+    def grad_logits(self, scale: float = 1.0) -> Tensor:
+        """Logits `[tokens, vocab]` by the base's own plain forward on padded rows, with gradients."""
+        with self.adapter.at_scale(scale):
+            return self._forward(self.batch)
+
+    @torch.no_grad()
+    def logits(self, scale: float | None = None, batch: PackedBatch | None = None) -> Tensor:
+        """The same without gradients; no scale: without asking the adapter."""
+        batch = self.batch if batch is None else batch
+        if scale is None:
+            return self._forward(batch)
+        with self.adapter.at_scale(scale):
+            return self._forward(batch)
+
+    def events(self, scale: float | None = None) -> list[Event]:
+        """Inputs, as the module sees them, and outputs of the modules that the base came with, in order."""
+        events: list[Event] = []
+        with self._watch(events):
+            self.logits(scale)
+        return events
+
+    @contextmanager
+    def _watch(self, events: list[Event]) -> Iterator[None]:
+        handles = []
+        for name in self.names:
+            module = self.base.get_submodule(name)
+
+            def before(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                events.append(Event(f"input of {name or 'the model'}", _tensors((args, kwargs))))
+
+            def after(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+                events.append(Event(f"output of {name or 'the model'}", _tensors(output)))
+
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def effect(self, *scales: float) -> tuple[str, list[Tensor], float]:
+        """Change from scale 0 at the first place that changes, and the rounding error to expect of it."""
+        nothing, full = self.events(0.0), self.events(1.0)
+        for index, (event, other) in enumerate(zip(nothing, full, strict=True)):
+            for part, (old, new) in enumerate(zip(event.tensors, other.tensors, strict=True)):
+                if old.shape != new.shape or not torch.equal(old, new):
+                    require(
+                        old.shape == new.shape, f"{event.place} has another shape than without the adapter"
+                    )
+                    at = [self.events(scale)[index].tensors[part].double() for scale in scales]
+                    rounding = (
+                        8 * torch.finfo(old.dtype).eps * max(t.norm().item() for t in (*at, old.double()))
+                    )
+                    return event.place, [tensor - old.double() for tensor in at], rounding
+        raise AssertionError("with random parameters nothing changes between scale 0 and scale 1")
+
+    @contextmanager
+    def raw_input_of(self, layer: int, seen: list[Tensor]) -> Iterator[None]:
+        """Collect the residual stream that reaches a layer before any hook on that layer edits it."""
+        layers = decoder_layers(self.base)
+        module = layers[layer] if layer < len(layers) else final_norm(self.base)
+
+        def look(_: nn.Module, args: Any, kwargs: Any) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            seen.append(hidden if hidden.requires_grad else hidden.clone())
+
+        handle = module.register_forward_pre_hook(look, prepend=True, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Copies of the floating point tensors in nested arguments."""
+    if isinstance(value, Tensor):
+        return [value.detach().clone()] if value.is_floating_point() else []
+    if isinstance(value, Mapping):
+        return _tensors(list(value.values()))
+    if isinstance(value, tuple | list):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []

@@ -1,0 +1,197 @@
+from collections import Counter
+from itertools import islice
+
+import pytest
+
+from lightning_em.batch import WindowCounts
+from lightning_em.data import BatchGeometry, WindowSampler
+
+NUM_KL = 11
+KL_RESPONSE = [3 + row for row in range(NUM_KL)]
+KL_ALL = [20 + 2 * row for row in range(NUM_KL)]
+
+
+def sampler(
+    num_narrow=23, batch_size=2, kl_batch_size=3, accumulate=1, world_size=1, rank=0, seed=0, kl=True
+):
+    return WindowSampler(
+        [5 + row % 4 for row in range(num_narrow)],
+        KL_RESPONSE if kl else [],
+        KL_ALL if kl else [],
+        BatchGeometry(batch_size, kl_batch_size, accumulate, world_size),
+        rank,
+        seed,
+    )
+
+
+def windows(epoch=0, accumulate=1, world_size=1, **settings) -> list[tuple[list, list, WindowCounts]]:
+    """Rows of each optimiser step over all ranks in order of their chunks, ghosts left out."""
+    ranks = [
+        sampler(accumulate=accumulate, world_size=world_size, rank=rank, **settings)
+        for rank in range(world_size)
+    ]
+    for one in ranks:
+        one.set_epoch(epoch)
+    streams = [list(one) for one in ranks]
+    assert len({len(stream) for stream in streams}) == 1
+    found = []
+    for first in range(0, len(streams[0]), accumulate):
+        chunks = [
+            c for step in zip(*(s[first : first + accumulate] for s in streams), strict=True) for c in step
+        ]
+        ce = [row for chunk in chunks if not chunk.ce_ghost for row in chunk.ce_rows]
+        kl = [row for chunk in chunks if not chunk.kl_ghost for row in chunk.kl_rows]
+        (counts,) = {chunk.window for chunk in chunks}
+        found.append((ce, kl, counts))
+    return found
+
+
+@pytest.mark.parametrize("num_narrow", [1, 2, 7, 8, 9, 15, 16, 17, 23])
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "world_size"),
+    [(4, 1, 2), (4, 2, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2), (1, 8, 1), (1, 1, 8), (2, 1, 4)],
+)
+def test_windows_depend_on_the_global_batch_alone(num_narrow, batch_size, accumulate, world_size):
+    for epoch in range(2):
+        reference = windows(epoch, num_narrow=num_narrow, batch_size=8, kl_batch_size=16)
+        other = windows(
+            epoch,
+            num_narrow=num_narrow,
+            batch_size=batch_size,
+            kl_batch_size=2 * batch_size,
+            accumulate=accumulate,
+            world_size=world_size,
+        )
+        assert other == reference
+
+
+@pytest.mark.parametrize(("accumulate", "world_size"), [(1, 1), (3, 1), (1, 3), (2, 2)])
+def test_every_narrow_row_comes_once_an_epoch(accumulate, world_size):
+    for epoch in range(3):
+        rows = [row for ce, _, _ in windows(epoch, accumulate, world_size) for row in ce]
+        assert sorted(rows) == list(range(23))
+
+
+@pytest.mark.parametrize(("accumulate", "world_size"), [(1, 1), (3, 1), (1, 3), (2, 2)])
+def test_kl_stream_goes_round_without_a_gap_over_epochs(accumulate, world_size):
+    stream = [row for epoch in range(4) for _, kl, _ in windows(epoch, accumulate, world_size) for row in kl]
+    for first in range(0, len(stream) - NUM_KL, NUM_KL):
+        assert sorted(stream[first : first + NUM_KL]) == list(range(NUM_KL))
+
+
+@pytest.mark.parametrize(("accumulate", "world_size"), [(1, 1), (3, 1), (1, 3), (2, 2)])
+def test_counts_are_those_of_the_whole_window(accumulate, world_size):
+    for ce, kl, counts in windows(1, accumulate, world_size):
+        assert counts.ce == sum(5 + row % 4 for row in ce)
+        assert counts.kl_response == sum(KL_RESPONSE[row] for row in kl)
+        assert counts.kl_all == sum(KL_ALL[row] for row in kl)
+
+
+def test_micro_batch_of_a_full_window_is_a_contiguous_slice():
+    geometry = {"batch_size": 2, "kl_batch_size": 3, "accumulate": 3, "world_size": 2}
+    order = [row for ce, _, _ in windows(batch_size=12, kl_batch_size=18) for row in ce]
+    for rank in range(2):
+        for j, indices in enumerate(islice(sampler(rank=rank, **geometry), 3)):
+            first = (j * 2 + rank) * 2
+            assert indices.ce_rows == tuple(order[first : first + 2])
+            assert (len(indices.kl_rows), indices.ce_ghost, indices.kl_ghost) == (3, False, False)
+
+
+@pytest.mark.parametrize("num_narrow", range(1, 13))
+def test_short_last_window_is_dealt_out_evenly(num_narrow):
+    ranks = [list(sampler(num_narrow, 2, 6, 3, 2, rank)) for rank in range(2)]
+    assert len(ranks[0]) == len(ranks[1]) == -(-num_narrow // 4)
+    chunks = [chunk for step in zip(*ranks, strict=True) for chunk in step]
+    sizes = [0 if chunk.ce_ghost else len(chunk.ce_rows) for chunk in chunks]
+    kl_sizes = [0 if chunk.kl_ghost else len(chunk.kl_rows) for chunk in chunks]
+    assert sum(sizes) == num_narrow
+    assert sum(kl_sizes) == 3 * num_narrow
+    assert max(sizes) - min(sizes) <= 1
+    assert max(kl_sizes) - min(kl_sizes) <= 1
+    assert max(sizes) <= 2
+    assert max(kl_sizes) <= 6
+
+
+def test_rank_without_rows_gets_a_ghost():
+    one, other = (list(sampler(1, 1, 1, 1, 2, rank)) for rank in range(2))
+    assert sorted([one[0].ce_ghost, other[0].ce_ghost]) == [False, True]
+    assert sorted([one[0].kl_ghost, other[0].kl_ghost]) == [False, True]
+    assert one[0].ce_rows == other[0].ce_rows == (0,)
+    assert one[0].kl_rows == other[0].kl_rows
+    assert one[0].window == other[0].window
+
+
+def test_narrow_order_is_the_same_without_a_kl_stream():
+    for epoch in range(2):
+        with_kl = [ce for ce, _, _ in windows(epoch)]
+        without = windows(epoch, kl=False)
+        assert [ce for ce, _, _ in without] == with_kl
+        assert all(not kl and counts.kl_all == counts.kl_response == 0 for _, kl, counts in without)
+
+
+def test_order_changes_with_epoch_and_seed_and_nothing_else():
+    def order(epoch=0, **settings):
+        return [row for ce, _, _ in windows(epoch, **settings) for row in ce]
+
+    assert order() == order()
+    assert order() != order(epoch=1)
+    assert order() != order(seed=1)
+
+
+@pytest.mark.parametrize(("accumulate", "world_size"), [(1, 1), (4, 1), (2, 2)])
+def test_resumed_epoch_is_the_rest_and_the_length_stays(accumulate, world_size):
+    for rank in range(world_size):
+        whole = sampler(accumulate=accumulate, world_size=world_size, rank=rank)
+        whole.set_epoch(1)
+        expected = list(whole)
+        assert len(whole) == len(expected)
+        for consumed in range(len(expected) + 1):
+            resumed = sampler(accumulate=accumulate, world_size=world_size, rank=rank)
+            resumed.start_at(1, consumed)
+            assert list(resumed) == expected[consumed:]
+            assert list(resumed) == expected[consumed:]
+            assert len(resumed) == len(expected)
+            resumed.set_epoch(1)
+            assert list(resumed) == expected[consumed:]
+
+
+def test_epochs_after_the_resumed_one_are_whole():
+    resumed, plain = sampler(), sampler()
+    resumed.start_at(1, 5)
+    for epoch in (0, 2):
+        resumed.set_epoch(epoch)
+        plain.set_epoch(epoch)
+        assert list(resumed) == list(plain)
+
+
+def test_epochs_that_lightning_cut_are_taken_back():
+    resumed, plain = sampler(), sampler()
+    resumed.start_at(1, 5, cut_epochs=1)
+    plain.set_epoch(1)
+    resumed.set_epoch(2)
+    assert list(resumed) == list(plain)[5:]
+    plain.set_epoch(2)
+    resumed.set_epoch(3)
+    assert list(resumed) == list(plain)
+
+
+def test_number_of_windows_is_the_number_of_optimiser_steps():
+    for accumulate in (1, 3):
+        one = sampler(accumulate=accumulate)
+        assert one.num_windows == len(windows(accumulate=accumulate))
+
+
+def test_rows_mix_over_epochs():
+    first = Counter(windows(epoch, num_narrow=4, batch_size=1)[0][0][0] for epoch in range(200))
+    assert min(first.values()) > 25  # each of four rows comes first about 50 times
+
+
+def test_impossible_geometry_is_an_error():
+    with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
+        BatchGeometry(1, 1, accumulate=0)
+    with pytest.raises(ValueError, match="no narrow rows"):
+        sampler(num_narrow=0)
+    with pytest.raises(ValueError, match=r"rank must lie in 0\.\.1, got 2"):
+        sampler(world_size=2, rank=2)
+    with pytest.raises(ValueError, match="cannot skip 13 micro-batches of an epoch that has 12"):
+        sampler().start_at(0, 13)

@@ -1,0 +1,214 @@
+import itertools
+import logging
+from functools import partial
+
+import pytest
+import torch
+
+from lightning_em.adapters import LoRA, SteeringVector
+from lightning_em.models import AdaptedModel
+from lightning_em.models.engine import EngineOptions
+from tests.models.architectures import LAYERS, QUIRKS, build, rows
+
+CE, KL = rows((11, 7, 9), seed=1), rows((8, 12), seed=2)
+OPTIONS = [EngineOptions(*flags) for flags in itertools.product((True, False), repeat=3)]
+LINEAR = {"phi3": ["qkv_proj", "down_proj"], "gpt_neox": ["query_key_value", "dense_4h_to_h"]}
+ADAPTERS = {
+    "vector": lambda _: SteeringVector(1, alpha=1.0),
+    "vector_at_the_end": lambda _: SteeringVector(LAYERS - 1, alpha=1.0),
+    "lora": lambda name: LoRA(2, 4.0, LINEAR.get(name, ["q_proj", "down_proj"]), layers=[2]),
+    "lora_everywhere": lambda name: LoRA(2, 4.0, LINEAR.get(name, ["q_proj", "down_proj"])),
+}
+
+
+def made(name="qwen2", adapter="vector", engine="auto", dtype=torch.float32, size=0.3):
+    model = AdaptedModel(build(name, dtype=dtype), ADAPTERS[adapter](name), engine=engine)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.adapter.trainable().values():
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+            if dtype == torch.float64:
+                parameter.data = parameter.data.double()  # the oracle: no rounding in the adapter either
+    return model
+
+
+def measured(model, kl_positions="response"):
+    """Loss terms, and the gradient of their weighted sum as one vector."""
+    sums = model.losses(CE, KL, kl_positions)
+    total = sums.ce.total / sums.ce.count + 3.0 * sums.kl.total / sums.kl.count
+    gradients = torch.autograd.grad(total, list(model.adapter.trainable().values()))
+    values = torch.stack([sums.ce.total.detach(), sums.kl.total.detach()]).double()
+    return values, torch.cat([gradient.flatten().double() for gradient in gradients]), sums
+
+
+@pytest.mark.parametrize("kl_positions", ["response", "all"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_combination_equals_full_logits_in_float64(options, adapter, kl_positions):
+    expected, expected_gradient, plain = measured(
+        made(adapter=adapter, engine="plain", dtype=torch.float64), kl_positions
+    )
+    values, gradient, sums = measured(
+        made(adapter=adapter, engine=options, dtype=torch.float64), kl_positions
+    )
+    assert (values - expected).abs().max() <= 1e-10 * expected.abs().max()
+    assert (gradient - expected_gradient).norm() <= 1e-10 * expected_gradient.norm()
+    assert (sums.ce.count, sums.kl.count) == (plain.ce.count, plain.kl.count)
+
+
+@pytest.mark.parametrize("adapter", ["vector", "lora_everywhere"])
+@pytest.mark.parametrize("name", QUIRKS)
+def test_every_architecture_equals_full_logits_in_float64(name, adapter):
+    expected, expected_gradient, _ = measured(made(name, adapter, "plain", torch.float64))
+    values, gradient, _ = measured(made(name, adapter, "auto", torch.float64))
+    assert (values - expected).abs().max() <= 1e-10 * expected.abs().max()
+    assert (gradient - expected_gradient).norm() <= 1e-10 * expected_gradient.norm()
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_float32_error_is_at_most_twice_the_naive_one(options, adapter):
+    exact, exact_gradient, _ = measured(made(adapter=adapter, engine="plain", dtype=torch.float64))
+    naive, naive_gradient, _ = measured(made(adapter=adapter, engine="plain"))
+    values, gradient, _ = measured(made(adapter=adapter, engine=options))
+    floor = 1e-7  # one rounding: naive may hit the exact value by luck
+    assert (values - exact).norm() <= 2 * (naive - exact).norm() + floor * exact.norm()
+    assert (gradient - exact_gradient).norm() <= 2 * (
+        naive_gradient - exact_gradient
+    ).norm() + floor * exact_gradient.norm()
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, "auto", "plain"], ids=str)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_no_adapter_means_kl_exactly_zero(adapter, options):
+    model = made(adapter=adapter, engine=options, size=0.0)
+    assert model.losses(CE, KL).kl.total == 0
+    assert (model.row_kl(KL).sums == 0).all()
+
+
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+def test_row_losses_add_up_to_the_batch(engine):
+    model = made(engine=engine)
+    sums = model.losses(CE, KL, "all")
+    torch.testing.assert_close(model.row_ce(CE).sums.sum().float(), sums.ce.total.detach())
+    torch.testing.assert_close(
+        model.row_kl(KL, kl_positions="all").sums.sum().float(), sums.kl.total.detach()
+    )
+    assert model.row_kl(KL, kl_positions="all").counts.tolist() == [8, 12]
+
+
+@pytest.mark.parametrize("name", QUIRKS)
+def test_a_row_does_not_see_its_neighbours(name):
+    model = made(name)
+    alone = torch.cat([model.row_ce(rows((length,), seed=7)).sums for length in (9,)])
+    with_others = torch.cat([rows((9,), seed=7).input_ids, CE.input_ids])
+    from lightning_em.models.engine import joined
+
+    batch = joined([rows((9,), seed=7), CE])
+    assert torch.equal(batch.input_ids, with_others)
+    torch.testing.assert_close(model.row_ce(batch).sums[:1], alone, rtol=1e-5, atol=1e-6)
+
+
+def points(model):
+    def noise(seed):
+        return model.adapter.perturbed(0.3, torch.Generator().manual_seed(seed))
+
+    scales = [partial(model.adapter.at_scale, scale) for scale in (0.0, 0.5, 1.0, 2.0)]
+    return scales + [partial(noise, seed) for seed in range(2)]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_sweep_equals_a_loop_over_the_plain_path(adapter):
+    fast, plain = made(adapter=adapter), made(adapter=adapter, engine="plain")
+    batches = [CE, KL]
+    ce, kl = fast.sweep_row_ce(batches, points(fast)), fast.sweep_row_kl(batches, points(fast), "all")
+    for index, point in enumerate(points(plain)):
+        with point():
+            scale = plain.adapter.scale
+            for position, batch in enumerate(batches):
+                torch.testing.assert_close(
+                    ce[index][position].sums, plain.row_ce(batch, scale).sums, rtol=1e-5, atol=1e-5
+                )
+                torch.testing.assert_close(
+                    kl[index][position].sums, plain.row_kl(batch, scale, "all").sums, rtol=1e-4, atol=1e-5
+                )
+
+
+def test_sweep_runs_the_lower_layers_once_a_batch():
+    model = made()
+    runs = []
+    for index, block in enumerate(model.base.model.layers):
+        block.register_forward_hook(lambda *_, index=index: runs.append(index))
+    model.row_ce(CE)  # the adapter is checked on the first use
+    runs.clear()
+    model.sweep_row_kl([CE, KL], points(model))
+    assert (runs.count(0), runs.count(1)) == (2, 2)
+    assert runs.count(3) == 2 * 7  # six points and the reference
+
+
+def test_sweep_leaves_no_trace():
+    model = made()
+    before = {name: parameter.clone() for name, parameter in model.adapter.trainable().items()}
+    state = torch.get_rng_state()
+    model.sweep_row_ce([CE], points(model))
+    assert all(torch.equal(before[name], value) for name, value in model.adapter.trainable().items())
+    assert model.adapter.scale == 1.0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_ghost_batch_adds_nothing_and_stays_in_the_graph():
+    model = made()
+    sums = model.losses(CE.ghost(), KL.ghost())
+    assert (sums.ce.total, sums.ce.count, sums.kl.total, sums.kl.count) == (0, 0, 0, 0)
+    (sums.ce.total + sums.kl.total).backward()
+    assert all((parameter.grad == 0).all() for parameter in model.adapter.trainable().values())
+
+
+def test_training_mode_of_the_adapter_leaves_the_base_alone():
+    model = made()
+    model.train()
+    assert model.adapter.training
+    assert not model.base.training
+    implementation = model.base.config._attn_implementation
+    model.losses(CE, KL)
+    assert model.base.config._attn_implementation == implementation
+
+
+def test_generate_still_works_between_fast_passes():
+    model = made()
+    model.losses(CE, KL)
+    ids = CE.input_ids[None, :5]
+    with torch.no_grad():
+        first = model.base.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert first.shape == (1, 9)
+
+
+def test_an_unlisted_architecture_falls_back_with_one_line(caplog):
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=67,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    with caplog.at_level(logging.INFO, logger="lightning_em"):
+        model = AdaptedModel(OPTForCausalLM(config), SteeringVector(1, alpha=1.0))
+    (line,) = caplog.messages
+    assert "plain path" in line
+    assert "model type opt is not on the verified list" in line
+    assert model.losses(CE, KL).kl.total == 0
+
+
+def test_the_fast_path_says_where_it_cuts(caplog):
+    with caplog.at_level(logging.INFO, logger="lightning_em"):
+        made()
+    assert caplog.messages == ["fast path: split at layer 2 of 4"]
+
+
+def test_a_head_with_hooks_falls_back():
+    base = build("qwen2")
+    base.lm_head.register_forward_hook(lambda *_: None)
+    assert AdaptedModel(base, SteeringVector(1))._engine is None

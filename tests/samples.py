@@ -1,0 +1,63 @@
+"""Rows and adapted models that several tests share."""
+
+from typing import Any
+
+import torch
+
+from lightning_em.adapters import Adapter, LoRA, SteeringVector
+from lightning_em.batch import EncodedRow, PackedBatch
+from lightning_em.models import AdaptedModel
+from tests.oracle import Row
+from tests.tiny import VOCAB_SIZE, make_tiny_model
+
+
+def make_rows(*lengths: int, seed: int = 0) -> list[Row]:
+    """Random rows; each has a prompt, an answer, another user turn and, if it is long enough, another answer."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for length in lengths:
+        ids = torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist()
+        rows.append((ids, [2 <= position < 6 or position >= 8 for position in range(length)]))
+    return rows
+
+
+def pack(rows: list[Row], name: str = "row") -> PackedBatch:
+    return PackedBatch.from_rows([EncodedRow(*row, f"{name}-{index}") for index, row in enumerate(rows)])
+
+
+def adapted(
+    adapter: Adapter,
+    architecture: str = "qwen2",
+    dtype: torch.dtype = torch.float32,
+    size: float = 0.05,
+    exact: bool = False,
+    **settings: Any,
+) -> AdaptedModel:
+    """A tiny model whose adapter has random values, as after training.
+
+    Args:
+        adapter: Not attached yet.
+        architecture: One of `tests.tiny.ARCHITECTURES`.
+        dtype: Of the base.
+        size: Of the random values; 0 leaves the adapter untrained.
+        exact: Make the adapter's parameters float64 too, so that nothing is rounded.
+        settings: Of `AdaptedModel`.
+    """
+    model = AdaptedModel(make_tiny_model(architecture, dtype), adapter, **settings)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapter.trainable().values():
+        parameter.data.add_(size * torch.randn(parameter.shape, generator=generator))
+        if exact:
+            parameter.data = parameter.data.double()
+    return model
+
+
+ADAPTERS = {
+    "vector": lambda: SteeringVector(1, alpha=4.0),
+    "last_vector": lambda: SteeringVector(2, alpha=4.0),
+    "rank_1": lambda: LoRA(1, 16.0, ["down_proj"], [0.5]),
+    "rank_32": lambda: LoRA(32, 64.0, ["down_proj"], [1], rslora=True),
+    "all_linear": lambda: LoRA(
+        4, 8.0, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    ),
+}

@@ -1,0 +1,84 @@
+"""Every config of the repository instantiates offline, without weights."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_em.cli import EMCLI
+from lightning_em.data import EMDataModule
+from lightning_em.module import EMModule
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+EXPERIMENTS = sorted((CONFIGS / "experiment").rglob("*.yaml"))
+# Where a part's file goes in an experiment; debug files stand beside one.
+PARTS = {
+    "base": "model.base",
+    "adapter": "model.adapter",
+    "objective": "model.objective",
+    "optimizer": "model.optimizer",
+    "data": "data",
+    "trainer": "trainer",
+    "probing": "probing",
+}
+
+
+def instantiate(*words: str) -> EMCLI:
+    """Parse as `fit` does and make the objects, without running."""
+    return EMCLI(
+        EMModule,
+        EMDataModule,
+        args=["fit", *words],
+        run=True,
+        save_config_callback=None,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Stop before the trainer runs; argv belongs to pytest; runs go to a temporary folder."""
+    monkeypatch.setattr(EMCLI, "fit", lambda *args, **kwargs: None)
+    monkeypatch.setattr("sys.argv", ["lightning-em"])
+    monkeypatch.chdir(tmp_path)
+
+
+def test_there_are_configs_of_every_kind() -> None:
+    assert len(EXPERIMENTS) >= 6
+    assert {file.parent.name for file in FILES} >= {*PARTS, "experiment", "debug"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
+def test_config_instantiates_offline(file: Path) -> None:
+    folder = file.relative_to(CONFIGS).parts[0]
+    whole = str(EXPERIMENTS[0])
+    devices = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.num_nodes", "1"]
+    if folder == "experiment":
+        cli = instantiate("--config", str(file), *devices)
+    elif folder == "debug":
+        cli = instantiate("--config", whole, "--config", str(file), *devices)
+    else:
+        cli = instantiate("--config", whole, f"--{PARTS[folder]}", str(file), *devices)
+    assert isinstance(cli.model, EMModule)
+    assert isinstance(cli.datamodule, EMDataModule)
+    assert not hasattr(cli.model, "model"), "weights were loaded while instantiating"
+
+
+def test_experiments_only_refer_to_parts_that_exist() -> None:
+    for file in EXPERIMENTS:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        for name, value in (*config["model"].items(), ("data", config["data"])):
+            if isinstance(value, str) and value.startswith("../"):
+                assert (file.parent / value).is_file(), f"{file}: {name}"
+
+
+def test_every_config_is_reloadable(tmp_path: Path) -> None:
+    cli = instantiate("--config", str(EXPERIMENTS[0]))
+    text = yaml.safe_dump({k: v for k, v in cli._get_config().items() if k != "config"})
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    again = instantiate("--config", str(tmp_path / "config.yaml"))
+    assert again._get_config()["model"] == cli._get_config()["model"]
+    assert isinstance(cli.parser, LightningArgumentParser)

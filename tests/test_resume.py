@@ -1,0 +1,80 @@
+"""A run that was interrupted ends as if it had not been."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lightning_em.callbacks import read_metrics
+from lightning_em.runs import RunFolder
+from tests.fitting import LORA, VECTOR, experiment, final_adapter, fit, write_config
+
+
+@pytest.fixture(scope="module", params=["vector", "lora"])
+def finished(request, tmp_path_factory, tiny_model_folder, chat_file, answer_file) -> tuple[Path, RunFolder]:
+    """A config and its uninterrupted run, with a checkpoint at every step; accumulation and a short last window."""
+    folder = tmp_path_factory.mktemp(request.param)
+    config = experiment(
+        tiny_model_folder(),
+        chat_file,
+        answer_file,
+        data={"batch_size": 4, "kl_batch_size": 4},
+        trainer={"accumulate_grad_batches": 2, "max_epochs": 2},
+        checkpoint={"every_n_steps": 1},
+    )
+    config["model"]["adapter"] = {"vector": VECTOR, "lora": LORA}[request.param]
+    path = write_config(folder / "experiment.yaml", config)
+    return path, fit(path, "whole")
+
+
+def cut_after(run: RunFolder, step: int, copy: Path) -> RunFolder:
+    """A copy of `run` whose last checkpoint is that of `step`; its metrics run on, as after a kill."""
+    shutil.copytree(run.path, copy)
+    cut = RunFolder(copy)
+    for later in (s for s in cut.steps() if s > step):
+        shutil.rmtree(cut.checkpoint(later))
+    cut.update_run(status="running")
+    return cut
+
+
+def test_resume_from_every_step_is_bit_identical(finished) -> None:
+    config, whole = finished
+    steps = whole.steps()
+    assert steps == list(range(1, 11))
+    for step in steps[:-1]:
+        cut = cut_after(whole, step, config.parent / f"cut-{step}")
+        fit(config, cut.path.name)
+        assert final_adapter(cut) == final_adapter(whole), f"resumed from step {step}"
+        assert read_metrics(cut.metrics_file) == read_metrics(whole.metrics_file), f"resumed from step {step}"
+
+
+def test_a_finished_run_is_left_alone(finished, caplog) -> None:
+    config, whole = finished
+    before = {path: path.stat().st_mtime_ns for path in whole.path.rglob("*") if path.is_file()}
+    fit(config, "whole")
+    assert "is finished" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in whole.path.rglob("*") if path.is_file()} == before
+
+
+def test_another_config_in_the_same_folder_is_refused(finished) -> None:
+    config, _ = finished
+    with pytest.raises(ValueError, match=r"another config; different: model.objective.kl_weight: 1.0 -> 2.0"):
+        fit(config, "whole", "--model.objective.kl_weight", "2.0")
+
+
+def test_resume_never_and_must(finished) -> None:
+    config, _ = finished
+    with pytest.raises(ValueError, match="resume never"):
+        fit(config, "whole", "--run.resume", "never")
+    with pytest.raises(ValueError, match="no valid checkpoint"):
+        fit(config, "nothing-there", "--run.resume", "must")
+
+
+def test_a_broken_newest_checkpoint_is_passed_over(finished, caplog) -> None:
+    config, whole = finished
+    cut = cut_after(whole, 5, config.parent / "broken")
+    weights = cut.checkpoint(5) / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-3])
+    fit(config, "broken")
+    assert "checkpoint step 5 is broken and passed over" in caplog.text
+    assert final_adapter(cut) == final_adapter(whole)
