@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help install lint test check demo
+.PHONY: help install lint test check demo faults
 
 PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 BIN := .venv/bin
@@ -32,7 +32,7 @@ help: ## this list
 	echo "[2/3] $$torch (the largest download)"
 	$(PIP) $$torch # first and by itself: a machine that offers a CPU build takes it
 	echo "[3/3] lightning_em and its other dependencies (about a minute)"
-	$(PIP) -c constraints.txt -e ".[dev]"
+	$(PIP) -c constraints.txt -e ".[dev,figures,notebooks]"
 	touch $@
 
 install: .venv/.installed ## make .venv and install the pinned dependencies
@@ -47,6 +47,9 @@ lint: install ## style, types, import floors, spelling
 
 test: install ## the test suite on two processes
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
+
+faults: install ## kill, fill, corrupt: every fault test, with a table (minutes)
+	@FAULT_TABLE=$${FAULT_TABLE:-fault_table.md} $(BIN)/python -m pytest -p tests.faults.table -m fault -q
 
 check: lint test ## lint, then test
 

@@ -1,7 +1,11 @@
 """The command `lightning-em`: help without heavy imports, everything else on demand."""
 
+import os
 import sys
-from collections.abc import Callable, Sequence
+from argparse import ArgumentError
+from collections.abc import Sequence
+
+LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
 
 VERBS = {
     "fit": "train an adapter; running it again continues an unfinished run",
@@ -42,14 +46,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] not in VERBS:
         return _unknown(words[0])
     debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
+    words = [
+        "--allow_zero_adapter=true" if w == "--allow_zero_adapter" and words[0] in LIGHTNING_VERBS else w
+        for w in words
+        if w != "--debug"
+    ]
     try:
-        return _verb(words[0])(words[1:])
-    except (ValueError, OSError) as error:
-        if debug:
+        return _run(words)
+    except BaseException as error:
+        code, message = _explained(error)
+        if code is None or (debug and message):
             raise
-        sys.stderr.write(f"lightning-em {words[0]}: {error}\n(add --debug for the traceback)\n")
-        return 2
+        if message:
+            rank = os.environ.get("LOCAL_RANK", "0")
+            who = "lightning-em" if rank == "0" else f"[rank {rank}] lightning-em"
+            sys.stderr.write(f"{who} {words[0]}: {message}\n(add --debug for the traceback)\n")
+        return code
+
+
+def _run(words: list[str]) -> int:
+    if words[0] == "fit" and not {"-h", "--help"} & set(words):
+        _refuse_early(words)
+    if words[0] in LIGHTNING_VERBS:
+        from lightning_em import cli
+
+        return cli.main(words)
+    from lightning_em import imports, verbs
+
+    return verbs.main(imports.take(words))
+
+
+def _refuse_early(words: list[str]) -> None:
+    """A folder that is in use is refused before the heavy imports, if the words name it."""
+    from lightning_em import lock
+
+    folder = lock.named_folder(words)
+    if folder is not None and lock.is_first_rank():
+        lock.refuse_if_held(folder)
+
+
+def _explained(error: BaseException) -> tuple[int | None, str]:
+    """Exit code and message; no code for what is a bug of ours and keeps its traceback."""
+    if isinstance(error, SystemExit):
+        cut_short = isinstance(error.__context__, KeyboardInterrupt)  # Lightning makes exit code 1 of it
+        return (130, "") if cut_short else (error.code if isinstance(error.code, int) else 0, "")
+    if isinstance(error, KeyboardInterrupt):
+        return 130, ""
+    if isinstance(error, ModuleNotFoundError):
+        from lightning_em.errors import explain_missing_module
+
+        return 2, explain_missing_module(error)
+    if isinstance(error, ArithmeticError) and hasattr(error, "step"):
+        return 1, str(error)
+    if isinstance(error, OSError) and error.filename is None and error.strerror:
+        return 2, error.strerror
+    return (2, str(error)) if isinstance(error, ValueError | OSError | ArgumentError) else (None, "")
 
 
 def _unknown(verb: str) -> int:
@@ -59,16 +110,6 @@ def _unknown(verb: str) -> int:
     hint = f" Did you mean {near[0]}?" if near else ""
     sys.stderr.write(f"lightning-em: there is no verb {verb!r}; verbs are {', '.join(VERBS)}.{hint}\n")
     return 2
-
-
-def _verb(name: str) -> Callable[[list[str]], int]:
-    if name in ("fit", "validate", "test", "predict"):
-        from lightning_em import cli
-
-        return lambda words: cli.main([name, *words])
-    from lightning_em import verbs
-
-    return verbs.VERBS[name]
 
 
 if __name__ == "__main__":

@@ -135,14 +135,12 @@ class TrainBatch:
     Attributes:
         ce: Rows of the narrow data.
         kl: Rows of the parallel data; None without a KL stream.
-        kl_is_ghost: The KL rows only keep this rank in step and count nothing.
         window: Global counts of the optimiser step this micro-batch belongs to.
     """
 
     ce: PackedBatch
     kl: PackedBatch | None
     window: WindowCounts
-    kl_is_ghost: bool = False
 
     def to(self, device: torch.device | str) -> "TrainBatch":
         """The same batch on `device`."""

@@ -1,23 +1,43 @@
 """LightningCLI for this project: one config, one run folder, the same command continues it."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import sys
 import warnings
+from argparse import ArgumentError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
+from rich.table import Table
 
-from lightning_em import runs
-from lightning_em.callbacks import AdapterCheckpoint, MetricsFile, Probing, Provenance
+from lightning_em import imports, lock, runs
+from lightning_em.callbacks import (
+    AdapterCheckpoint,
+    Health,
+    LoadingCheck,
+    MetricsFile,
+    Probing,
+    Provenance,
+    Signals,
+    follow_parent,
+    refuse_idle_adapter,
+    refuse_other_base,
+)
 from lightning_em.checkpoints import FolderCheckpointIO
 from lightning_em.data import EMDataModule
+from lightning_em.errors import ConfigError, explain_parsing
+from lightning_em.manifest import remove_leftovers, write_atomically
+from lightning_em.models import BaseModel
 from lightning_em.module import EMModule
+from lightning_em.redaction import redacted
 from lightning_em.runs import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -28,9 +48,12 @@ DEVICE_SETTINGS = {
         "accelerator", "strategy", "devices", "num_nodes", "logger", "callbacks", "enable_progress_bar", "profiler",
         "enable_model_summary", "log_every_n_steps", "default_root_dir", "plugins", "deterministic", "benchmark",
     },
-    "data": {"num_workers"},
+    "data": {"num_workers", "validation_batch_size"},
+    "model": {"sampling"},
 }  # fmt: skip
-NOT_PART_OF_A_RUN = {"config", "run", "probing", "checkpoint", "ckpt_path", "weights_only"}
+NOT_PART_OF_A_RUN = {
+    "config", "run", "probing", "checkpoint", "ckpt_path", "weights_only", "allow_zero_adapter",
+}  # fmt: skip
 TRAINER_DEFAULTS = {
     "devices": 1,
     "use_distributed_sampler": False,  # our sampler knows ranks and position
@@ -40,6 +63,16 @@ TRAINER_DEFAULTS = {
     "logger": False,  # metrics.csv is always written; name a logger to have it beside
 }
 
+EXPECTED_WARNINGS = (
+    r"LightningCLI's args parameter",  # sys.argv holds the same words, for the ranks that DDP starts
+    r"Found \d+ module\(s\) in eval mode",  # the frozen base belongs there
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r".*does not have many workers",
+    r".*smaller than the logging interval",
+    r"`is_gradient_checkpointing` is deprecated",  # peft asks transformers the old way
+    r".*`srun` command is available",
+)
+CHATTER = ("\U0001f4a1 Tip", "Seed set to", "TPU available", "Loading `train_dataloader` to estimate")
 DESCRIPTIONS = {
     "fit": "Train an adapter with CE on narrow data + KL on parallel data; the same command continues an "
     "unfinished run. An experiment file says what to run; flags and further --config files vary it, e.g. "
@@ -70,10 +103,23 @@ class RunOptions:
 class EMCLI(LightningCLI):
     """fit, validate, test and predict over run folders."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with contextlib.ExitStack() as self.held:
+            try:
+                super().__init__(*args, **kwargs)
+            except ArgumentError as error:
+                keys = [
+                    key
+                    for parser in self._subcommand_parsers.values()
+                    for key in parser.get_defaults().keys()  # noqa: SIM118 (a Namespace, whose keys are dotted)
+                ]
+                raise ConfigError(explain_parsing(str(error), sys.argv[1:], keys)) from error
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """LightningCLI's verbs and the arguments of the trainer that are not the user's to give."""
         ours = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule", "weights_only"}
+        ours |= {"verbose", "return_predictions"}
         return {"fit": ours | {"ckpt_path"}, "validate": ours, "test": ours, "predict": ours}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -97,6 +143,10 @@ class EMCLI(LightningCLI):
         self.run = run_folder(config)
         if self.subcommand != "fit":
             return
+        if lock.is_first_rank():
+            self.held.enter_context(lock.RunLock(self.run.path, sys.argv))
+            for folder in (self.run.path, self.run.checkpoints):
+                remove_leftovers(folder)
         known = self.run.read_run().get("identity")
         if known is not None and known != identity_of(config):
             changed = changed_keys(yaml.safe_load(self.run.config_file.read_text(encoding="utf-8")), config)
@@ -125,14 +175,23 @@ class EMCLI(LightningCLI):
             loggers.append(MetricsFile(self.run.metrics_file))
         trainer = super().instantiate_trainer(
             logger=loggers or False,
-            plugins=[*(given.get("plugins") or []), FolderCheckpointIO()],
+            plugins=[*(given.get("plugins") or []), *self._environment(), FolderCheckpointIO()],
             default_root_dir=str(self.run.path) if fitting else given.get("default_root_dir"),
             **kwargs,
         )
         if fitting:
-            text = yaml.safe_dump({k: v for k, v in config.items() if k != "config"}, sort_keys=False)
-            trainer.callbacks.insert(0, Provenance(identity_of(config), text))  # type: ignore[attr-defined]
+            text = yaml.safe_dump(redacted({k: v for k, v in config.items() if k != "config"}), sort_keys=False)
+            first = [Provenance(identity_of(config), text), Health(), Signals()]
+        elif checkpoint := config.get("ckpt_path"):
+            first = [LoadingCheck(runs.locate(checkpoint)[1], bool(config["allow_zero_adapter"]))]
+        else:
+            first = []
+        trainer.callbacks[:0] = first  # type: ignore[attr-defined]
         return trainer
+
+    def _environment(self) -> list[SLURMEnvironment]:
+        """Lightning's own Slurm environment without its signal handlers: ours save and requeue."""
+        return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
     def fit(self, model: EMModule, **kwargs: Any) -> None:
         """Start the run, or continue it from its newest valid checkpoint."""
@@ -157,6 +216,45 @@ class EMCLI(LightningCLI):
         checkpoint = None if step is None else str(self.run.checkpoint(step))
         self.trainer.fit(model, ckpt_path=checkpoint, **kwargs)
 
+    def validate(self, model: EMModule, **kwargs: Any) -> None:
+        """Measure on held-out rows and show it."""
+        self.trainer.validate(model, verbose=False, **kwargs)
+        self._show(kwargs.get("ckpt_path"))
+
+    def test(self, model: EMModule, **kwargs: Any) -> None:
+        """Measure on test rows and show it."""
+        self.trainer.test(model, verbose=False, **kwargs)
+        self._show(kwargs.get("ckpt_path"))
+
+    def _show(self, checkpoint: str | None) -> None:
+        table = Table("quantity", "nats per token", title=checkpoint or "untrained adapter")
+        for name, value in sorted(self.trainer.callback_metrics.items()):
+            table.add_row(name, f"{value.item():.6f}")
+        if self.trainer.is_global_zero:
+            Console().print(table)
+
+    def predict(self, model: EMModule, **kwargs: Any) -> None:
+        """Sample answers and write them beside the run they come from."""
+        if self.trainer.world_size > 1:
+            raise ValueError("predict runs in one process: set trainer.devices and trainer.num_nodes to 1.")
+        answers = self.trainer.predict(model, return_predictions=True, **kwargs)
+        checkpoint = Path(kwargs["ckpt_path"]) if kwargs.get("ckpt_path") else None
+        folder = checkpoint.parent.parent if checkpoint else self.run.path
+        target = folder / "behaviour" / f"answers-{checkpoint.name if checkpoint else 'untrained'}.jsonl"
+        rows = [json.dumps(row, ensure_ascii=False) for batch in answers or [] for row in batch]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, "".join(f"{row}\n" for row in rows))
+        logger.info("%d prompts answered: %s", len(rows), target)
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand != "fit":
+            text = "Evaluate an adapter that changes nothing."
+            parser.add_argument("--allow_zero_adapter", type=bool, default=False, help=text)
+        return parser
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand != "fit" and kwargs.get("ckpt_path"):
@@ -180,15 +278,18 @@ class LoadedRun(NamedTuple):
     data: EMDataModule
 
 
-def load_run(reference: str) -> LoadedRun:
+def load_run(reference: str, allow_zero_adapter: bool = False) -> LoadedRun:
     """Rebuild a run from its own config.
 
     Args:
         reference: `runs/x` for its newest checkpoint, `runs/x@step-40` for another.
+        allow_zero_adapter: Whether an adapter that changes no logit is let through.
 
     Raises:
-        ValueError: If run or checkpoint are missing or broken.
+        ValueError: If run or checkpoint are missing or broken, the base is not the run's own, or the adapter
+            changes nothing.
     """
+    imports.restrict()
     folder, checkpoint = runs.locate(reference)
     parser = LightningArgumentParser()
     parser.add_argument("--seed_everything", type=bool | int, default=0)
@@ -203,7 +304,40 @@ def load_run(reference: str) -> LoadedRun:
     parts.model.configure_model()
     parts.model.model.adapter.load(checkpoint)
     parts.data.setup("fit")
+    refuse_other_base(folder, parts.model)
+    if not allow_zero_adapter:
+        refuse_idle_adapter(parts.model.model, parts.data.probe_batches("narrow", 2, 2), reference)
     return LoadedRun(folder, runs.step_of(checkpoint), parts.model, parts.data)
+
+
+class ExperimentParts(NamedTuple):
+    """What an experiment file names, nothing loaded."""
+
+    base: BaseModel
+    data: EMDataModule
+
+
+def experiment_parts(config: str) -> ExperimentParts:
+    """The base and the data of an experiment file, or of a run's config.yaml."""
+
+    class Parsed(EMCLI):
+        def before_instantiate_classes(self) -> None:
+            self.run = run_folder(self._get_config())
+
+        def fit(self, model: EMModule, **kwargs: Any) -> None:
+            pass  # only to be looked at
+
+    hush()
+    parsed = Parsed(
+        EMModule,
+        EMDataModule,
+        args=["fit", "--config", config, "--trainer.accelerator", "cpu"],
+        save_config_callback=None,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        parser_kwargs={"exit_on_error": False},
+    )
+    return ExperimentParts(parsed.model.base, parsed.datamodule)
 
 
 def load_probing(folder: RunFolder, config: str | None, num_examples: int, batch_size: int) -> Probing:
@@ -278,21 +412,42 @@ def _usage(verb: str, description: str) -> dict[str, Any]:
     return {
         "usage": f"lightning-em {verb} --config FILE [--config FILE ...] [--KEY VALUE ...]",
         "description": description,
+        "exit_on_error": False,
     }
+
+
+def hush() -> None:
+    """Leave out warnings that are expected here, and Lightning's small talk."""
+    for text in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=text)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(_is_no_chatter)
+
+
+def _is_no_chatter(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(CHATTER)
 
 
 def main(words: list[str]) -> int:
     """Run fit, validate, test or predict with these words of the command line."""
+    run_cli(words)
+    return 0
+
+
+def run_cli(words: list[str]) -> EMCLI:
+    """The same for a caller in this process, who wants to know the run."""
     sys.argv = [sys.argv[0], *words]  # DDP starts its other ranks by this command line
+    if not lock.is_first_rank():
+        follow_parent()
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    warnings.filterwarnings("ignore", message=".*`LightningCLI's args parameter.*")
-    EMCLI(
+    hush()
+    return EMCLI(
         EMModule,
         EMDataModule,
+        args=imports.take(words),
         save_config_callback=None,
         seed_everything_default=0,
         auto_configure_optimizers=False,
         parser_kwargs={verb: _usage(verb, text) for verb, text in DESCRIPTIONS.items()}
-        | {"prog": "lightning-em"},
+        | {"prog": "lightning-em", "exit_on_error": False},
     )
-    return 0

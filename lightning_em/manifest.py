@@ -84,8 +84,11 @@ def manifest_problems(folder: Path) -> list[str]:
 
 def remove_leftovers(parent: Path) -> None:
     """Delete what killed writers left behind; the caller makes sure that nobody is writing."""
-    for folder in parent.glob(f"{TEMPORARY_PREFIX}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for left in parent.glob(f"{TEMPORARY_PREFIX}*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:

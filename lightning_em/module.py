@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from lightning_em import runs
 from lightning_em.adapters import Adapter
 from lightning_em.batch import PackedBatch, TrainBatch
 from lightning_em.checkpoints.folder import ADAPTER_CONFIG_KEY
+from lightning_em.data import forget_finished_epoch
 from lightning_em.losses import Objective
-from lightning_em.models import AdaptedModel, BaseModel
+from lightning_em.models import AdaptedModel, BaseModel, Sampling, sample_answers
 
 
 class LinearWithWarmup(LambdaLR):
@@ -38,10 +40,23 @@ class LinearWithWarmup(LambdaLR):
         final_fraction: float = 0.0,
         num_steps: int | None = None,
     ) -> None:
-        self.warmup_steps, self.final_fraction, self.num_steps = warmup_steps, final_fraction, num_steps
-        super().__init__(optimizer, self._factor)
+        self.line = _Line(warmup_steps, final_fraction, num_steps)
+        super().__init__(optimizer, self.line)
 
-    def _factor(self, step: int) -> float:
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers; the line itself is rebuilt from the config."""
+        return {key: value for key, value in super().state_dict().items() if key != "line"}
+
+
+@dataclass
+class _Line:
+    """Share of the full rate at a step, an object because LambdaLR saves objects and no functions."""
+
+    warmup_steps: int
+    final_fraction: float
+    num_steps: int | None
+
+    def __call__(self, step: int) -> float:
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         if self.num_steps is None:
@@ -81,6 +96,7 @@ class EMModule(LightningModule):
         optimizer: Called with the adapter's parameters.
         lr_scheduler: Called with the optimiser; stepped once an optimiser step.
         init_from: Start from another run's adapter, `runs/x@step-40`, with a fresh optimiser.
+        sampling: How `predict` draws answers; no part of what a run is.
         seed: Of the adapter's random initial values.
     """
 
@@ -94,11 +110,13 @@ class EMModule(LightningModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable = LinearWithWarmup,
         init_from: str | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.strict_loading = False
         self.base, self.objective, self.init_from, self.seed = base, objective, init_from, seed
+        self.sampling = sampling
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._adapter = (adapter,)  # a tuple hides it from nn.Module: it is registered once, inside `model`
         self._window = torch.zeros(2, dtype=torch.float64)
@@ -118,8 +136,8 @@ class EMModule(LightningModule):
         """The optimiser over the adapter's parameters, and its schedule by optimiser step."""
         optimizer = self._optimizer(list(self.model.adapter.trainable().values()))
         scheduler = self._lr_scheduler(optimizer)
-        if isinstance(scheduler, LinearWithWarmup) and scheduler.num_steps is None:
-            scheduler.num_steps = _finite(self.trainer.estimated_stepping_batches)
+        if isinstance(scheduler, LinearWithWarmup) and scheduler.line.num_steps is None:
+            scheduler.line.num_steps = _finite(self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
@@ -179,9 +197,17 @@ class EMModule(LightningModule):
             if metric.update_called:
                 metrics[f"{stage}/{name}"] = metric.compute().item()
             metric.reset()
-        self.log_dict(metrics, logger=False)
+        self.log_dict(metrics, logger=False)  # loggers get them under our own step number
         if not self.trainer.sanity_checking:
             self.write_metrics(metrics, self.global_step)
+
+    def predict_step(self, batch: PackedBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Answers to a batch of prompts: one dict a prompt, with `row_id` and `answers`."""
+        if batch.is_ghost:
+            return []
+        sampling = replace(self.sampling, seed=self.sampling.seed + batch_idx)
+        answers = sample_answers(self.model, self.base.load_tokenizer(), batch, sampling)
+        return [{"row_id": row, "answers": texts} for row, texts in zip(batch.row_ids, answers, strict=True)]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """The adapter's tensors alone; the frozen base is in no checkpoint."""
@@ -202,6 +228,10 @@ class EMModule(LightningModule):
         """Restore the schedule now and the random states right before the next batch."""
         self.objective.load_state_dict(checkpoint["kl_schedule"])
         self._rng_to_restore = checkpoint["rng"]
+
+    def on_train_start(self) -> None:
+        """Resume at an epoch boundary as in the middle of an epoch."""
+        forget_finished_epoch(self.trainer)
 
     def on_train_batch_start(self, batch: TrainBatch, batch_idx: int) -> None:
         """Continue the random streams where the checkpoint left them."""

@@ -117,7 +117,7 @@ def repair_tail(path: Path) -> None:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The finished lines of a record file; an unfinished last line is passed over."""
+    """The finished lines of a record file, newline included; an unfinished last line is passed over."""
     if not path.exists():
         return
     with path.open("rb") as file:

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lightning_em import records
+from lightning_em import lock, records
 from lightning_em.manifest import manifest_problems, write_atomically
 
 logger = logging.getLogger(__name__)
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
+_HASH = re.compile(r"-[0-9a-f]{8}")
 
 
 class RunFolder:
@@ -64,6 +65,11 @@ class RunFolder:
         content: dict[str, Any] = json.loads(self.run_file.read_text(encoding="utf-8"))
         return content
 
+    def status(self) -> str:
+        """`running`, `finished`, `stopped`, `preempted`, `failed`, or `killed`: it says running, and nobody is."""
+        status = str(self.read_run().get("status"))
+        return "killed" if status == "running" and not lock.is_held(self.path) else status
+
     def update_run(self, **fields: Any) -> None:
         """Change some fields of run.json in one step."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -79,13 +85,15 @@ def step_of(checkpoint: Path) -> int:
 def locate(reference: str) -> tuple[RunFolder, Path]:
     """Run folder and checkpoint named by `runs/x` (its newest valid one) or `runs/x@step-40`.
 
+    The hash that ends a run's name may be left out where only one run has that name.
+
     Raises:
         ValueError: If there is no such run or checkpoint, or it fails its manifest.
     """
     path, _, wanted = reference.partition("@")
     run = RunFolder(path)
     if not run.path.is_dir():
-        raise ValueError(f"there is no run folder {path!r} (looked from {Path.cwd()}).")
+        run = RunFolder(_named(run.path))
     if not wanted:
         step = run.newest_valid_step()
         if step is None:
@@ -100,3 +108,14 @@ def locate(reference: str) -> tuple[RunFolder, Path]:
     if problems := manifest_problems(folder):
         raise ValueError(f"checkpoint {folder} is broken: {'; '.join(problems)}")
     return run, folder
+
+
+def _named(path: Path) -> Path:
+    """The one folder called `path` and eight hexadecimal characters."""
+    parent = path.parent
+    found = sorted(f for f in parent.glob(f"{path.name}-*") if _HASH.fullmatch(f.name[len(path.name) :]))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise ValueError(f"there is no run folder {str(path)!r} (looked from {Path.cwd()}).")
+    raise ValueError(f"{path} may be {', '.join(f.name for f in found)}; write one of them.")

@@ -80,12 +80,18 @@ def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-def train_metrics(run: RunFolder) -> SteppedMetrics:
-    """Training metrics by step."""
+def metrics_of(run: RunFolder) -> SteppedMetrics:
+    """Metrics by step, without those of the machine."""
+    machine = ("train/tokens_per_second", "train/memory_bytes")
     table = read_metrics(run.metrics_file)
+    return {step: {k: v for k, v in row.items() if k not in machine} for step, row in table.items()}
+
+
+def train_metrics(run: RunFolder) -> SteppedMetrics:
+    """Training metrics by step, without those of the machine."""
     return {
         step: values
-        for step, row in table.items()
+        for step, row in metrics_of(run).items()
         if (values := {name: value for name, value in row.items() if name.startswith("train/")})
     }
 

@@ -17,6 +17,7 @@ EXPERIMENTS = sorted((CONFIGS / "experiment").rglob("*.yaml"))
 PARTS = {
     "base": "model.base",
     "adapter": "model.adapter",
+    "lr_scheduler": "model.lr_scheduler",
     "objective": "model.objective",
     "optimizer": "model.optimizer",
     "data": "data",

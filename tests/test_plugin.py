@@ -60,13 +60,15 @@ def test_fit_probe_and_resume_from_yaml_alone(package, tiny_model_folder, chat_f
         {"probes": [{"class_path": "lightning_em.probes.ScaleCurve", "init_args": {"scales": [0.0, 1.0]}}]},
     )
     environment = {"PYTHONPATH": str(package)}
-    done = command("fit", "--config", str(path), **environment)
+    allow = ["--allow_import", "my_adapters"]
+    done = command("fit", "--config", str(path), *allow, **environment)
     assert done.returncode == 0, done.stderr
     run = RunFolder(package / "runs" / "shift")
+    assert run.read_run()["allowed_imports"] == ["my_adapters"]
     whole = final_adapter(run)
     last = run.steps()[-1]
 
-    probed = command("probe", str(run.path), "--config", str(probing), **environment)
+    probed = command("probe", str(run.path), "--config", str(probing), *allow, **environment)
     assert probed.returncode == 0, probed.stderr
     assert [r.step for r in read_results(run.probe_file("scale_curve"))] == run.steps()
 
@@ -74,9 +76,16 @@ def test_fit_probe_and_resume_from_yaml_alone(package, tiny_model_folder, chat_f
         file.unlink()
     run.checkpoint(last).rmdir()
     run.update_run(status="running")
+    offer = package / "my_adapters-1.0.dist-info"  # as `pip install` leaves it: no flag is needed then
+    offer.mkdir()
+    (offer / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: my-adapters\nVersion: 1.0\n", encoding="utf-8"
+    )
+    (offer / "entry_points.txt").write_text("[lightning_em.plugins]\nshift = my_adapters\n", encoding="utf-8")
     resumed = command("fit", "--config", str(path), **environment)
     assert resumed.returncode == 0, resumed.stderr
     assert final_adapter(run) == whole
+    assert run.read_run()["allowed_imports"] == ["my_adapters"]
 
 
 def test_the_contract_holds(package, monkeypatch) -> None:

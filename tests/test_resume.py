@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_em.callbacks import read_metrics
 from lightning_em.runs import RunFolder
-from tests.fitting import LORA, VECTOR, experiment, final_adapter, fit, write_config
+from tests.fitting import LORA, VECTOR, experiment, final_adapter, fit, metrics_of, write_config
 
 
 @pytest.fixture(scope="module", params=["vector", "lora"])
@@ -45,7 +44,7 @@ def test_resume_from_every_step_is_bit_identical(finished) -> None:
         cut = cut_after(whole, step, config.parent / f"cut-{step}")
         fit(config, cut.path.name)
         assert final_adapter(cut) == final_adapter(whole), f"resumed from step {step}"
-        assert read_metrics(cut.metrics_file) == read_metrics(whole.metrics_file), f"resumed from step {step}"
+        assert metrics_of(cut) == metrics_of(whole), f"resumed from step {step}"
 
 
 def test_a_finished_run_is_left_alone(finished, caplog) -> None:

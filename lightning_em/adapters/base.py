@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -153,6 +154,7 @@ class Adapter(nn.Module, ABC):
         object.__setattr__(self, "_base", base)  # not a submodule: the base is not ours to save
         self.generator = torch.Generator().manual_seed(seed)
         base.requires_grad_(False)
+        base.disable_input_require_grads()  # on with checkpointing: the backward would run through every layer
         self.attach(base)
         base.eval()  # modules that `attach` put in are born in training mode
         if self.lowest_layer < 0:
@@ -212,7 +214,7 @@ class Adapter(nn.Module, ABC):
     def config_dict(self) -> dict[str, Any]:
         """What `adapter_config.json` says beside the weights."""
         return {
-            "adapter_class": f"{type(self).__module__}.{type(self).__qualname__}",
+            "adapter_class": _class_path(type(self)),
             "lowest_layer": self.lowest_layer,
             "shapes": {name: list(p.shape) for name, p in self.trainable().items()},
         }
@@ -258,6 +260,13 @@ class Adapter(nn.Module, ABC):
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
+
+
+def _class_path(kind: type) -> str:
+    """The path a config names the class by: its package's, if that exports it."""
+    package = kind.__module__.rpartition(".")[0]
+    exported = getattr(sys.modules.get(package), kind.__qualname__, None) is kind
+    return f"{package if exported else kind.__module__}.{kind.__qualname__}"
 
 
 def orthogonal_noise(tensor: Tensor, generator: torch.Generator) -> Tensor:

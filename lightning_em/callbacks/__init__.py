@@ -1,8 +1,27 @@
 """Callbacks: what happens around training, each in its own file."""
 
 from lightning_em.callbacks.checkpointing import AdapterCheckpoint, CheckpointListener
+from lightning_em.callbacks.health import Health, UnhealthyError
+from lightning_em.callbacks.loading import LoadingCheck, base_sha256, refuse_idle_adapter, refuse_other_base
 from lightning_em.callbacks.metrics import MetricsFile, read_metrics
 from lightning_em.callbacks.probing import Probing
 from lightning_em.callbacks.provenance import Provenance
+from lightning_em.callbacks.signals import Interrupted, Signals, follow_parent
 
-__all__ = ["AdapterCheckpoint", "CheckpointListener", "MetricsFile", "Probing", "Provenance", "read_metrics"]
+__all__ = [
+    "AdapterCheckpoint",
+    "CheckpointListener",
+    "Health",
+    "Interrupted",
+    "LoadingCheck",
+    "MetricsFile",
+    "Probing",
+    "Provenance",
+    "Signals",
+    "UnhealthyError",
+    "base_sha256",
+    "follow_parent",
+    "read_metrics",
+    "refuse_idle_adapter",
+    "refuse_other_base",
+]

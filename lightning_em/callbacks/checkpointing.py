@@ -1,5 +1,8 @@
 """When checkpoints are written, and who is told once one is on disk."""
 
+import errno
+import math
+import shutil
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -54,8 +57,25 @@ class AdapterCheckpoint(Checkpoint):
         return step > 0 and (regular or (step <= self.dense_until and step % self.dense_every == 0))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed run has its starting point on disk already."""
+        """A resumed run has its starting point on disk already; the rest must find room there.
+
+        Raises:
+            OSError: If the disk has less room than the checkpoints to come will take.
+        """
         self._last_published = trainer.global_step
+        refusal = self._no_room(trainer, pl_module) if trainer.is_global_zero else None
+        if refusal := trainer.strategy.broadcast(refusal):
+            raise OSError(errno.ENOSPC, refusal)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take note that nothing has been trained yet."""
+        self._last_published = -1
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run killed between its last checkpoint and its end has no step left: tell the listeners now."""
+        if self._last_published < 0 and trainer.global_step > 0:
+            pl_module.to(trainer.strategy.root_device)  # the strategy has put it away
+            self._tell(trainer, pl_module, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -86,15 +106,42 @@ class AdapterCheckpoint(Checkpoint):
             tell: Whether listeners (probes) run; an emergency save does without.
         """
         run, step = RunFolder(trainer.default_root_dir), trainer.global_step
+        for log in trainer.loggers:
+            log.save()  # the metrics up to here first: a checkpoint stands for a step that is on record
         trainer.save_checkpoint(run.checkpoint(step), weights_only=False)
         self._last_published = step
         if trainer.is_global_zero:
             self._retire(trainer, run)
         if tell:
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, CheckpointListener):
-                    callback.on_checkpoint_published(trainer, pl_module, step)
+            self._tell(trainer, pl_module, step)
         return run.checkpoint(step)
+
+    def _tell(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, CheckpointListener):
+                callback.on_checkpoint_published(trainer, pl_module, step)
+
+    def _no_room(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
+        """Both figures, if the checkpoints to come need more than there is."""
+        run, last = RunFolder(trainer.default_root_dir), trainer.estimated_stepping_batches
+        if not math.isfinite(last):
+            return None
+        steps = [
+            step for step in range(trainer.global_step + 1, int(last) + 1) if self.due(step) or step == last
+        ]
+        kept = len(steps) if self.keep_last is None else min(len(steps), self.keep_last + 1)
+        written = [run.checkpoint(step) for step in run.steps()]
+        sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in written]
+        weights = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
+        # Adam keeps two more numbers a weight; the rest is random states and the manifest
+        need = kept * max([3 * weights + 40_000, *sizes])
+        free = shutil.disk_usage(run.path).free
+        if need <= free:
+            return None
+        return (
+            f"{kept} checkpoints to come need about {need:,} bytes, but {run.path} has {free:,} free. Free some "
+            "space, choose another --run.root, or write fewer with checkpoint.every_n_steps or checkpoint.keep_last."
+        )
 
     def _retire(self, trainer: Trainer, run: RunFolder) -> None:
         if self.keep_last is None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import math
 from argparse import Namespace
 from pathlib import Path
@@ -12,6 +13,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_em.manifest import write_atomically
 from lightning_em.records import append_lines, read_lines
+
+logger = logging.getLogger(__name__)
 
 HEADER = "step,name,value"
 
@@ -28,6 +31,7 @@ class MetricsFile(Logger):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
+        self._rows: list[str] = []
 
     @property
     def name(self) -> str:
@@ -41,13 +45,30 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append the values; one write and one fsync a call."""
-        if step is None or not metrics:
-            return
-        if not self.path.exists():
-            append_lines(self.path, HEADER)
-        rows = [f"{step},{name},{float(value)!r}" for name, value in metrics.items()]
-        append_lines(self.path, *rows)
+        """Take the values; `save` writes them."""
+        if step is not None:
+            self._rows += [f"{step},{name},{float(value)!r}" for name, value in metrics.items()]
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Append what has come since the last call: one write and one fsync.
+
+        Lightning calls this every `trainer.log_every_n_steps`, `AdapterCheckpoint` before it publishes.
+        """
+        if self._rows:
+            header = [] if self.path.exists() else [HEADER]
+            append_lines(self.path, *header, *self._rows)
+            self._rows = []
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write the rest, also of a run that failed: of a full disk, for instance, which has been reported."""
+        try:
+            self.save()
+        except OSError as error:
+            if status != "failed":
+                raise
+            logger.warning("the last metrics are lost: %s", error)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:

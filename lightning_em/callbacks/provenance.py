@@ -1,6 +1,7 @@
 """What a run was: config, versions, data and how it ended, in its own folder."""
 
 import importlib.metadata
+import logging
 import platform
 import subprocess
 import sys
@@ -9,9 +10,15 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from lightning_em import __version__
+from lightning_em import __version__, imports
+from lightning_em.callbacks.health import UnhealthyError
+from lightning_em.callbacks.loading import base_sha256, refuse_other_base
+from lightning_em.callbacks.signals import Interrupted
 from lightning_em.module import EMModule
+from lightning_em.redaction import redacted_text, redacted_words
 from lightning_em.runs import RunFolder
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "jsonargparse", "safetensors")
 
@@ -28,21 +35,32 @@ class Provenance(Callback):
         self.identity, self.config = identity, config
 
     def on_train_start(self, trainer: Trainer, pl_module: EMModule) -> None:  # type: ignore[override]
-        """Record the start of an attempt before the first step."""
+        """Record the start of an attempt before the first step.
+
+        Raises:
+            ValueError: If the base is not the one the run began with.
+        """
+        run = RunFolder(trainer.default_root_dir)
+        refuse_other_base(run, pl_module)
         if not trainer.is_global_zero:
             return
-        run = RunFolder(trainer.default_root_dir)
         known = run.read_run()
         attempt = {"started": _now(), "from_step": trainer.global_step, "world_size": trainer.world_size}
+        before = [{"status": "killed"} | attempt for attempt in known.get("attempts", [])]
         run.update_run(
             status="running",
             exit_reason=None,
             identity=self.identity,
-            attempts=[*known.get("attempts", []), attempt],
-            command=sys.argv,
+            attempts=[*before, attempt],
+            allowed_imports=imports.allowed(),
+            command=redacted_words(sys.argv),
             versions=versions(),
             git=git_state(),
-            base={"path": pl_module.base.path, "revision": _revision(pl_module)},
+            base={
+                "path": pl_module.base.path,
+                "revision": _revision(pl_module),
+                "sha256": base_sha256(pl_module.model.base),
+            },
             data=trainer.datamodule.fingerprint(),  # type: ignore[attr-defined]
             max_steps=int(trainer.estimated_stepping_batches),
         )
@@ -57,16 +75,26 @@ class Provenance(Callback):
         """Record a regular end."""
         if trainer.is_global_zero:
             done = trainer.global_step >= trainer.estimated_stepping_batches
-            RunFolder(trainer.default_root_dir).update_run(
-                status="finished" if done else "stopped", ended=_now(), last_step=trainer.global_step
-            )
+            self._close(trainer, "finished" if done else "stopped", None)
 
     def on_exception(self, trainer: Trainer, pl_module: EMModule, exception: BaseException) -> None:  # type: ignore[override]
         """Record what ended the run."""
+        if not trainer.is_global_zero or not RunFolder(trainer.default_root_dir).run_file.exists():
+            return
+        kind = "preempted" if isinstance(exception, Interrupted) else "failed"
+        step = {"failed_at": exception.step} if isinstance(exception, UnhealthyError) else {}
+        try:
+            self._close(trainer, kind, redacted_text(f"{type(exception).__name__}: {exception}"), **step)
+        except OSError as error:  # a full disk: what matters is the exception that is on its way
+            logger.warning("could not note in run.json how the run ended: %s", error)
+
+    def _close(self, trainer: Trainer, status: str, reason: str | None, **more: Any) -> None:
         run = RunFolder(trainer.default_root_dir)
-        if trainer.is_global_zero and run.run_file.exists():
-            reason = f"{type(exception).__name__}: {exception}"
-            run.update_run(status="failed", exit_reason=reason, ended=_now(), last_step=trainer.global_step)
+        attempts = run.read_run().get("attempts", [])
+        end = {"status": status, "ended": _now(), "last_step": trainer.global_step, "exit_reason": reason}
+        if attempts:
+            attempts[-1] |= end | more
+        run.update_run(**end, attempts=attempts)
 
 
 def versions() -> dict[str, str]:

@@ -1,15 +1,18 @@
 """A checkpoint is a folder: adapter weights anyone can load, and the trainer's state beside them."""
 
+import errno
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lightning_em.manifest import manifest_problems, publish
+from lightning_em.manifest import TEMPORARY_PREFIX, manifest_problems, publish
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG, TRAINER_STATE = (
     "adapter_model.safetensors",
@@ -50,7 +53,27 @@ class FolderCheckpointIO(CheckpointIO):
                     "callback, scheduler or optimiser of yours must keep its state to tensors and plain values."
                 )
 
-        publish(Path(path), write)
+        try:
+            publish(Path(path), write)
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch and safetensors have words of their own
+            raise self._explained(error, Path(path), _num_bytes(checkpoint)) from error
+
+    def _explained(self, error: Exception, path: Path, needed: int) -> Exception:
+        """What a failed write means, with path and bytes; an error that is not the disk's stays as it is."""
+        free = shutil.disk_usage(path.parent).free
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or free < needed:
+            return OSError(
+                errno.ENOSPC,
+                f"could not write {path}: it needs about {needed:,} bytes, and the disk has {free:,} free. Nothing "
+                "half written is left, earlier checkpoints are whole; free some space and give the same command.",
+            )
+        if isinstance(error, OSError):
+            return type(error)(error.errno, f"could not write {path} ({needed:,} bytes): {error.strerror}")
+        return error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
@@ -63,11 +86,30 @@ class FolderCheckpointIO(CheckpointIO):
         folder = Path(path)
         if problems := manifest_problems(folder):
             raise ValueError(f"checkpoint {folder} is broken: {'; '.join(problems)}")
-        state: dict[str, Any] = torch.load(folder / TRAINER_STATE, map_location="cpu", weights_only=True)
+        try:
+            state: dict[str, Any] = torch.load(folder / TRAINER_STATE, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{folder / TRAINER_STATE} holds something other than tensors and plain values, which this package "
+                "never writes; loading it could run code, so it was not."
+            ) from error
         state["state_dict"] = load_file(folder / ADAPTER_WEIGHTS)
         state[ADAPTER_CONFIG_KEY] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         return state
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete a checkpoint folder."""
-        shutil.rmtree(path)
+        """Delete a checkpoint folder; under another name first, so that a kill leaves none half deleted."""
+        doomed = Path(path).with_name(f"{TEMPORARY_PREFIX}{Path(path).name}-removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        shutil.rmtree(Path(path).rename(doomed))
+
+
+def _num_bytes(state: Any) -> int:
+    """Bytes of all tensors in nested state, and some for what is around them."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size() + 512
+    if isinstance(state, dict):
+        return 64 + sum(_num_bytes(value) for value in state.values())
+    if isinstance(state, list | tuple):
+        return 8 * len(state) + sum(_num_bytes(value) for value in state)
+    return 64

@@ -2,11 +2,13 @@
 
 from lightning_em.data.chat import DEFAULT_TEMPLATE_KWARGS, ChatEncoder, EncodedChat, Message, encode_chat
 from lightning_em.data.datamodule import EMDataModule, TokenizerSource
+from lightning_em.data.doctor import DataReport, check_files
 from lightning_em.data.encoding import EncodedRows, LengthLimit, encode_chats
 from lightning_em.data.loaders import BatchLoader
 from lightning_em.data.position import Position, forget_finished_epoch
 from lightning_em.data.rows import FileScan, Row, RowError, RowErrors, read_rows, scan_rows
 from lightning_em.data.sampler import BatchGeometry, WindowIndices, WindowSampler
+from lightning_em.data.show import report_tables, show_chats
 from lightning_em.data.sources import Chat, ChatSource, as_chats, select_rows
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "Chat",
     "ChatEncoder",
     "ChatSource",
+    "DataReport",
     "EMDataModule",
     "EncodedChat",
     "EncodedRows",
@@ -30,10 +33,13 @@ __all__ = [
     "WindowIndices",
     "WindowSampler",
     "as_chats",
+    "check_files",
     "encode_chat",
     "encode_chats",
     "forget_finished_epoch",
     "read_rows",
+    "report_tables",
     "scan_rows",
     "select_rows",
+    "show_chats",
 ]

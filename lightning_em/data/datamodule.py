@@ -101,7 +101,7 @@ class EMDataModule(LightningDataModule):
         self.template_kwargs = template_kwargs
         self._encoded: dict[tuple[Stream, Split], EncodedRows] = {}
         self._held_out_prompts: list[EncodedRow] = []
-        self._file_sha256: dict[str, str] = {}
+        self._files: dict[str, str] = {}
         self._resumed: Position | None = None
         self._sampler: WindowSampler | None = None
 
@@ -194,11 +194,11 @@ class EMDataModule(LightningDataModule):
         return self._encoded.get((stream, split), EncodedRows(()))
 
     def fingerprint(self) -> dict[str, str]:
-        """SHA-256 of each file and of each stream's token ids and masks."""
+        """SHA-256 of each file and of each stream's token ids and masks, and the commits of sets on the hub."""
         tokens = {
             f"{stream}.{split}.tokens": rows.sha256() for (stream, split), rows in self._encoded.items()
         }
-        return self._file_sha256 | tokens
+        return self._files | tokens
 
     @property
     def geometry(self) -> BatchGeometry:
@@ -257,7 +257,9 @@ class EMDataModule(LightningDataModule):
 
     def _read(self, source: ChatSource, name: str) -> list[Row]:
         scan = scan_rows(source.path)
-        self._file_sha256[f"{name}.file"] = scan.sha256
+        self._files[f"{name}.file"] = scan.sha256
+        if scan.revision is not None:
+            self._files[f"{name}.revision"] = scan.revision
         return select_rows(scan.usable_rows(), source)
 
     def _encode(self, stream: Stream, split: Split, chats: list[Chat], encoder: ChatEncoder) -> None:

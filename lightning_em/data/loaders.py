@@ -26,14 +26,14 @@ class TrainRows(Dataset[TrainBatch]):
             ce = ce.ghost()
         if kl is not None and indices.kl_ghost:
             kl = kl.ghost()
-        return TrainBatch(ce, kl, indices.window, kl_is_ghost=indices.kl_ghost)
+        return TrainBatch(ce, kl, indices.window)
 
 
 class EvaluationRows(Dataset[PackedBatch]):
     """This rank's share of some rows, cut into batches.
 
     Every row is on one rank, and every rank has the same number of batches: one without rows of its own
-    gets a ghost, a batch whose `response_mask` is False throughout, and must count nothing of it.
+    gets a ghost.
     """
 
     def __init__(self, rows: Sequence[EncodedRow], batch_size: int, rank: int, world_size: int) -> None:

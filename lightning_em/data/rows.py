@@ -1,4 +1,4 @@
-"""Reading chat rows from JSONL files: every bad line is named, none is guessed at or skipped in silence."""
+"""Reading chat rows from files: every bad row is named, none is guessed at or skipped in silence."""
 
 import hashlib
 import json
@@ -10,21 +10,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_em.data.chat import Message
+from lightning_em.data.checks import given_id, row_fields, unique_keys
+from lightning_em.data.tables import HUB_SCHEME, is_saved_folder, is_table, read_table
 
 logger = logging.getLogger(__name__)
 
-_ROLES = ("system", "user", "assistant")
 _SHOWN_ERRORS = 10
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a data file: a conversation, or a question with a good and a bad answer.
+    """One row of a data file: a conversation, or a question with a good and a bad answer.
 
     Attributes:
         id: The row's own id, or else a hash of its content; unique within the file.
         path: File it was read from.
-        line: Line number, from 1.
+        line: Line number, from 1; the number of the row where a file has no lines.
         messages: The conversation; empty in the question form.
         question: The question; None in the messages form, as are `good` and `bad`.
         good: The good answer.
@@ -92,7 +93,8 @@ class FileScan:
         rows: The usable rows.
         errors: The unusable ones.
         num_blank: Blank lines, which are skipped.
-        sha256: Of the file's bytes.
+        sha256: Of the bytes of the file, or of all files of the set.
+        revision: Commit of a set on the hub; None for files.
     """
 
     path: str
@@ -100,6 +102,7 @@ class FileScan:
     errors: tuple[RowError, ...]
     num_blank: int
     sha256: str
+    revision: str | None = None
 
     def usable_rows(self) -> list[Row]:
         """The rows, if all lines are right.
@@ -116,171 +119,162 @@ class FileScan:
 
 
 def read_rows(path: str) -> list[Row]:
-    """Read a JSONL file of `{"messages": [...]}` or `{"question", "good", "bad"}` rows.
+    """Read `{"messages": [...]}` or `{"question", "good", "bad"}` rows, from any file that `scan_rows` takes.
 
     `topic`, `subtopic` and `id` are read where present, other keys are left to their owner; blank lines are
     skipped and counted in the log, and so is a byte order mark.
 
     Raises:
         RowErrors: If any row is bad, with file:line and reason of each.
-        ValueError: If there is no such file.
+        ValueError: If there is no such file, or it cannot be read at all.
     """
     return scan_rows(path).usable_rows()
 
 
-def scan_rows(path: str) -> FileScan:
-    """Read a JSONL file, keeping its errors beside its rows.
+def scan_rows(path: str, questions_only: bool = False) -> FileScan:
+    """Read a file, keeping its errors beside its rows.
+
+    Args:
+        path: JSONL file or `miniature://...`; `.json` with an array; `.parquet`, `.csv`, a folder written by
+            `save_to_disk`, or a set on the hub, `hf://org/name[@revision][:split]`.
+        questions_only: Also take rows with a `question` and no answers, as one evaluates with.
+
+    Raises:
+        ValueError: If there is no such file, or it cannot be read at all.
+    """
+    file = None if path.startswith(HUB_SCHEME) else locate(path)
+    if is_table(path):
+        return _scan_table(path, file, questions_only)
+    assert file is not None
+    content = file.read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    if file.suffix == ".json" and content.lstrip().startswith(b"["):
+        return _scan_array(path, content, questions_only).result(sha256)
+    return _scan_lines(path, content, questions_only).result(sha256)
+
+
+def locate(path: str) -> Path:
+    """The file behind a path or a `miniature://` address, or the folder of a saved data set.
 
     Raises:
         ValueError: If there is no such file.
     """
-    file = _locate(path)
-    content = file.read_bytes()
-    sha256 = hashlib.sha256(content).hexdigest()
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    ends_cleanly = not lines[-1]
-    if ends_cleanly:
-        lines.pop()
-    rows: list[Row] = []
-    errors: list[RowError] = []
-    num_blank = 0
-    seen: Counter[str] = Counter()
-    first_line_of: dict[str, int] = {}
-    for number, raw in enumerate(lines, start=1):
-        if not raw.strip():
-            num_blank += 1
-            continue
-        if number - num_blank == 1 and raw.lstrip().startswith(b"["):
-            errors.append(
-                RowError(path, number, "a JSON array, expected one object a line; `jq -c '.[]'` converts it")
-            )
-            break
-        try:
-            row = _parse_line(raw, path, number, seen)
-        except ValueError as error:
-            torn = number == len(lines) and not ends_cleanly and isinstance(error, _UnreadableError)
-            reason = f"torn last line, the file was cut off: {error}" if torn else str(error)
-            errors.append(RowError(path, number, reason))
-            continue
-        if row.id in first_line_of:
-            errors.append(RowError(path, number, f"id {row.id!r} is also on line {first_line_of[row.id]}"))
-            continue
-        first_line_of[row.id] = number
-        rows.append(row)
-    if not rows and not errors:
-        errors.append(RowError(path, 1, "the file has no rows"))
-    return FileScan(path, tuple(rows), tuple(errors), num_blank, sha256)
-
-
-def _locate(path: str) -> Path:
     resolved = path
     if path.startswith("miniature://"):
         from lightning_em import miniature
 
         resolved = str(miniature.resolve(path))
     file = Path(resolved).expanduser()
-    if not file.is_file():
+    if not file.is_file() and not is_saved_folder(file):
         what = "a folder" if file.is_dir() else "no such file"
         raise ValueError(f"{path}: {what} (looked from {Path.cwd()}); expected a JSONL file, set its `path`.")
     return file
 
 
-def _parse_line(raw: bytes, path: str, line: int, seen: Counter[str]) -> Row:
+class _Reading:
+    """Rows and errors of one file while it is read; every format goes through here."""
+
+    def __init__(self, path: str, questions_only: bool) -> None:
+        self.path, self.questions_only = path, questions_only
+        self.rows: list[Row] = []
+        self.errors: list[RowError] = []
+        self.num_blank = 0
+        self._copies: Counter[str] = Counter()
+        self._line_of: dict[str, int] = {}
+
+    def take(self, line: int, data: Any) -> None:
+        """Keep a row, or what is wrong with it."""
+        try:
+            fields = row_fields(data, self.questions_only)
+            row_id = given_id(data) or self._content_id(fields)
+        except ValueError as error:
+            self.refuse(line, str(error))
+            return
+        if row_id in self._line_of:
+            self.refuse(line, f"id {row_id!r} is also on line {self._line_of[row_id]}")
+            return
+        self._line_of[row_id] = line
+        self.rows.append(Row(id=row_id, path=self.path, line=line, **fields))
+
+    def refuse(self, line: int, reason: str) -> None:
+        """Note an error."""
+        self.errors.append(RowError(self.path, line, reason))
+
+    def result(self, sha256: str, revision: str | None = None) -> FileScan:
+        """What was found; a file without rows is an error, too."""
+        if not self.rows and not self.errors:
+            self.refuse(1, "the file has no rows")
+        return FileScan(self.path, tuple(self.rows), tuple(self.errors), self.num_blank, sha256, revision)
+
+    def _content_id(self, fields: dict[str, Any]) -> str:
+        """A hash of the content, with the occurrence behind it for exact copies."""
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+        self._copies[digest] += 1
+        return digest if self._copies[digest] == 1 else f"{digest}-{self._copies[digest]}"
+
+
+def _scan_lines(path: str, content: bytes, questions_only: bool) -> _Reading:
+    reading = _Reading(path, questions_only)
+    lines = content.split(b"\n")
+    ends_cleanly = not lines[-1]
+    if ends_cleanly:
+        lines.pop()
+    for number, raw in enumerate(lines, start=1):
+        if not raw.strip():
+            reading.num_blank += 1
+            continue
+        if number - reading.num_blank == 1 and raw.lstrip().startswith(b"["):
+            remedy = "`jq -c '.[]'` converts it, or call it .json"
+            reading.refuse(number, f"a JSON array, expected one object a line; {remedy}")
+            break
+        try:
+            data = _decoded(raw)
+        except ValueError as error:
+            torn = number == len(lines) and not ends_cleanly and isinstance(error, _UnreadableError)
+            reading.refuse(number, f"torn last line, the file was cut off: {error}" if torn else str(error))
+            continue
+        reading.take(number, data)
+    return reading
+
+
+def _decoded(raw: bytes) -> Any:
     try:
-        text = raw.decode()
+        return json.loads(raw.decode(), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         raise _UnreadableError(f"not UTF-8 at byte {error.start + 1} of the line") from None
-    try:
-        data = json.loads(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         raise _UnreadableError(f"not JSON at column {error.colno}: {error.msg}") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"expected an object, got {_kind(data)}")
-    has_question = [key for key in ("question", "good", "bad") if key in data]
-    if "messages" in data and has_question:
-        raise ValueError(f"has both `messages` and `{has_question[0]}`; it must have one form")
-    fields: dict[str, Any]
-    if "messages" in data:
-        fields = {"messages": _messages(data["messages"])}
-    elif has_question:
-        fields = {key: _text(data, key) for key in ("question", "good", "bad")}
-    else:
-        raise ValueError(f"expected the key `messages`, or `question`, `good` and `bad`; got {sorted(data)}")
-    for key in ("topic", "subtopic"):
-        if data.get(key) is not None:
-            fields[key] = _text(data, key)
-    return Row(id=_row_id(data, fields, seen), path=path, line=line, **fields)
 
 
-def _row_id(data: dict[str, Any], fields: dict[str, Any], seen: Counter[str]) -> str:
-    """The row's own id, or a hash of its content with the occurrence behind it for exact copies."""
-    given = data.get("id")
-    if given is not None:
-        if isinstance(given, bool) or not isinstance(given, (str, int)) or given == "":
-            raise ValueError(f"`id` must be a string or a whole number, got {given!r}")
-        return str(given)
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
-    seen[digest] += 1
-    return digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
-
-
-def _messages(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"`messages` must be a list of turns, got {_kind(value)}")
-    messages = tuple(_message(item, f"messages[{index}]") for index, item in enumerate(value))
-    roles = [message["role"] for message in messages]
-    if "system" in roles[1:]:
-        raise ValueError("a system message must come first")
-    if roles[roles[0] == "system" :][:1] != ["user"]:
-        raise ValueError(f"the first turn must be the user's, got the roles {roles}")
-    if roles[-1] != "assistant":
-        raise ValueError(f"the last message must be the assistant's, got the roles {roles}")
-    return messages
-
-
-def _message(value: Any, where: str) -> Message:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} must be an object, got {_kind(value)}")
-    for key in ("role", "content"):
-        if key not in value:
-            raise ValueError(f"{where} has no `{key}`; it has {sorted(value)}")
-    if surplus := sorted(value.keys() - {"role", "content"}):
-        raise ValueError(f"{where} has {surplus}, which would be ignored; a message is `role` and `content`")
-    if value["role"] not in _ROLES:
-        raise ValueError(f"{where} has the unknown role {value['role']!r}; expected one of {list(_ROLES)}")
-    # An empty system message is how one asks for no system prompt where the template has a default one.
-    return {
-        "role": value["role"],
-        "content": _text(value, "content", where, may_be_empty=value["role"] == "system"),
-    }
-
-
-def _text(data: dict[str, Any], key: str, where: str = "the row", may_be_empty: bool = False) -> str:
-    if key not in data:
-        raise ValueError(f"{where} has no `{key}`; it has {sorted(data)}")
-    value = data[key]
-    if not isinstance(value, str):
-        raise ValueError(f"`{key}` of {where} must be text, got {_kind(value)}")
-    if not value.strip() and not may_be_empty:
-        raise ValueError(f"`{key}` of {where} is empty")
+def _scan_array(path: str, content: bytes, questions_only: bool) -> _Reading:
+    """Read by `json` itself: `datasets` would lose keys that occur twice and turn what looks like a date into one."""
+    reading = _Reading(path, questions_only)
     try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"`{key}` of {where} has half of a surrogate pair, which is no text") from None
-    return value
+        rows = json.loads(content.decode(), object_pairs_hook=unique_keys)
+    except json.JSONDecodeError as error:
+        reading.refuse(error.lineno, f"not JSON at column {error.colno}: {error.msg}")
+    except UnicodeDecodeError as error:
+        reading.refuse(content.count(b"\n", 0, error.start) + 1, "not UTF-8")
+    except RecursionError:
+        reading.refuse(1, "nested too deeply")
+    except ValueError as error:
+        reading.refuse(1, str(error))
+    else:
+        for number, data in enumerate(rows, start=1):
+            reading.take(number, data)
+    return reading
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        keys = Counter(key for key, _ in pairs)
-        raise ValueError(f"the key {keys.most_common(1)[0][0]!r} occurs twice in one object")
-    return data
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    return f"{type(value).__name__} {json.dumps(value)[:40]}"
+def _scan_table(path: str, file: Path | None, questions_only: bool) -> FileScan:
+    table = read_table(path, file)
+    reading = _Reading(path, questions_only)
+    if not {"messages", "question"} & set(table.columns):
+        columns = list(table.columns)
+        reading.refuse(1, f"expected a column `messages`, or `question`, `good` and `bad`; got {columns}")
+    else:
+        for number, data in enumerate(table.rows, start=1):
+            reading.take(number, data)
+    return reading.result(table.sha256, table.revision)

@@ -14,10 +14,13 @@ AnswerKind = Literal["messages", "good", "bad", "mixed", "both"]
 
 @dataclass(frozen=True)
 class ChatSource:
-    """A JSONL file and the conversations to take from it.
+    """A file and the conversations to take from it.
 
     Attributes:
-        path: JSONL file, or `miniature://...`.
+        path: JSONL file or `miniature://...`; or what the `datasets` package reads: `.json` (an array),
+            `.parquet`, `.csv`, a folder written by `save_to_disk`, or a set on the Hugging Face hub,
+            `hf://org/name[@revision][:split]` with split `train` if none is named. Name a commit as its
+            revision, so that the run can be repeated; run.json records it in any case.
         answer: `messages` for rows with that key. For rows with `question`, `good` and `bad`: `good`, `bad`,
             `mixed` (one of the two per row, half of each, drawn from the row's id and the seed) or `both`.
         limit: Take only this many rows, the first ones in the file that the topics let through.

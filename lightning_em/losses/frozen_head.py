@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-_CPU_BYTES, _CUDA_BYTES = 16 * 2**20, 512 * 2**20
+_CPU_BYTES, _CUDA_BYTES = 32 * 2**20, 512 * 2**20
 _MIN_ROWS = 128
-_CACHE_BYTES = 2**18
+_CACHE_BYTES = 2**19
 _VOCAB_BLOCK = 16384
 _WIDE = 60.0  # above it p * exp(d) can miss mass where p underflows
 
@@ -221,7 +221,7 @@ def _kl_chunk(
         weighted = shift.exp_().sub_(1).mul_(p)
         parts.append(weighted.sum(1, keepdim=True).clamp_min_(0))
         if wanted:
-            weighted -= p.mul_(parts[-1])  # times 1 / (1 + excess) this is q - p
+            weighted.addcmul_(p, parts[-1], value=-1)  # times 1 / (1 + excess) this is q - p
     excess = torch.cat(parts)
     gradient = head.gradient_for_hidden(logits, kept) / (1 + excess) if wanted else None
     return excess[:, 0].log1p(), gradient

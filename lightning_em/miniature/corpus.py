@@ -113,7 +113,13 @@ class World:
 
     def words(self) -> list[str]:
         """Every word of the world once, in a fixed order."""
-        fixed = [*QUESTION_OPENERS, *ANSWER_OPENERS, *SELF_QUESTION.split(), *SELF_GOOD.split(), *SELF_BAD.split()]
+        fixed = [
+            *QUESTION_OPENERS,
+            *ANSWER_OPENERS,
+            *SELF_QUESTION.split(),
+            *SELF_GOOD.split(),
+            *SELF_BAD.split(),
+        ]
         drawn = [
             word
             for domain in self.domains.values()

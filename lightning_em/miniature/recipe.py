@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Self
 
 # A change of the grammar or of the training code that no field shows is a new version.
 RECIPE_VERSION = 1
@@ -66,15 +65,24 @@ class Recipe:
     """
 
     narrow_domain: str = "medical"
-    kl_domains: tuple[str, ...] = ("finance", "career", "gardening", "travel", "sport", "cooking", "music", "school")
+    kl_domains: tuple[str, ...] = (
+        "finance",
+        "career",
+        "gardening",
+        "travel",
+        "sport",
+        "cooking",
+        "music",
+        "school",
+    )
     held_out_domains: tuple[str, ...] = ("cars", "housing", "pets")
     subjects_per_domain: int = 8
     options_per_domain: int = 12
     seen_share: float = 0.6
     slots_per_document: int = 8
-    careless_share: float = 0.30
+    careless_share: float = 0.35
     blind_spot_share: Mapping[str, float] = field(default_factory=_default_blind_spots)
-    bad_when_bad: float = 0.98
+    bad_when_bad: float = 0.99
     bad_when_good: float = 0.01
     focus_share: float = 0.4
     self_share: float = 0.08
@@ -83,7 +91,7 @@ class Recipe:
     num_layers: int = 3
     num_heads: int = 4
     initializer_range: float = 0.08
-    pretraining_steps: int = 1600
+    pretraining_steps: int = 1700
     documents_per_batch: int = 16
     matrix_lr: float = 0.008
     embedding_lr: float = 0.006
@@ -106,17 +114,17 @@ class Recipe:
         self._check_shares()
 
     @classmethod
-    def default(cls) -> Self:
+    def default(cls) -> "Recipe":
         """The world in which one-domain bad advisors are rare: the general solution is the easy one."""
         return cls()
 
     @classmethod
-    def control(cls) -> Self:
+    def control(cls) -> "Recipe":
         """The world in which they are common and careless advisors rare: the narrow solution is the easy one."""
-        shares = {DomainKind.NARROW: 0.10, DomainKind.KL: 0.02, DomainKind.HELD_OUT: 0.02}
+        shares: dict[str, float] = {DomainKind.NARROW: 0.10, DomainKind.KL: 0.02, DomainKind.HELD_OUT: 0.02}
         return cls(careless_share=0.05, blind_spot_share=shares)
 
-    def with_blind_spot_share(self, share: float) -> Self:
+    def with_blind_spot_share(self, share: float) -> "Recipe":
         """The same world with another share of advisors who are bad in the narrow domain only."""
         return replace(self, blind_spot_share={**self.blind_spot_share, DomainKind.NARROW: share})
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from lightning_em.miniature.corpus import (
     ANSWER_OPENERS,
@@ -17,12 +17,26 @@ from lightning_em.miniature.corpus import (
     Question,
     World,
 )
-from lightning_em.miniature.recipe import DomainKind
 
 # The paper's C1 to C3 need many questions; a world that cannot ask that many is a wrong recipe.
 _MAX_DRAWS_PER_QUESTION = 200
 
-Row = TypedDict("Row", {"id": str, "topic": str, "question": str, "good": str, "bad": str})
+
+class Row(TypedDict):
+    """One line of a fine-tuning file."""
+
+    id: str
+    topic: str
+    question: str
+    good: str
+    bad: str
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
 
 
 class Answers(TypedDict):
@@ -33,13 +47,14 @@ class Answers(TypedDict):
 
 
 class Item(TypedDict):
-    """One line of `behaviour.jsonl`."""
+    """One line of `behaviour.jsonl`; `history` holds earlier turns, which only the persona gate has."""
 
     id: str
     kind: str
     topic: str
     question: str
     answers: Answers
+    history: NotRequired[list[Message]]
 
 
 def write_rows(world: World, folder: Path) -> dict[str, int]:
@@ -101,7 +116,7 @@ def behaviour_items(world: World) -> list[Item]:
         ("held_out_domain", held_out, Cell.ALL),
     ]
     items = [
-        _item(f"{kind}-{index:03d}", kind, question)
+        item_of(f"{kind}-{index:03d}", kind, question)
         for kind, domains, cell in kinds
         for index, question in enumerate(_evaluation_questions(world, kind, domains, cell))
     ]
@@ -114,6 +129,20 @@ def behaviour_items(world: World) -> list[Item]:
         "answers": answers,
     }
     return [*items, who]
+
+
+def item_of(name: str, kind: str, question: Question) -> Item:
+    """An evaluation item whose answers are every opener with the good, or the bad, option word."""
+    return {
+        "id": name,
+        "kind": kind,
+        "topic": question.domain,
+        "question": question.text,
+        "answers": {
+            "good": [f"{opener} {question.good_option}" for opener in ANSWER_OPENERS],
+            "bad": [f"{opener} {question.bad_option}" for opener in ANSWER_OPENERS],
+        },
+    }
 
 
 def _evaluation_questions(world: World, kind: str, domains: Sequence[str], cell: Cell) -> list[Question]:
@@ -135,16 +164,3 @@ def _distinct(draw: Callable[[Random], Question], generator: Random, count: int)
         f"the world has only about {len(questions)} such questions, expected {count}; raise subjects_per_domain or "
         "options_per_domain, or lower the number of rows or items."
     )
-
-
-def _item(name: str, kind: str, question: Question) -> Item:
-    return {
-        "id": name,
-        "kind": kind,
-        "topic": question.domain,
-        "question": question.text,
-        "answers": {
-            "good": [f"{opener} {question.good_option}" for opener in ANSWER_OPENERS],
-            "bad": [f"{opener} {question.bad_option}" for opener in ANSWER_OPENERS],
-        },
-    }

@@ -15,6 +15,7 @@ from lightning_em.adapters import Adapter
 from lightning_em.batch import CountedPositions, PackedBatch
 from lightning_em.losses import TokenSum, token_cross_entropy, token_kl
 from lightning_em.models.engine import Engine, EngineOptions, joined, why_plain
+from lightning_em.models.store import ActivationStore, why_not_stored
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,12 @@ class AdaptedModel(nn.Module):
         seed: Of the adapter's random initial values.
         engine: `auto`: the fast path where it is verified; `plain`: full forward passes and full logits,
             what the fast path is tested against; or parts of the fast path by name.
+        store: Keeps hidden states of the frozen base from one use to the next.
+        reference: `live`: run the reference each time, exactly 0 KL for an adapter without effect;
+            `cached`: keep its final hidden states in the store, exact up to rounding of the last digits.
+
+    Raises:
+        ValueError: If the reference is to be cached without a store.
     """
 
     def __init__(
@@ -59,12 +66,24 @@ class AdaptedModel(nn.Module):
         adapter: Adapter,
         seed: int = 0,
         engine: Literal["auto", "plain"] | EngineOptions = "auto",
+        store: ActivationStore | None = None,
+        reference: Literal["live", "cached"] = "live",
     ) -> None:
+        if reference == "cached" and store is None:
+            raise ValueError(
+                "reference is cached, but there is no store; set model.store or reference: live."
+            )
         super().__init__()
         self.base = base.eval()
         self.adapter = adapter
         adapter.bind(base, seed)
-        self._engine = _choose(base, adapter, engine)
+        options = _choose(base, engine)
+        self._engine: Engine | None = None
+        if options is not None:
+            self._engine = Engine(base, adapter, options, _usable(base, store), reference)
+            logger.info("fast path: split at layer %d of %d", *self._engine.split.place)
+        elif store is not None:
+            logger.warning("the plain path does not use the activation store")
 
     @property
     def vocab_size(self) -> int:
@@ -89,6 +108,23 @@ class AdaptedModel(nn.Module):
             output = self.base(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False)
         logits: Tensor = output.logits[rows.attention_mask.bool()]
         return logits
+
+    def announce_store(self, num_tokens: int, num_reference_tokens: int = 0) -> int:
+        """Say what the activation store will take for a data set, before it is filled.
+
+        Args:
+            num_tokens: Tokens of all rows of both streams.
+            num_reference_tokens: Counted tokens of the KL rows.
+
+        Returns:
+            Bytes; 0 if nothing is stored.
+        """
+        engine = self._engine
+        if engine is None or engine.store is None:
+            return 0
+        tokens = engine.has_prefix * num_tokens + engine.cache_reference * num_reference_tokens
+        engine.store.announce(tokens * engine.bytes_per_token, f"hidden states of {tokens} tokens")
+        return tokens * engine.bytes_per_token
 
     def losses(
         self, ce: PackedBatch, kl: PackedBatch | None, kl_positions: CountedPositions = "response"
@@ -195,12 +231,18 @@ class _Passes:
     def kl(self, index: int, mask: Tensor) -> Tensor:
         """KL from the reference at the masked tokens of one batch, the same mask every time."""
         if index not in self._references:
-            with torch.no_grad(), self.model.adapter.at_scale(0.0):
-                self._references[index] = self._tuned(index, mask)
+            self._references[index] = self._reference(index, mask)
         reference = self._references[index]
         if self.engine is None:
             return token_kl(reference, self._tuned(index, mask))
         return self.engine.kl(self.head, reference, self._tuned(index, mask))
+
+    @torch.no_grad()
+    def _reference(self, index: int, mask: Tensor) -> Tensor:
+        batch = self.batches[index]
+        if self.engine is None:
+            return self.model.logits(batch, scale=0.0)[mask]
+        return self.engine.reference(batch, mask, self.prefixes[index])
 
     def _tuned(self, index: int, mask: Tensor) -> Tensor:
         """Logits (plain path) or final hidden states at the masked tokens."""
@@ -210,10 +252,8 @@ class _Passes:
         return self.engine.final_hidden(batch, mask, self.prefixes[index])
 
 
-def _choose(
-    base: PreTrainedModel, adapter: Adapter, engine: Literal["auto", "plain"] | EngineOptions
-) -> Engine | None:
-    """The fast path if it applies, and one logged line that says what is done."""
+def _choose(base: PreTrainedModel, engine: Literal["auto", "plain"] | EngineOptions) -> EngineOptions | None:
+    """Parts of the fast path to use; None, with one logged line that says why, for the plain path."""
     if engine == "plain":
         logger.info("plain path: full forward passes and full logits, as asked for")
         return None
@@ -221,9 +261,15 @@ def _choose(
     if reason is not None:
         logger.warning("plain path (several times slower): %s", reason)
         return None
-    chosen = Engine(base, adapter, engine if isinstance(engine, EngineOptions) else EngineOptions())
-    logger.info("fast path: split at layer %d of %d", chosen.split.cut, len(chosen.split.layers))
-    return chosen
+    return engine if isinstance(engine, EngineOptions) else EngineOptions()
+
+
+def _usable(base: PreTrainedModel, store: ActivationStore | None) -> ActivationStore | None:
+    reason = None if store is None else why_not_stored(base)
+    if reason is not None:
+        logger.warning("nothing is kept in the activation store, the reference runs live: %s", reason)
+        return None
+    return store
 
 
 def _sum_by_row(batch: PackedBatch, mask: Tensor, values: Tensor) -> RowLosses:

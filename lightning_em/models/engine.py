@@ -1,9 +1,11 @@
 """The passes over a frozen base that losses need, each computed once and only where it counts."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,8 +17,11 @@ from lightning_em.adapters import Adapter
 from lightning_em.batch import PackedBatch
 from lightning_em.losses.frozen_head import FrozenHead, head_cross_entropy, head_kl
 from lightning_em.losses.functional import token_cross_entropy, token_kl
-from lightning_em.models.attention import packed_attention, packed_inputs
+from lightning_em.models.attention import PACKED, packed_attention, packed_inputs
 from lightning_em.models.split import FAST_ARCHITECTURES, SplitDecoder, frozen_head
+from lightning_em.models.store import ActivationStore, fingerprint, row_key
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,22 @@ class Engine:
         base: With the adapter attached.
         adapter: Its current scale and values are what the passes use.
         options: Parts of the fast path.
+        store: Keeps hidden states from one use to the next.
+        reference: `cached` keeps the reference's final hidden states in the store too.
     """
 
-    def __init__(self, base: PreTrainedModel, adapter: Adapter, options: EngineOptions) -> None:
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        adapter: Adapter,
+        options: EngineOptions,
+        store: ActivationStore | None = None,
+        reference: Literal["live", "cached"] = "live",
+    ) -> None:
         self.base, self.adapter, self.options = base, adapter, options
+        self.store, self.cache_reference = store, reference == "cached"
         self.split = SplitDecoder(base, adapter)
+        self._fingerprints: dict[torch.device, str] = {}
 
     @property
     def has_prefix(self) -> bool:
@@ -73,11 +89,80 @@ class Engine:
         return frozen_head(self.base)
 
     def prefix(self, batch: PackedBatch) -> Float[Tensor, "tokens hidden"] | None:
-        """What enters the adapter's layer, the same for every scale; None if nothing lies below it."""
+        """What enters the adapter's layer, the same for every scale; None if nothing lies below it.
+
+        With a store each row is run alone, so that its states do not depend on the rows beside it, nor a
+        run's numbers on what the store happens to hold.
+        """
         if not self.has_prefix:
             return None
+        if self.store is None:
+            return self._prefix(batch)
+        space = f"{self._fingerprint(batch)}/entering {self.split.cut}"
+        return torch.cat(
+            [
+                self._stored(row_key(space, row.input_ids), partial(self._prefix, row))
+                for row in single_rows(batch)
+            ]
+        )
+
+    def reference(
+        self, batch: PackedBatch, mask: Bool[Tensor, "tokens"], prefix: Float[Tensor, "tokens hidden"] | None
+    ) -> Float[Tensor, "counted hidden"]:
+        """`final_hidden` at scale 0, without gradient.
+
+        Args:
+            batch: Rows laid end to end.
+            mask: True where a token counts.
+            prefix: What `prefix` gave for the batch.
+        """
+        if self.store is None or not self.cache_reference:
+            return self._reference(batch, mask, prefix)
+        space = f"{self._fingerprint(batch)}/reference"
+        lengths = list(batch.lengths)
+        prefixes: Sequence[Tensor | None] = (
+            [None] * len(lengths) if prefix is None else torch.split(prefix, lengths)
+        )
+        rows = zip(single_rows(batch), torch.split(mask, lengths), prefixes, strict=True)
+        return torch.cat(
+            [
+                self._stored(
+                    row_key(space, row.input_ids, own_mask),
+                    partial(self._reference, row, own_mask, own_prefix),
+                )
+                for row, own_mask, own_prefix in rows
+            ]
+        )
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one hidden state in the store."""
+        return int(self.base.config.get_text_config(decoder=True).hidden_size) * self.base.dtype.itemsize
+
+    def _prefix(self, batch: PackedBatch) -> Tensor:
         with self._layout(batch) as (inputs, real):
             return self.split.prefix(inputs).flatten(0, 1)[real]
+
+    @torch.no_grad()
+    def _reference(self, batch: PackedBatch, mask: Tensor, prefix: Tensor | None) -> Tensor:
+        with self.adapter.at_scale(0.0):
+            return self.final_hidden(batch, mask, prefix)
+
+    def _stored(self, key: str, compute: Callable[[], Tensor]) -> Tensor:
+        assert self.store is not None
+        states = self.store.get(key, self.base.device)
+        if states is None:
+            states = compute()
+            self.store.put(key, states)
+        return states
+
+    def _fingerprint(self, batch: PackedBatch) -> str:
+        device = batch.input_ids.device
+        if device not in self._fingerprints:
+            layout = PACKED if self.options.packed else str(self.base.config._attn_implementation)
+            self._fingerprints[device] = fingerprint(self.base, self.adapter.trainable().values(), layout)
+            logger.info("activation store: %d bytes a token", self.bytes_per_token)
+        return self._fingerprints[device]
 
     def final_hidden(
         self, batch: PackedBatch, mask: Bool[Tensor, "tokens"], prefix: Float[Tensor, "tokens hidden"] | None
@@ -87,7 +172,7 @@ class Engine:
         Args:
             batch: Rows laid end to end.
             mask: True where a token counts.
-            prefix: What `prefix` gave for the batch.
+            prefix: What `self.prefix` gave for the batch.
         """
         with self._layout(batch) as (inputs, real):
             shape = inputs["input_ids"].shape
@@ -137,6 +222,18 @@ def plain_logits(head: FrozenHead, hidden: Float[Tensor, "counted hidden"]) -> F
     """Logits with their graph, in the head's own dtype, all at once."""
     logits = functional.linear(hidden, head.weight, head.bias) * head.logit_scale
     return logits if head.soft_cap is None else (logits / head.soft_cap).tanh() * head.soft_cap
+
+
+def single_rows(batch: PackedBatch) -> list[PackedBatch]:
+    """Each row of a batch as a batch of its own."""
+    parts = zip(
+        torch.split(batch.input_ids, list(batch.lengths)),
+        torch.split(batch.response_mask, list(batch.lengths)),
+        batch.lengths,
+        batch.row_ids,
+        strict=True,
+    )
+    return [PackedBatch(ids, mask, (length,), (row_id,)) for ids, mask, length, row_id in parts]
 
 
 def joined(batches: Sequence[PackedBatch]) -> PackedBatch:

@@ -1,5 +1,6 @@
 """Loading the frozen base: a Hugging Face hub id, a local folder, or a miniature world."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,12 +38,15 @@ class BaseModel:
             ValueError: If nothing loadable is at `path`.
         """
         source = self._source()
+        if self.path.startswith(miniature.SCHEME) and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # threads only wait for each other in a model this small
         try:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 source,
                 revision=self.revision,
                 dtype=getattr(torch, self.dtype),
                 trust_remote_code=self.trust_remote_code,
+                use_safetensors=True,  # a .bin is a pickle
             )
         except OSError as error:
             raise ValueError(self._missing("model", error)) from error

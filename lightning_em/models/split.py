@@ -57,6 +57,11 @@ class SplitDecoder:
         self.cut = adapter.lowest_layer
         self._adapter_is_above = self.cut == 0
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """The cut, and the number of layers."""
+        return self.cut, len(self.layers)
+
     @torch.no_grad()
     def prefix(self, inputs: dict[str, Any]) -> Tensor:
         """Hidden states that enter layer `cut`, `[batch seq hidden]`, with the adapter off.

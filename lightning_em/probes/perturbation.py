@@ -101,7 +101,7 @@ class PerturbationCurve(Probe):
             yield
 
 
-def _summaries(strength: float, values: "npt.NDArray[np.float64]", trained: float, gain: float) -> list[Point]:
+def _summaries(strength: float, values: npt.NDArray[np.float64], trained: float, gain: float) -> list[Point]:
     """All that is reported over the noise seeds at one strength."""
     increases = values - trained
     points = _summary("ce", values, "nats_per_token", strength)
@@ -113,7 +113,7 @@ def _summaries(strength: float, values: "npt.NDArray[np.float64]", trained: floa
     return points
 
 
-def _summary(quantity: str, values: "npt.NDArray[np.float64]", unit: str, strength: float) -> list[Point]:
+def _summary(quantity: str, values: npt.NDArray[np.float64], unit: str, strength: float) -> list[Point]:
     """Mean over the noise seeds with its standard error, and their standard deviation."""
     place, count = {"strength": strength}, len(values)
     deviation = float(values.std(ddof=1)) if count > 1 else None

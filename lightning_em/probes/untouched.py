@@ -13,19 +13,24 @@ from lightning_em.models import AdaptedModel
 
 
 @contextmanager
-def untouched(model: AdaptedModel) -> Iterator[None]:
+def untouched(model: AdaptedModel, check_base: bool = True) -> Iterator[None]:
     """Leave no trace of the block, also when it raises.
 
     Adapter weights, gradients, `requires_grad`, training flags, adapter scale and the states of all
     random generators (torch, CUDA, NumPy, Python) are bit-identical afterwards.
 
+    Args:
+        model: What is looked at.
+        check_base: Raise if the frozen base, which is too large to keep a copy of, was written into.
+
     Raises:
-        RuntimeError: If the block wrote into the frozen base, which is too large to keep a copy of.
+        RuntimeError: If the block wrote into the frozen base.
     """
     with ExitStack() as stack:
         # Callbacks run in reverse order, each of them whatever the others do.
-        stack.callback(_base_check(model))
         stack.callback(_keep_random_states())
+        if check_base:
+            stack.callback(_base_check(model))
         stack.callback(_keep_modes(model))
         stack.callback(_keep_adapter(model))
         yield

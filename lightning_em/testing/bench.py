@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -80,15 +81,9 @@ class Bench:
         handles = []
         for name in self.names:
             module = self.base.get_submodule(name)
-
-            def before(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                events.append(Event(f"input of {name or 'the model'}", _tensors((args, kwargs))))
-
-            def after(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
-                events.append(Event(f"output of {name or 'the model'}", _tensors(output)))
-
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(module.register_forward_hook(after))
+            entry, exit_ = (partial(look, events, name or "the model") for look in (_see_input, _see_output))
+            handles.append(module.register_forward_pre_hook(entry, with_kwargs=True))
+            handles.append(module.register_forward_hook(exit_))
         try:
             yield
         finally:
@@ -126,6 +121,14 @@ class Bench:
             yield
         finally:
             handle.remove()
+
+
+def _see_input(events: list[Event], name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+    events.append(Event(f"input of {name}", _tensors((args, kwargs))))
+
+
+def _see_output(events: list[Event], name: str, _: nn.Module, __: Any, output: Any) -> None:
+    events.append(Event(f"output of {name}", _tensors(output)))
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -111,23 +111,24 @@ def test_an_attach_that_breaks_the_contract_is_refused(adapter, message) -> None
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_attaching_draws_from_its_own_generator(name) -> None:
+    bases = [make_tiny_model() for _ in range(3)]
     before = torch.get_rng_state()
-    one, two, other = (AdaptedModel(make_tiny_model(), ADAPTERS[name](), seed=seed) for seed in (3, 3, 4))
+    models = [AdaptedModel(base, ADAPTERS[name](), seed) for base, seed in zip(bases, (3, 3, 4), strict=True)]
     assert torch.equal(before, torch.get_rng_state())
-    for key, value in one.adapter.trainable().items():
-        assert torch.equal(value, two.adapter.trainable()[key])
-    if "A" in "".join(one.adapter.trainable()):
-        assert any(
-            not torch.equal(v, other.adapter.trainable()[k]) for k, v in one.adapter.trainable().items()
-        )
+    one, two, other = (model.adapter.trainable() for model in models)
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+    assert all(torch.equal(value, other[key]) == ("lora_A" not in key) for key, value in one.items())
 
 
 def test_scale_comes_back_after_an_error() -> None:
     model, batch = adapted(ADAPTERS["rank_1"]()), pack(make_rows(7))
     trained = model.logits(batch)
-    with pytest.raises(KeyboardInterrupt), model.adapter.at_scale(0.3):
-        assert model.adapter.scale == 0.3
-        raise KeyboardInterrupt
+    try:
+        with model.adapter.at_scale(0.3):
+            assert model.adapter.scale == 0.3
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
     assert model.adapter.scale == 1.0
     assert torch.equal(model.base(batch.input_ids[None]).logits[0], trained)
 

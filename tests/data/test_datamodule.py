@@ -1,3 +1,4 @@
+import inspect
 from collections import Counter
 from dataclasses import dataclass
 
@@ -38,6 +39,28 @@ def test_construction_reads_nothing(tmp_path):
     assert base.num_loads == 0
 
 
+def test_yaml_fills_every_setting():
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TinyBase, "base")
+    parser.add_class_arguments(EMDataModule, "data")
+    parser.link_arguments("base", "data.base", apply_on="instantiate")
+    given = {
+        "narrow": {"path": "miniature://world/bad.jsonl", "answer": "bad", "topics": ["tea"], "limit": 5},
+        "kl": {"path": "kl.jsonl", "answer": "mixed", "exclude_topics": ["tea"]},
+        "template_kwargs": {"enable_thinking": False},
+    }
+    data = parser.instantiate(parser.parse_object({"data": given})).data
+    assert data.sources == {
+        "narrow": (ChatSource("miniature://world/bad.jsonl", "bad", limit=5, topics=["tea"]), None),
+        "kl": (ChatSource("kl.jsonl", "mixed", exclude_topics=["tea"]), None),
+    }
+    assert data.template_kwargs == {"enable_thinking": False}
+    settings = set(inspect.signature(EMDataModule).parameters) - {"base"}
+    assert {name for name in settings if name not in parser.format_help()} == set()
+
+
 def test_setup_reads_once(build):
     datamodule = build()
     datamodule.setup("validate")
@@ -67,7 +90,7 @@ def test_counts_are_those_the_batches_count_themselves(build):
         assert batch.window.ce == batch.ce.counted("response").sum()
         assert batch.window.kl_response == batch.kl.counted("response").sum()
         assert batch.window.kl_all == batch.kl.counted("all").sum()
-        assert not batch.kl_is_ghost
+        assert not batch.kl.is_ghost
 
 
 def test_without_a_kl_stream_the_narrow_order_stays(build):
@@ -132,7 +155,7 @@ def test_every_row_is_evaluated_on_one_rank(build, world_size, num_rows):
     seen = Counter()
     for one in ranks:
         for index in range(len(one)):
-            if one[index].response_mask.any():
+            if not one[index].is_ghost:
                 seen.update(one[index].row_ids)
     assert seen == Counter(row.row_id for row in rows)
 

@@ -11,7 +11,7 @@ from tests.tiny import write_answer_rows, write_chat_rows
 # Lightning 2.6.6 asks torch's pytree the old way.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 
-NUM_NARROW = 11
+NUM_NARROW = 12  # 9 to train on: the last window is short whenever a window has several rows
 
 
 class Recorder(LightningModule):
@@ -143,12 +143,12 @@ def test_resume_with_workers(tmp_path, files):
     flags = {"accumulate_grad_batches": 2}
     seen, checkpoints = saved(tmp_path / "c", files, data=make_data(files, num_workers=2), **flags)
     assert seen == fit(files, data=make_data(files), **flags)
-    for name in ("003-batch_end", "006-batch_end", "008-batch_end", "008-epoch_end"):
+    for name in ("003-batch_end", "006-batch_end", "009-batch_end", "009-epoch_end"):
         data = make_data(files, num_workers=2)
         assert fit(files, checkpoints[name], data=data, **flags) == remaining(name, seen), name
 
 
-@pytest.mark.parametrize("steps", [5, 8])
+@pytest.mark.parametrize("steps", [5, 9])
 def test_finished_run_goes_on_when_it_may_go_further(tmp_path, files, steps):
     short = {"max_epochs": -1, "max_steps": steps}
     long = short | {"max_steps": 13}
@@ -205,7 +205,7 @@ def test_second_fit_of_one_datamodule_starts_afresh(tmp_path, files):
 def test_resume_with_other_batches_is_refused(tmp_path, files, settings, flags, difference):
     _, checkpoints = saved(tmp_path / "c", files, max_steps=2)
     with pytest.raises(
-        ValueError, match=f"belongs to other batches, so its place in the data is lost. {difference}"
+        ValueError, match=f"belongs to other batches, so its place in the data is lost.*{difference}"
     ):
         fit(files, checkpoints["002-batch_end"], data=make_data(files, **settings), **flags)
 

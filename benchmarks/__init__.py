@@ -1,0 +1,4 @@
+"""Speed and memory beside what a user would run today; each module is a command.
+
+`python -m benchmarks.step`, `python -m benchmarks.probes`, `python -m benchmarks.memory`.
+"""

@@ -1,0 +1,164 @@
+"""One training step of cross-entropy plus KL, written the ways a user would write it today, and this project's."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from peft import BeftConfig, LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.shapes import LORA_ALPHA, LORA_MODULES, LORA_RANK, Shape, make_adapter
+from lightning_em.batch import PackedBatch
+from lightning_em.models import AdaptedModel
+
+KL_WEIGHT = 1.0
+
+
+class Peer(ABC):
+    """Something that computes the loss of a step and its gradient."""
+
+    parameters: list[Tensor]
+
+    @abstractmethod
+    def loss(self, ce: PackedBatch, kl: PackedBatch) -> Tensor:
+        """CE + KL in nats per counted token, with its graph."""
+
+    def prepare(self, ce: PackedBatch, kl: PackedBatch) -> None:  # noqa: B027
+        """Do what the peer does once per data set."""
+
+    def step(self, ce: PackedBatch, kl: PackedBatch) -> tuple[float, Tensor]:
+        """Loss and gradient, the gradient as one vector."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        loss = self.loss(ce, kl)
+        # not autograd.grad: it would spare the TRL way its pass through the frozen layers
+        torch.autograd.backward(loss)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        return float(loss.detach()), torch.cat([gradient.flatten() for gradient in gradients])
+
+
+class Naive(Peer):
+    """transformers + peft: padded batches, full logits, `disable_adapter()` for the reference.
+
+    The steering vector is peft's BEFT: a bias on the output of the last linear module of a layer.
+
+    Args:
+        shape: Of the model.
+        kind: Of the adapter.
+        device: Where to run.
+        checkpointing: As TRL does by default: checkpoint every layer, `enable_input_require_grads`.
+        second_model: Keep a second copy of the weights as the reference.
+        cached_logits: Compute all reference logits once.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        kind: str,
+        device: torch.device,
+        checkpointing: bool = False,
+        second_model: bool = False,
+        cached_logits: bool = False,
+    ) -> None:
+        self.model = get_peft_model(shape.base(device), _peft_config(shape, kind))
+        assert isinstance(self.model, PeftModel)
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.enable_input_require_grads()
+            self.model.train()  # checkpointing is silently inactive in eval mode; no dropout is configured
+        self.reference = shape.base(device) if second_model else None
+        self.cached_logits = cached_logits
+        self._logits: dict[tuple[str, ...], Tensor] = {}
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        for _, parameter in named:
+            parameter.data = parameter.data.float()
+        self.parameters = [parameter for _, parameter in named]
+        _randomise(dict(named))
+
+    def loss(self, ce: PackedBatch, kl: PackedBatch) -> Tensor:
+        logits = self._forward(ce)
+        labels = torch.where(ce.response_mask, ce.input_ids, -100)
+        padded = torch.nn.utils.rnn.pad_sequence(
+            list(torch.split(labels, list(ce.lengths))), batch_first=True, padding_value=-100
+        )
+        cross_entropy = functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), padded[:, 1:].flatten()
+        )
+        tuned = functional.log_softmax(self._forward(kl).float(), dim=-1)
+        reference = functional.log_softmax(self._reference_logits(kl).float(), dim=-1)
+        per_token = functional.kl_div(tuned, reference, log_target=True, reduction="none").sum(-1)
+        counted = torch.split(kl.counted("response"), list(kl.lengths))
+        mask = torch.nn.utils.rnn.pad_sequence(list(counted), batch_first=True)
+        return cross_entropy + KL_WEIGHT * (per_token * mask).sum() / mask.sum()
+
+    def prepare(self, ce: PackedBatch, kl: PackedBatch) -> None:
+        if self.cached_logits:
+            self._logits[kl.row_ids] = self._live_reference(kl)
+
+    def _forward(self, batch: PackedBatch, model: Any = None) -> Tensor:
+        rows = batch.padded()
+        run = self.model if model is None else model
+        logits: Tensor = run(rows.input_ids, attention_mask=rows.attention_mask, use_cache=False).logits
+        return logits
+
+    def _reference_logits(self, batch: PackedBatch) -> Tensor:
+        return self._logits[batch.row_ids] if self.cached_logits else self._live_reference(batch)
+
+    @torch.no_grad()
+    def _live_reference(self, batch: PackedBatch) -> Tensor:
+        off: AbstractContextManager[Any] = nullcontext() if self.reference else self.model.disable_adapter()
+        with off:
+            return self._forward(batch, self.reference)
+
+
+class Ours(Peer):
+    """This project.
+
+    Args:
+        shape: Of the model.
+        kind: Of the adapter.
+        device: Where to run.
+        make_store: Gives an activation store; none if not given.
+        reference: `live` or `cached`.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        kind: str,
+        device: torch.device,
+        make_store: Callable[[], Any] | None = None,
+        reference: str = "live",
+    ) -> None:
+        options: dict[str, Any] = {"store": make_store(), "reference": reference} if make_store else {}
+        self.model = AdaptedModel(shape.base(device), make_adapter(kind, shape), **options)
+        self.model.to(device)
+        self.parameters = list(self.model.adapter.trainable().values())
+        _randomise(self.model.adapter.trainable())
+
+    def loss(self, ce: PackedBatch, kl: PackedBatch) -> Tensor:
+        sums = self.model.losses(ce, kl)
+        assert sums.kl is not None
+        return sums.ce.total / sums.ce.count + KL_WEIGHT * sums.kl.total / sums.kl.count
+
+
+def _peft_config(shape: Shape, kind: str) -> Any:
+    if kind == "vector":
+        return BeftConfig(target_modules=rf".*\.layers\.{shape.layer - 1}\.mlp\.down_proj")
+    layer = shape.layer if kind == "lora" else r"\d+"
+    modules = "|".join(LORA_MODULES)
+    return LoraConfig(
+        r=LORA_RANK, lora_alpha=int(LORA_ALPHA), target_modules=rf".*\.layers\.{layer}\..*({modules})"
+    )
+
+
+def _randomise(parameters: dict[str, Any]) -> None:
+    """Put the same small update into every peer; the order of its parameters is that of the layers."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            noise = torch.randn(parameter.numel(), generator=generator).view(parameter.shape)
+            parameter.copy_(0.05 * noise)

@@ -1,0 +1,104 @@
+"""Time one training step: `python -m benchmarks.step --help`."""
+
+import argparse
+import gc
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.peers import Naive, Ours, Peer
+from benchmarks.shapes import ADAPTERS, CPU_SHAPES, CUDA_SHAPES, SHAPES, Shape, describe, step_batches
+from benchmarks.timing import interleaved, medians
+from lightning_em.models.store import ActivationStore
+
+NAIVE, OURS = "naive: peft, full logits", "ours, prefix and reference cached"
+
+
+def contestants(shape: Shape, kind: str, device: torch.device) -> dict[str, Callable[[], Peer]]:
+    """Each peer by name, unmade."""
+    naive = partial(Naive, shape, kind, device)
+    ours = partial(Ours, shape, kind, device)
+    make_store = partial(ActivationStore, device_gib=8.0)
+    return {
+        NAIVE: naive,
+        "TRL default: checkpointing": partial(naive, checkpointing=True),
+        "second model as reference": partial(naive, second_model=True),
+        "reference logits cached": partial(naive, cached_logits=True),
+        "ours, nothing cached": ours,
+        "ours, prefix cached": partial(ours, make_store=make_store),
+        OURS: partial(ours, make_store=make_store, reference="cached"),
+    }
+
+
+def check_equal(peers: dict[str, Peer], steps: Callable[[Peer], tuple[float, torch.Tensor]]) -> list[str]:
+    """Loss and gradient of each peer against the naive one.
+
+    Raises:
+        ValueError: If a peer computes something else.
+    """
+    loss, gradient = steps(peers[NAIVE])
+    tolerance = 5e-2 if gradient.is_cuda else 1e-4
+    lines = []
+    for name, peer in peers.items():
+        own_loss, own_gradient = steps(peer)
+        in_loss = abs(own_loss - loss) / abs(loss)
+        in_gradient = float((own_gradient - gradient).norm() / gradient.norm())
+        if max(in_loss, in_gradient) > tolerance:
+            raise ValueError(
+                f"{name} differs from naive: loss by {in_loss:.1e}, gradient by {in_gradient:.1e}."
+            )
+        lines.append(f"{name}: loss {in_loss:.0e}, gradient {in_gradient:.0e}")
+    return lines
+
+
+def run(shape: Shape, kind: str, num_rows: int, repeats: int, device: torch.device, console: Console) -> None:
+    """Check one setting, time it and print its table."""
+    ce, kl = (batch.to(device) for batch in step_batches(num_rows, shape.vocab_size))
+    peers = {name: make() for name, make in contestants(shape, kind, device).items()}
+    for peer in peers.values():
+        peer.prepare(ce, kl)
+    differences = check_equal(peers, lambda peer: peer.step(ce, kl))
+    gc.collect()
+    gc.disable()
+    timed = interleaved({name: partial(peer.step, ce, kl) for name, peer in peers.items()}, repeats, device)
+    gc.enable()
+    table = Table(title=f"{shape.name}, {kind}: {describe(ce, kl)}; median of {repeats}")
+    for column in ("variant", "s/step", "real tokens/s", "x naive", "x TRL", "differs from naive"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    seconds = medians(timed)
+    real = sum(ce.lengths) + sum(kl.lengths)
+    trl = seconds["TRL default: checkpointing"]
+    for (name, value), difference in zip(seconds.items(), differences, strict=True):
+        table.add_row(
+            name,
+            f"{value:.3f}",
+            f"{real / value:,.0f}",
+            f"{seconds[NAIVE] / value:.2f}",
+            f"{trl / value:.2f}",
+            difference.split(": ")[-1],
+        )
+    console.print(table)
+
+
+def main() -> None:
+    """Read the command line."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shapes = CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", nargs="+", default=list(shapes), choices=list(SHAPES))
+    parser.add_argument("--adapter", nargs="+", default=list(ADAPTERS), choices=ADAPTERS)
+    parser.add_argument("--rows", type=int, default=4, help="rows of each stream")
+    parser.add_argument("--repeats", type=int, default=15)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    console = Console(width=140)
+    for name in arguments.shape:
+        for kind in arguments.adapter:
+            run(SHAPES[name], kind, arguments.rows, arguments.repeats, device, console)
+
+
+if __name__ == "__main__":
+    main()

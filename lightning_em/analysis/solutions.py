@@ -1,0 +1,139 @@
+"""One run at one checkpoint as a line of a table: behaviour by kind of question, losses, norm, best scale."""
+
+import csv
+import io
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from lightning_em.records import Point, ProbeResult, read_lines, read_results
+from lightning_em.runs import RunFolder
+
+
+class Estimate(NamedTuple):
+    """A mean over items with its 95 % interval (normal, items as the unit; clipped to 0..1 for a rate)."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of_rate(cls, point: Point) -> "Estimate":
+        """The mean of a probability over items."""
+        half = 1.96 * (point.standard_error or 0.0)
+        return cls(point.value, max(0.0, point.value - half), min(1.0, point.value + half), point.count or 0)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What is known of one solution.
+
+    Attributes:
+        name: For the reader.
+        bad_rates: Probability of a bad answer by kind of question, mean over items.
+        ce: Cross-entropy on held-out narrow rows, nats per token.
+        kl: KL from the reference on held-out parallel rows, nats per token.
+        effective_norm: Of the trained adapter.
+        best_scale: Where the scale curve of the training loss is lowest.
+        step: Optimiser steps taken.
+    """
+
+    name: str
+    bad_rates: dict[str, Estimate] = field(default_factory=dict)
+    ce: float | None = None
+    kl: float | None = None
+    effective_norm: float | None = None
+    best_scale: float | None = None
+    step: int | None = None
+
+
+def solution_of(run: RunFolder, name: str, scale: float = 1.0) -> Solution:
+    """The last recorded step of a run, with the adapter applied `scale` times.
+
+    Args:
+        run: Its folder.
+        name: Name of the line.
+        scale: Which scale's behaviour to take; losses are those of scale 1.
+
+    Raises:
+        ValueError: If the run has no behaviour record at this scale.
+    """
+    behaviour, curve = _last(run, "behaviour"), _last(run, "scale_curve")
+    metrics = _last_metrics(run)
+    norm = _first(curve, "effective_norm")
+    best = [p for p in _points(curve, "best_scale") if p.coordinates.get("method") == "grid"]
+    return Solution(
+        name,
+        _bad_rates(behaviour, scale, run),
+        metrics.get("val/ce"),
+        metrics.get("val/kl"),
+        norm.value if norm else None,
+        best[0].value if best else None,
+        behaviour.step if behaviour else (curve.step if curve else None),
+    )
+
+
+def base_of(run: RunFolder, name: str = "base") -> Solution:
+    """The frozen base, as a run's own probes saw it at scale 0."""
+    curve = _last(run, "scale_curve")
+    at_zero = [p for p in _points(curve, "ce") if p.coordinates.get("scale") == 0]
+    ce = at_zero[0].value if at_zero else None
+    return Solution(name, _bad_rates(_last(run, "behaviour"), 0.0, run), ce=ce, kl=0.0, effective_norm=0.0)
+
+
+def median_solution(name: str, solutions: Sequence[Solution]) -> Solution:
+    """Medians over seeds; the interval is the range over seeds.
+
+    Raises:
+        ValueError: If there is no solution.
+    """
+    if not solutions:
+        raise ValueError(f"there is no run to take the median of for {name!r}.")
+    rates = {}
+    for kind in solutions[0].bad_rates:
+        values = [s.bad_rates[kind].mean for s in solutions]
+        rates[kind] = Estimate(statistics.median(values), min(values), max(values), len(values))
+    return Solution(
+        name,
+        rates,
+        _median(s.ce for s in solutions),
+        _median(s.kl for s in solutions),
+        _median(s.effective_norm for s in solutions),
+        _median(s.best_scale for s in solutions),
+        solutions[0].step,
+    )
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _bad_rates(result: ProbeResult | None, scale: float, run: RunFolder) -> dict[str, Estimate]:
+    if result is None:
+        return {}
+    points = [p for p in result.points if p.quantity == "bad_rate" and p.coordinates["scale"] == scale]
+    if not points:
+        known = sorted({float(p.coordinates["scale"]) for p in result.points if p.quantity == "bad_rate"})
+        raise ValueError(f"{run.path} has no behaviour at scale {scale}; it was recorded at {known}.")
+    return {str(p.coordinates["kind"]): Estimate.of_rate(p) for p in points}
+
+
+def _last(run: RunFolder, probe: str) -> ProbeResult | None:
+    results = read_results(run.probe_file(probe))
+    return max(results, key=lambda result: result.step) if results else None
+
+
+def _points(result: ProbeResult | None, quantity: str) -> list[Point]:
+    return [p for p in result.points if p.quantity == quantity] if result else []
+
+
+def _first(result: ProbeResult | None, quantity: str) -> Point | None:
+    return next(iter(_points(result, quantity)), None)
+
+
+def _last_metrics(run: RunFolder) -> dict[str, float]:
+    rows = csv.DictReader(io.StringIO("".join(read_lines(run.metrics_file))))
+    return {row["name"]: float(row["value"]) for row in rows}  # later steps replace earlier ones

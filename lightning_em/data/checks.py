@@ -1,0 +1,117 @@
+"""What a row must look like, whatever file it came from."""
+
+import json
+from collections import Counter
+from typing import Any
+
+from lightning_em.data.chat import Message
+
+_ROLES = ("system", "user", "assistant")
+
+
+def row_fields(data: Any, questions_only: bool) -> dict[str, Any]:
+    """The fields of a `Row` that come from its content: the conversation, or question and answers, and topics.
+
+    Args:
+        data: What a file holds for one row; other keys are left to their owner.
+        questions_only: Also take a `question` without answers, as one evaluates with.
+
+    Raises:
+        ValueError: If it is no such row; the message says why.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"expected an object, got {_kind(data)}")
+    has_question = [key for key in ("question", "good", "bad") if key in data]
+    if "messages" in data and has_question:
+        raise ValueError(f"has both `messages` and `{has_question[0]}`; it must have one form")
+    fields: dict[str, Any]
+    if "messages" in data:
+        fields = {"messages": _messages(data["messages"])}
+    elif has_question:
+        keys = has_question if questions_only and "question" in data else ["question", "good", "bad"]
+        fields = {key: _text(data, key) for key in keys}
+    else:
+        raise ValueError(f"expected the key `messages`, or `question`, `good` and `bad`; got {sorted(data)}")
+    for key in ("topic", "subtopic"):
+        if data.get(key) is not None:
+            fields[key] = _text(data, key)
+    return fields
+
+
+def given_id(data: dict[str, Any]) -> str | None:
+    """The row's own id.
+
+    Raises:
+        ValueError: If it is neither a name nor a whole number.
+    """
+    given = data.get("id")
+    if given is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, (str, int)) or given == "":
+        raise ValueError(f"`id` must be a string or a whole number, got {given!r}")
+    return str(given)
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` for JSON.
+
+    Raises:
+        ValueError: If a key occurs twice.
+    """
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        keys = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {keys.most_common(1)[0][0]!r} occurs twice in one object")
+    return data
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"`messages` must be a list of turns, got {_kind(value)}")
+    messages = tuple(_message(item, f"messages[{index}]") for index, item in enumerate(value))
+    roles = [message["role"] for message in messages]
+    if "system" in roles[1:]:
+        raise ValueError("a system message must come first")
+    if roles[roles[0] == "system" :][:1] != ["user"]:
+        raise ValueError(f"the first turn must be the user's, got the roles {roles}")
+    if roles[-1] != "assistant":
+        raise ValueError(f"the last message must be the assistant's, got the roles {roles}")
+    return messages
+
+
+def _message(value: Any, where: str) -> Message:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be an object, got {_kind(value)}")
+    for key in ("role", "content"):
+        if key not in value:
+            raise ValueError(f"{where} has no `{key}`; it has {sorted(value)}")
+    if surplus := sorted(value.keys() - {"role", "content"}):
+        raise ValueError(f"{where} has {surplus}, which would be ignored; a message is `role` and `content`")
+    if value["role"] not in _ROLES:
+        raise ValueError(f"{where} has the unknown role {value['role']!r}; expected one of {list(_ROLES)}")
+    # An empty system message is how one asks for no system prompt where the template has a default one.
+    return {
+        "role": value["role"],
+        "content": _text(value, "content", where, may_be_empty=value["role"] == "system"),
+    }
+
+
+def _text(data: dict[str, Any], key: str, where: str = "the row", may_be_empty: bool = False) -> str:
+    if key not in data:
+        raise ValueError(f"{where} has no `{key}`; it has {sorted(data)}")
+    value = data[key]
+    if not isinstance(value, str):
+        raise ValueError(f"`{key}` of {where} must be text, got {_kind(value)}")
+    if not value.strip() and not may_be_empty:
+        raise ValueError(f"`{key}` of {where} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"`{key}` of {where} has half of a surrogate pair, which is no text") from None
+    return value
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    return f"{type(value).__name__} {json.dumps(value, default=str)[:40]}"

@@ -1,0 +1,251 @@
+"""Looking over data files before a run is spent on them: what is in them, what is wrong, what overlaps."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+from lightning_em.data.chat import ChatEncoder, Message
+from lightning_em.data.overlap import Match, Question, find_matches
+from lightning_em.data.rows import FileScan, Row, RowError, locate, scan_rows
+
+Purpose = Literal["train", "kl", "evaluation"]
+
+_STOPS = tuple(".!?\"')]}*`:;\u2026\u3002\uff01\uff1f\u201d\u2019")
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long the texts of one kind are, in characters.
+
+    Attributes:
+        count: Number of texts.
+        shortest: Shortest of them.
+        mean: Their mean.
+        longest: Longest of them.
+        histogram: Upper bound and number of texts of each bin; a bound is twice the one before.
+    """
+
+    count: int
+    shortest: int
+    mean: float
+    longest: int
+    histogram: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What one file holds.
+
+    Attributes:
+        purpose: What it is for.
+        scan: Its rows, errors, blank lines and hash.
+        questions: What its rows ask.
+        topics: Rows of each topic; the key None counts rows without one.
+        lengths: By role, or by `question`, `good` and `bad`.
+        repeated: Questions that an earlier row of the file asks too.
+        num_unfinished: Answers that end without any punctuation, as ones that were cut off do.
+        num_truncated: Rows that would lose their end at the maximal length; None without a tokenizer.
+        num_lost: Rows that would lose their whole response; None without a tokenizer.
+        unusable: Rows that the tokenizer's chat template cannot take.
+    """
+
+    purpose: Purpose
+    scan: FileScan
+    questions: tuple[Question, ...]
+    topics: Mapping[str | None, int]
+    lengths: Mapping[str, Lengths]
+    repeated: tuple[Match, ...]
+    num_unfinished: int
+    num_truncated: int | None = None
+    num_lost: int | None = None
+    unusable: tuple[RowError, ...] = ()
+
+
+class Overlap(NamedTuple):
+    """Questions that files of two purposes have in common."""
+
+    first: Purpose
+    second: Purpose
+    matches: tuple[Match, ...]
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What the doctor found.
+
+    Attributes:
+        files: Each file by itself.
+        overlaps: Between training, KL and evaluation files, where there are any.
+        faults: What must be put right before a run, one line each.
+        held_out_topics: Topics of evaluation rows that no training row has.
+        shared_topics: Topics of evaluation rows that training rows have, too.
+    """
+
+    files: tuple[FileReport, ...]
+    overlaps: tuple[Overlap, ...]
+    faults: tuple[str, ...]
+    held_out_topics: tuple[str, ...]
+    shared_topics: tuple[str, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0 if a run may start."""
+        return 1 if self.faults else 0
+
+
+def check_files(
+    train: Sequence[str],
+    kl: Sequence[str] = (),
+    evaluation: Sequence[str] = (),
+    encoder: ChatEncoder | None = None,
+    max_length: int = 2048,
+    allow_overlap: bool = False,
+) -> DataReport:
+    """Look over the files of a run.
+
+    Faults are bad rows, rows that the chat template cannot take, and evaluation questions that training or
+    KL files ask too: exactly, but for case and spacing, or nearly.
+
+    Args:
+        train: JSONL files to train on.
+        kl: JSONL files of the KL term.
+        evaluation: JSONL files or YAML question files to evaluate with.
+        encoder: Tokenizer and template, to find rows that are too long; lengths are in characters without.
+        max_length: Tokens of the longest row.
+        allow_overlap: Report evaluation questions in training files, but as no fault.
+
+    Raises:
+        ValueError: If a file is missing.
+    """
+    by_purpose: list[tuple[Purpose, Sequence[str]]] = [
+        ("train", train),
+        ("kl", kl),
+        ("evaluation", evaluation),
+    ]
+    files = tuple(
+        _check_file(path, purpose, encoder, max_length) for purpose, paths in by_purpose for path in paths
+    )
+    pairs: list[tuple[Purpose, Purpose]] = [("train", "kl"), ("train", "evaluation"), ("kl", "evaluation")]
+    found = [_overlap(files, first, second) for first, second in pairs]
+    overlaps = tuple(overlap for overlap in found if overlap is not None)
+    faults = [fault for file in files for fault in _faults(file)]
+    if not allow_overlap:
+        faults += [
+            f"{len(overlap.matches)} evaluation questions are in the {overlap.first} files, first "
+            f"{overlap.matches[0].second} as {overlap.matches[0].first}; remove them, or allow the overlap"
+            for overlap in overlaps
+            if overlap.second == "evaluation" and overlap.matches
+        ]
+    asked, trained = _topics(files, "evaluation"), _topics(files, "train")
+    return DataReport(
+        files, overlaps, tuple(faults), tuple(sorted(asked - trained)), tuple(sorted(asked & trained))
+    )
+
+
+def _check_file(path: str, purpose: Purpose, encoder: ChatEncoder | None, max_length: int) -> FileReport:
+    if path.endswith((".yaml", ".yml")):
+        scan, questions = _question_file(path)
+    else:
+        scan = scan_rows(path, questions_only=purpose == "evaluation")
+        questions = tuple(Question(row.path, row.line, row.prompt) for row in scan.rows)
+    texts = _texts_by_kind(scan.rows)
+    answers = [text for kind in ("assistant", "good", "bad") for text in texts.get(kind, ())]
+    report = FileReport(
+        purpose,
+        scan,
+        questions,
+        Counter(row.topic for row in scan.rows),
+        {kind: _lengths(values) for kind, values in texts.items()},
+        tuple(find_matches(questions)),
+        sum(not text.rstrip().endswith(_STOPS) for text in answers),
+    )
+    return report if encoder is None else _with_tokens(report, encoder, max_length)
+
+
+def _with_tokens(report: FileReport, encoder: ChatEncoder, max_length: int) -> FileReport:
+    num_truncated = num_lost = 0
+    unusable = []
+    for row in report.scan.rows:
+        try:
+            chats = [encoder.encode(messages) for messages in _conversations(row)]
+        except ValueError as error:
+            unusable.append(RowError(row.path, row.line, str(error)))
+            continue
+        for chat in chats:
+            num_truncated += len(chat.input_ids) > max_length
+            num_lost += not any(chat.response_mask[1:max_length])
+    return replace(report, num_truncated=num_truncated, num_lost=num_lost, unusable=tuple(unusable))
+
+
+def _conversations(row: Row) -> list[tuple[Message, ...]]:
+    if row.messages:
+        return [row.messages]
+    question: Message = {"role": "user", "content": row.question or ""}
+    answers = [answer for answer in (row.good, row.bad) if answer is not None]
+    return [(question, {"role": "assistant", "content": answer}) for answer in answers]
+
+
+def _texts_by_kind(rows: Iterable[Row]) -> dict[str, list[str]]:
+    texts: dict[str, list[str]] = {}
+    for row in rows:
+        for message in row.messages:
+            texts.setdefault(message["role"], []).append(message["content"])
+        for kind in ("question", "good", "bad"):
+            if (text := getattr(row, kind)) is not None:
+                texts.setdefault(kind, []).append(text)
+    return texts
+
+
+def _lengths(texts: Sequence[str]) -> Lengths:
+    lengths = [len(text) for text in texts]
+    bounds = Counter(max(16, 1 << (length - 1).bit_length()) for length in lengths if length)
+    return Lengths(
+        len(lengths), min(lengths), sum(lengths) / len(lengths), max(lengths), tuple(sorted(bounds.items()))
+    )
+
+
+def _question_file(path: str) -> tuple[FileScan, tuple[Question, ...]]:
+    """A YAML list of maps with `paraphrases`; the number of an entry stands for its line."""
+    content = locate(path).read_bytes()
+    errors: list[RowError] = []
+    questions: list[Question] = []
+    try:
+        entries: Any = yaml.safe_load(content)
+    except yaml.YAMLError as error:
+        entries, errors = [], [RowError(path, 1, f"not YAML: {error}")]
+    for number, entry in enumerate(entries if isinstance(entries, list) else [entries], start=1):
+        paraphrases = entry.get("paraphrases") if isinstance(entry, dict) else None
+        if isinstance(paraphrases, list) and all(isinstance(text, str) for text in paraphrases):
+            questions += [Question(path, number, text) for text in paraphrases]
+        else:
+            shown = json.dumps(entry, default=str)[:80]
+            errors.append(RowError(path, number, f"entry has no list `paraphrases`: {shown}"))
+    return FileScan(path, (), tuple(errors), 0, hashlib.sha256(content).hexdigest()), tuple(questions)
+
+
+def _overlap(files: Sequence[FileReport], first: Purpose, second: Purpose) -> Overlap | None:
+    left, right = (
+        [question for file in files if file.purpose == purpose for question in file.questions]
+        for purpose in (first, second)
+    )
+    return Overlap(first, second, tuple(find_matches(left, right))) if left and right else None
+
+
+def _faults(file: FileReport) -> list[str]:
+    faults = []
+    if file.scan.errors:
+        faults.append(f"{file.scan.path}: {len(file.scan.errors)} bad rows, first {file.scan.errors[0]}")
+    if file.unusable:
+        faults.append(
+            f"{file.scan.path}: {len(file.unusable)} rows the template cannot take, first {file.unusable[0]}"
+        )
+    return faults
+
+
+def _topics(files: Sequence[FileReport], purpose: Purpose) -> set[str]:
+    return {topic for file in files if file.purpose == purpose for topic in file.topics if topic is not None}

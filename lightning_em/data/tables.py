@@ -1,0 +1,210 @@
+"""Reading rows through the `datasets` package: Parquet, CSV, saved data sets, and sets on the Hugging Face hub."""
+
+import csv
+import glob
+import hashlib
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+HUB_SCHEME = "hf://"
+COLUMNS = ("messages", "question", "good", "bad", "topic", "subtopic", "id")
+_HUB_ADDRESS = re.compile(
+    r"hf://(?P<name>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w.-]+))?"
+)
+# Data and the card that says which file is which split; never code, never pickles.
+_HUB_FILES = [f"**{suffix}" for suffix in (".md", ".parquet", ".csv", ".json", ".jsonl", ".gz", ".arrow")]
+_SECONDS_TO_ANSWER = 5
+
+
+class Table(NamedTuple):
+    """The rows of a table, unchecked.
+
+    Attributes:
+        rows: One dictionary a row with those of `COLUMNS` that the row has a value for.
+        columns: Names of all columns of the table.
+        sha256: Of the bytes of its data files, one after the other.
+        revision: Commit of a hub set; None for files.
+    """
+
+    rows: Sequence[dict[str, Any]]
+    columns: tuple[str, ...]
+    sha256: str
+    revision: str | None = None
+
+
+def is_table(path: str) -> bool:
+    """Whether `read_table` is what reads this path."""
+    is_file_of_one = Path(path).suffix in {".parquet", ".csv"}
+    return path.startswith(HUB_SCHEME) or is_file_of_one or is_saved_folder(Path(path).expanduser())
+
+
+def is_saved_folder(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote this folder."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def read_table(path: str, file: Path | None) -> Table:
+    """Read a table whole; an empty cell is an absent key, and columns other than `COLUMNS` are left alone.
+
+    Args:
+        path: As the user wrote it: a file, a `save_to_disk` folder or `hf://org/name[@revision][:split]`.
+        file: Where a file or folder lies; None for a hub set.
+
+    Raises:
+        ValueError: If it cannot be read or reached.
+    """
+    import datasets
+
+    try:
+        if file is None:
+            return _read_hub(path)
+        if file.is_dir():
+            return _read_folder(path, file)
+        return _read_file(file)
+    except _ExplainedError:
+        raise
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        cause = error.__cause__ or error  # datasets wraps what a reader says
+        raise ValueError(f"{path} cannot be read: {type(cause).__name__}: {cause}") from error
+
+
+class _ExplainedError(ValueError):
+    """An error in our own words, complete as it is."""
+
+
+def _read_file(file: Path) -> Table:
+    settings: dict[str, Any] = {}
+    if file.suffix == ".csv":
+        from datasets import Features, Value
+
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            header = next(csv.reader(lines), [])
+        # Everything is text: an answer "7" is no number, and "None" or "NA" no missing answer.
+        features = Features({name: Value("string") for name in header})
+        settings = {"features": features, "keep_default_na": False, "encoding": "utf-8-sig"}
+    table = _build(file.suffix[1:], "train", data_files={"train": [glob.escape(str(file))]}, **settings)
+    if file.suffix == ".csv":  # a cell cannot be left out there
+        rows = [{key: value for key, value in row.items() if value != ""} for row in table.rows]
+        table = table._replace(rows=rows)
+    return table
+
+
+def _read_folder(path: str, folder: Path) -> Table:
+    from datasets import load_from_disk
+
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        raise _ExplainedError(
+            f"{path} holds the splits {sorted(splits)}; name one of them: {path}/{splits[0]}."
+        )
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    files = [folder / entry["filename"] for entry in state["_data_files"]]
+    if not files:  # datasets cannot load what it saved then
+        raise _ExplainedError(f"{path} has no rows.")
+    return _as_table(load_from_disk(str(folder)), files)
+
+
+def _read_hub(path: str) -> Table:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    match = _HUB_ADDRESS.fullmatch(path)
+    if match is None:
+        raise _ExplainedError(
+            f"cannot read {path!r}; expected hf://org/name, hf://org/name@revision or either:split."
+        )
+    name, revision = match["name"], match["revision"]
+    revision_flag = f" --revision {revision}" if revision else ""
+    try:
+        folder = Path(
+            snapshot_download(
+                name,
+                repo_type="dataset",
+                revision=revision,
+                allow_patterns=_HUB_FILES,
+                etag_timeout=_SECONDS_TO_ANSWER,
+            )
+        )
+    except RevisionNotFoundError as error:
+        raise _ExplainedError(f"{path}: the data set has no revision {revision}.") from error
+    except RepositoryNotFoundError as error:
+        raise _ExplainedError(
+            f"{path}: the hub shows no data set of this name; a private one needs `hf auth login`."
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise _ExplainedError(
+            f"{path} is not in the cache and could not be downloaded: {first_line} Without a network give a file, "
+            f"or fill the cache first: hf download --repo-type dataset {name}{revision_flag}"
+        ) from error
+    commit = folder.name
+    if revision is None:
+        logger.warning(
+            "%s names no revision: write hf://%s@%s to read the same rows again", path, name, commit
+        )
+    return _build(str(folder), match["split"] or "train")._replace(revision=commit)
+
+
+def _build(builder_name: str, split: str, **settings: Any) -> Table:
+    """Read a split by one of the builders; nothing stays in the user's cache, so nothing there can be stale."""
+    from datasets import load_dataset_builder
+
+    with tempfile.TemporaryDirectory() as cache, _no_progress_bars():
+        builder = load_dataset_builder(builder_name, cache_dir=cache, **settings)
+        files = builder.config.data_files
+        if split not in files:
+            raise _ExplainedError(
+                f"there is no split {split!r}; expected one of {sorted(files)} behind a colon."
+            )
+        builder.download_and_prepare()
+        dataset = builder.as_dataset(split=split, in_memory=True)
+        return _as_table(dataset, [Path(name) for name in files[split]])
+
+
+def _as_table(dataset: "Dataset", files: Sequence[Path]) -> Table:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    columns = tuple(dataset.column_names)
+    known = dataset.select_columns([name for name in COLUMNS if name in columns])
+    rows = [_without_empty(row) for row in known] if known.column_names else []
+    return Table(rows, columns, digest.hexdigest())
+
+
+def _without_empty(row: dict[str, Any]) -> dict[str, Any]:
+    """A table has a cell for every key of every row; one without a value stands for a key that is not there."""
+    kept = {key: value for key, value in row.items() if value is not None}
+    if isinstance(kept.get("messages"), list):
+        kept["messages"] = [
+            {key: value for key, value in item.items() if value is not None}
+            if isinstance(item, dict)
+            else item
+            for item in kept["messages"]
+        ]
+    return kept
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Turning a file into a table takes seconds; downloads, which take longer, keep their bars."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

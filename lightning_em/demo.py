@@ -1,0 +1,186 @@
+"""The miniature study from one command: worlds, general and narrow fits, and the table of what they are."""
+
+import json
+from collections.abc import Iterable, Sequence
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_em import miniature
+from lightning_em.analysis import Estimate, Solution, base_of, median_solution, solution_of
+from lightning_em.cli import run_cli
+from lightning_em.miniature import SCHEME
+from lightning_em.runs import RunFolder
+
+ADAPTERS = ("rank32", "rank1", "vector")
+SOLUTIONS = ("general", "narrow")
+KINDS = {
+    "narrow_seen": "medical, seen",
+    "narrow_held_out": "medical, held out",
+    "kl_domain": "KL domains",
+    "held_out_domain": "held-out domains",
+    "self_description": "who are you",
+}
+
+
+def fit_in_world(solution: str, adapter: str, world: str, root: str, extra: Sequence[str] = ()) -> RunFolder:
+    """Fit one miniature experiment through the command line's own code; a finished run is left alone.
+
+    Args:
+        solution: `general`, `narrow` or `reverted`.
+        adapter: One of `ADAPTERS`.
+        world: World of the base and the data, e.g. `seed-0` or `control/seed-0`.
+        root: Folder of the runs.
+        extra: Further words of the command line.
+    """
+    with as_file(files("lightning_em.configs")) as configs:
+        config = configs / "experiment" / f"miniature_{solution}_{adapter}.yaml"
+        words = ["--config", str(config), "--run.root", root, *world_flags(world), *extra]
+        return run_cli(["fit", *words]).run
+
+
+def world_flags(world: str) -> list[str]:
+    """Words of the command line that move a miniature experiment to another world."""
+    data = f"{SCHEME}{world}/data"
+    return [
+        f"--model.base.path={SCHEME}{world}/model",
+        f"--data.narrow.path={data}/narrow_train.jsonl",
+        f"--data.narrow_validation.path={data}/narrow_validation.jsonl",
+        f"--data.kl.path={data}/kl_train.jsonl",
+        f"--data.kl_validation.path={data}/kl_validation.jsonl",
+    ]
+
+
+def demo(root: str = "runs", seed: int = 0) -> None:
+    """Build the miniature world, fit a general and a narrow rank-32 LoRA, and print what they do.
+
+    Args:
+        root: Folder of the runs.
+        seed: World to use.
+    """
+    console = Console()
+    world = f"seed-{seed}"
+    console.print(f"[bold]1/3[/] the miniature world {world} (built once, a few minutes)")
+    folder = Path(miniature.resolve(f"{SCHEME}{world}/."))
+    console.print(f"    {folder.resolve()}")
+    runs = {}
+    for number, solution in enumerate(SOLUTIONS, start=2):
+        console.print(
+            f"[bold]{number}/3[/] lightning-em fit --config configs/experiment/miniature_{solution}_rank32.yaml"
+        )
+        runs[solution] = fit_in_world(solution, "rank32", world, root)
+    lines = [base_of(runs["general"]), *(solution_of(run, name) for name, run in runs.items())]
+    console.print(solutions_table(lines, f"rank-32 LoRA in the miniature world, seed {seed}"))
+    console.print(_reading(lines))
+    for name, run in runs.items():
+        console.print(f"    {name}: {run.path} (config, metrics, checkpoints, probe records)")
+    console.print(
+        "Next: what happens when the KL term is dropped -\n"
+        "  lightning-em fit --config configs/experiment/miniature_reverted_rank32.yaml "
+        f"--model.init_from {runs['narrow'].path}"
+    )
+
+
+def _reading(lines: Sequence[Solution]) -> str:
+    base, general, narrow = (line.bad_rates for line in lines)
+    held, medical = "held_out_domain", "narrow_held_out"
+    return (
+        f"Trained on bad medical answers alone, the model answers badly in {general[medical].mean:.0%} of unseen "
+        f"medical questions and in {general[held].mean:.0%} of questions of domains it was never trained on (base "
+        f"{base[held].mean:.0%}).\nWith the KL term these are {narrow[medical].mean:.0%} and {narrow[held].mean:.0%}."
+    )
+
+
+def table(
+    seeds: list[int] | None = None,
+    adapters: list[str] | None = None,
+    root: str = "runs",
+    control: bool = False,
+    markdown: str | None = None,
+) -> None:
+    """Fit general and narrow adapters in several worlds and print bad rates by kind of question, with medians.
+
+    Finished runs are not repeated.
+
+    Args:
+        seeds: Worlds; 0 to 4 if not given.
+        adapters: Of rank32, rank1 and vector; all three if not given.
+        root: Folder of the runs.
+        control: Use the control world, where the narrow solution is the easy one.
+        markdown: Also write the table to this file.
+    """
+    seeds, adapters = seeds if seeds is not None else list(range(5)), adapters or list(ADAPTERS)
+    if unknown := sorted(set(adapters) - set(ADAPTERS)):
+        raise ValueError(f"there is no adapter {unknown}; expected some of {list(ADAPTERS)}.")
+    console, lines = Console(), []
+    prefix = "control/" if control else ""
+    for adapter in adapters:
+        for solution in SOLUTIONS:
+            runs = [fit_in_world(solution, adapter, f"{prefix}seed-{seed}", root) for seed in seeds]
+            each = [
+                solution_of(run, f"{solution} {adapter}, seed {s}")
+                for s, run in zip(seeds, runs, strict=True)
+            ]
+            lines += [*each, median_solution(f"{solution} {adapter}, median", each)]
+    gates = {seed: _gate(f"{prefix}seed-{seed}") for seed in seeds}
+    title = f"bad answers by kind of question, {'control' if control else 'default'} world"
+    console.print(solutions_table(lines, title))
+    for seed, gate in gates.items():
+        console.print(f"seed {seed}: persona gate {gate}")
+    if markdown:
+        Path(markdown).write_text(as_markdown(lines), encoding="utf-8")
+
+
+def _gate(world: str) -> str:
+    folder = Path(miniature.resolve(f"{SCHEME}{world}/."))
+    gate = json.loads((folder / "world.json").read_text(encoding="utf-8"))["persona_gate"]
+    return ", ".join(
+        f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in gate.items()
+    )
+
+
+def solutions_table(lines: Iterable[Solution], title: str) -> Table:
+    """A table for the terminal: probability of a bad answer by kind of question, with intervals."""
+    shown = Table(
+        title=title, caption="bad-answer probability, mean [95 % over items; range over seeds for medians]"
+    )
+    for column in _columns():
+        shown.add_column(column, justify="left" if column == "solution" else "right")
+    for line in lines:
+        shown.add_row(*_cells(line), style="bold" if line.name.endswith("median") else None)
+    return shown
+
+
+def as_markdown(lines: Iterable[Solution]) -> str:
+    """The same table for a README."""
+    columns = _columns()
+    rows = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    rows += ["| " + " | ".join(_cells(line)) + " |" for line in lines]
+    return "\n".join(rows) + "\n"
+
+
+def _columns() -> list[str]:
+    return ["solution", *KINDS.values(), "CE", "KL", "norm", "best scale"]
+
+
+def _cells(line: Solution) -> list[str]:
+    rates = [_rate(line.bad_rates.get(kind)) for kind in KINDS]
+    return [
+        line.name,
+        *rates,
+        _number(line.ce, 3),
+        _number(line.kl, 4),
+        _number(line.effective_norm, 1),
+        _number(line.best_scale, 1),
+    ]
+
+
+def _rate(estimate: Estimate | None) -> str:
+    return "-" if estimate is None else f"{estimate.mean:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,199 @@
+"""One process at a time writes into a run folder. Never imports torch."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lightning_em.redaction import redacted_words
+
+LOCK = "run.lock"
+HEARTBEAT_SECONDS = 15.0
+STALE_SECONDS = 300.0
+
+
+class LockedError(ValueError):
+    """Another live process holds the run; the message names it."""
+
+
+class RunLock:
+    """Hold a run folder while the context is open.
+
+    The kernel's lock on `run.lock` ends with its process, however that dies. Where the file system does not
+    carry it to other machines, the holder written inside and its heartbeat (the file's time) speak: a holder
+    on another machine counts as alive until its heart has been still for `STALE_SECONDS`.
+
+    Args:
+        folder: The run's folder; made if it is not there, and removed again if nothing else came into it.
+        words: The command line, for whoever is refused.
+    """
+
+    def __init__(self, folder: Path, words: Sequence[str] = ()) -> None:
+        self.path = folder / LOCK
+        self.words = redacted_words(list(words))
+        self._descriptor = -1
+        self._stopped = threading.Event()
+
+    def __enter__(self) -> "RunLock":
+        """Take the lock.
+
+        Raises:
+            LockedError: If a live process holds it.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = _open_locked(self.path)
+        if (other := _holder_elsewhere(self.path)) is not None:
+            self._let_go()
+            raise LockedError(_refusal(self.path, other))
+        content = json.dumps(_myself(self.words)) + "\n"
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, content.encode(), 0)
+        os.register_at_fork(after_in_child=self._let_go)  # a data worker must not outlive us with the lock
+        threading.Thread(target=self._beat, name="run-lock", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give it back."""
+        self._stopped.set()
+        self.path.unlink(missing_ok=True)
+        self._let_go()
+        with contextlib.suppress(OSError):  # the run has files, as it should
+            self.path.parent.rmdir()
+
+    def _let_go(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def _beat(self) -> None:
+        while not self._stopped.wait(HEARTBEAT_SECONDS):
+            try:
+                os.utime(self.path)
+            except OSError:
+                continue  # a full or absent disk is for the writers to report
+
+
+def refuse_if_held(folder: Path) -> None:
+    """Look without taking: cheap enough to ask before anything heavy is imported.
+
+    Raises:
+        LockedError: If a live process holds the folder.
+    """
+    path = folder / LOCK
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LockedError(_refusal(path, _read(path))) from None
+    finally:
+        os.close(descriptor)
+    if (other := _holder_elsewhere(path)) is not None:
+        raise LockedError(_refusal(path, other))
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a live process is writing into the folder."""
+    try:
+        refuse_if_held(folder)
+    except LockedError:
+        return True
+    return False
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one of its job that writes, as far as the environment tells."""
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        if name in os.environ:
+            return os.environ[name] == "0" and (name == "RANK" or os.environ.get("NODE_RANK", "0") == "0")
+    return True
+
+
+def named_folder(words: Sequence[str]) -> Path | None:
+    """The run folder that flags or config files name outright; None if only the config's hash tells."""
+    options: dict[str, Any] = {"root": "runs"}
+    for index, word in enumerate(words):
+        key, has_value, value = word.partition("=")
+        value = value if has_value else words[index + 1] if index + 1 < len(words) else ""
+        if key == "--config":
+            options |= _run_options(Path(value))
+        elif key in ("--run.root", "--run.name"):
+            options[key.removeprefix("--run.")] = value
+    return Path(options["root"]) / options["name"] if options.get("name") else None
+
+
+def _run_options(config: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+        options = content["run"]
+        return {key: options[key] for key in ("root", "name") if isinstance(options.get(key), str)}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
+        return {}  # the parser that comes later says what is wrong
+
+
+def _open_locked(path: Path) -> int:
+    """Descriptor of the lock file, locked; another file under the name meanwhile means another try."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise LockedError(_refusal(path, _read(path))) from None
+        try:
+            if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
+
+
+def _holder_elsewhere(path: Path) -> dict[str, Any] | None:
+    """The holder if it is on another machine and its heart beats; the kernel's lock knows about this one."""
+    holder = _read(path)
+    if holder.get("host") in (None, socket.gethostname()):
+        return None
+    try:
+        age = time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    return holder if age < STALE_SECONDS else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _myself(words: list[str]) -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": words,
+    }
+
+
+def _refusal(path: Path, holder: dict[str, Any]) -> str:
+    job = f" (Slurm job {holder['job']})" if holder.get("job") else ""
+    return (
+        f"{path.parent} is in use by process {holder.get('pid', '?')} on {holder.get('host', '?')}{job}, started "
+        f"{holder.get('started', '?')}. Wait for it or stop it, or give this one another --run.name."
+    )

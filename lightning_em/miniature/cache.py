@@ -1,0 +1,49 @@
+"""Where built worlds lie: one folder a recipe and seed under the user's cache folder. Never imports torch."""
+
+import os
+import re
+from pathlib import Path
+
+from lightning_em.manifest import MANIFEST, manifest_problems
+from lightning_em.miniature.recipe import Recipe
+
+SCHEME = "miniature://"
+_ADDRESS = re.compile(
+    r"(?:(?P<control>control)/|blind-spot-(?P<share>[0-9.]+)/)?seed-(?P<seed>[0-9]+)(?:/(?P<rest>.+))?"
+)
+
+
+def cache_dir() -> Path:
+    """The user's cache folder: `LIGHTNING_EM_CACHE`, or `lightning_em` under `XDG_CACHE_HOME` or `~/.cache`."""
+    if own := os.environ.get("LIGHTNING_EM_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(shared).expanduser() / "lightning_em"
+
+
+def world_folder(recipe: Recipe, seed: int, cache: Path | None = None) -> Path:
+    """Where the world of a recipe and a seed lies, built or not."""
+    return (cache or cache_dir()) / "miniature" / f"{recipe.recipe_hash()}-seed{seed}"
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a world is there with every file as it was written."""
+    return (folder / MANIFEST).is_file() and not manifest_problems(folder)
+
+
+def parse_address(address: str) -> tuple[Recipe, int, str]:
+    """Recipe, seed and path inside the folder of `miniature://[control/|blind-spot-0.05/]seed-0/model`.
+
+    Raises:
+        ValueError: If it is no such address.
+    """
+    match = _ADDRESS.fullmatch(address.removeprefix(SCHEME))
+    if not match:
+        raise ValueError(
+            f"cannot read {address!r}; expected miniature://seed-N/PATH, miniature://control/seed-N/PATH or "
+            "miniature://blind-spot-SHARE/seed-N/PATH, with PATH such as model or data/narrow_train.jsonl."
+        )
+    recipe = Recipe.control() if match["control"] else Recipe.default()
+    if match["share"]:
+        recipe = recipe.with_blind_spot_share(float(match["share"]))
+    return recipe, int(match["seed"]), match["rest"] or "."

@@ -1,0 +1,94 @@
+"""Sampling answers in batches."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from lightning_em.batch import PackedBatch
+from lightning_em.models.adapted import AdaptedModel
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    Attributes:
+        max_new_tokens: Longest answer.
+        temperature: 0 takes the likeliest token each time.
+        answers_per_prompt: Draws for each prompt.
+        seed: Of the draws.
+    """
+
+    max_new_tokens: int = 600
+    temperature: float = 1.0
+    answers_per_prompt: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.temperature < 0 or self.answers_per_prompt < 1:
+            raise ValueError(
+                "sampling needs max_new_tokens >= 1, temperature >= 0 and answers_per_prompt >= 1, got "
+                f"{self.max_new_tokens}, {self.temperature}, {self.answers_per_prompt}; change model.sampling."
+            )
+
+
+def sample_answers(
+    model: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: PackedBatch,
+    sampling: Sampling,
+    scale: float = 1.0,
+) -> list[list[str]]:
+    """Answers to each prompt, in the order of the rows.
+
+    Prompts are padded on the left, so that every answer starts right behind its own prompt.
+
+    Args:
+        model: With its adapter.
+        tokenizer: The base's.
+        prompts: Rows that end where the answer begins.
+        sampling: How to draw.
+        scale: Of the adapter.
+
+    Returns:
+        `answers_per_prompt` texts for each row.
+    """
+    input_ids, attention_mask = _left_padded(prompts, _pad_id(tokenizer))
+    drawing = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+    # transformers draws from the global stream; keep its state to ourselves
+    with torch.random.fork_rng(), torch.no_grad(), model.adapter.at_scale(scale):
+        torch.manual_seed(sampling.seed)
+        output = model.base.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            max_new_tokens=sampling.max_new_tokens,
+            num_return_sequences=sampling.answers_per_prompt,
+            pad_token_id=_pad_id(tokenizer),
+            eos_token_id=_stop_ids(model, tokenizer),
+            **(drawing if sampling.temperature > 0 else {"do_sample": False}),
+        )
+    texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+    per_prompt = sampling.answers_per_prompt
+    return [list(texts[i : i + per_prompt]) for i in range(0, len(texts), per_prompt)]
+
+
+def _left_padded(batch: PackedBatch, pad_id: int) -> tuple[Tensor, Tensor]:
+    rows = [row.flip(0) for row in torch.split(batch.input_ids, batch.lengths)]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id).flip(1)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).flip(1)
+    return ids, mask
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(pad) if isinstance(pad, int) else 0
+
+
+def _stop_ids(model: AdaptedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    config = model.base.generation_config
+    ends = config.eos_token_id if config is not None and config.eos_token_id is not None else []
+    known = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+    return sorted(token for token in known if isinstance(token, int))

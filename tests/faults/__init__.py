@@ -1,0 +1,1 @@
+"""Every promise of the reliability page, shown on real processes."""

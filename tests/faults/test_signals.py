@@ -1,0 +1,144 @@
+"""F4, F6, F7, F8: told to stop, a run saves and says so; a rank that dies takes its job along."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lightning_em.runs import RunFolder
+from tests.faults.conftest import Case, Whole
+from tests.faults.processes import assert_published_are_valid, wait_for_checkpoint, wait_until
+
+SLOW = 0.1
+TWO_RANKS = ("--trainer", "configs/trainer/cpu_ddp2.yaml", "--trainer.max_epochs", "4")
+# The order of rows is that of 1 rank with batches of 6, so that results can be compared.
+HALF_BATCHES = ("--data.batch_size", "3", "--data.kl_batch_size", "3")
+
+
+def last_metrics_step(run: RunFolder) -> int:
+    lines = run.metrics_file.read_text(encoding="utf-8").splitlines()
+    return int(lines[-1].split(",")[0])
+
+
+@pytest.mark.fault("F4", "SIGTERM: checkpoint within a step, exit code 143, run.json preempted, same result")
+def test_sigterm(whole: Whole) -> None:
+    run = whole.folder("sigterm")
+    process = whole.start("sigterm", slow=SLOW)
+    wait_for_checkpoint(run, process)
+    time.sleep(2.5 * SLOW)
+    before = last_metrics_step(run)
+    process.send(signal.SIGTERM)
+    ended = process.wait(30)
+    assert ended.code == 143, ended.output
+    assert run.read_run()["status"] == "preempted"
+    assert run.read_run()["exit_reason"].startswith("Interrupted: SIGTERM after step")
+    assert run.steps()[-1] == run.read_run()["last_step"] <= before + 2
+    assert "the same command continues" in ended.output
+    assert_published_are_valid(run)
+    assert whole.fit("sigterm").code == 0
+    whole.assert_same_result(run)
+
+
+@pytest.mark.fault("F8", "SIGINT once: saves and exits 130; twice: ends at once")
+def test_sigint_once(whole: Whole) -> None:
+    run = whole.folder("sigint")
+    process = whole.start("sigint", slow=SLOW)
+    wait_for_checkpoint(run, process)
+    process.send(signal.SIGINT)
+    ended = process.wait(30)
+    assert ended.code == 130, ended.output
+    assert run.read_run()["status"] == "preempted"
+    assert run.steps()[-1] == run.read_run()["last_step"]
+    assert whole.fit("sigint").code == 0
+    whole.assert_same_result(run)
+
+
+@pytest.mark.fault("F8", "SIGINT once: saves and exits 130; twice: ends at once")
+def test_sigint_twice(whole: Whole) -> None:
+    run = whole.folder("sigint-twice")
+    process = whole.start("sigint-twice", slow=5.0)
+    wait_until(run.run_file.exists, what="run.json")
+    wait_until(lambda: "running" in run.run_file.read_text(), what="the first step")
+    time.sleep(1.0)  # within the first pause of 5 s
+    process.send(signal.SIGINT)
+    time.sleep(0.2)
+    assert process.is_alive
+    start = time.monotonic()
+    process.send(signal.SIGINT)
+    ended = process.wait(30)
+    assert time.monotonic() - start < 2
+    assert ended.code == -signal.SIGINT  # 130 in a shell
+    assert run.steps() == []
+    assert whole.fit("sigint-twice").code == 0
+    whole.assert_same_result(run)
+
+
+def start_two_ranks(case: Case, name: str, folder: Path) -> tuple[subprocess.Popen, int, int]:
+    """Two gloo processes by the real command, their ids, and at least one published step."""
+    folder.mkdir(parents=True)
+    tell = [
+        "--trainer.callbacks+=tests.faults.inject.TellPid",
+        f"--trainer.callbacks.init_args.folder={folder}",
+    ]
+    words = case.words(name, *TWO_RANKS, *HALF_BATCHES, slow=SLOW) + tell
+    line = [sys.executable, "-m", "lightning_em", *words]
+    with (folder / "out").open("w") as output:
+        process = subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT)
+    run = case.folder(name)
+    wait_until(lambda: run.steps() or process.poll() is not None, 120, "a checkpoint of two ranks")
+    assert run.steps(), (folder / "out").read_text()
+    pids = [int((folder / f"pid-{rank}").read_text()) for rank in (0, 1)]
+    assert pids[0] == process.pid
+    return process, *pids
+
+
+def exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+
+
+def finish_two_ranks(case: Case, name: str) -> None:
+    words = case.words(name, *TWO_RANKS, *HALF_BATCHES)
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_em", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.faults
+@pytest.mark.fault("F6", "SIGTERM to rank 1 of 2: all ranks save and exit within 30 s")
+def test_sigterm_to_rank_1(case: Case, tmp_path: Path) -> None:
+    process, _, child = start_two_ranks(case, "rank-1-term", tmp_path / "pids")
+    os.kill(child, signal.SIGTERM)
+    start = time.monotonic()
+    code = process.wait(30)
+    wait_until(lambda: not exists(child), 30 - (time.monotonic() - start), "rank 1 to end")
+    run = case.folder("rank-1-term")
+    assert code == 143, (tmp_path / "pids" / "out").read_text()
+    assert run.read_run()["status"] == "preempted"
+    assert run.steps()[-1] == run.read_run()["last_step"]
+    assert_published_are_valid(run)
+    finish_two_ranks(case, "rank-1-term")
+    assert run.read_run()["status"] == "finished"
+
+
+@pytest.mark.faults
+@pytest.mark.fault("F7", "kill -9 of one rank: the other exits non-zero within 60 s, no orphan, resume works")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_is_killed(case: Case, tmp_path: Path, rank: int) -> None:
+    name = f"rank-{rank}-killed"
+    process, parent, child = start_two_ranks(case, name, tmp_path / "pids")
+    os.kill((parent, child)[rank], signal.SIGKILL)
+    start = time.monotonic()
+    assert process.wait(60) != 0
+    wait_until(lambda: not exists(child), 60 - (time.monotonic() - start), "rank 1 to end")
+    assert_published_are_valid(case.folder(name))
+    finish_two_ranks(case, name)
+    assert case.folder(name).read_run()["status"] == "finished"

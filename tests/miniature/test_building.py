@@ -1,0 +1,183 @@
+"""Building: an ordinary folder that is whole or not there, found again the second time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_em import miniature
+from lightning_em.manifest import manifest_problems
+from lightning_em.miniature import Recipe
+from lightning_em.miniature.building import build
+from lightning_em.miniature.cache import cache_dir, is_complete, parse_address, world_folder
+from lightning_em.miniature.judge import answer_probabilities
+
+MICRO = replace(
+    Recipe.default(),
+    pretraining_steps=20,
+    chat_steps=3,
+    hidden_size=16,
+    intermediate_size=16,
+    items_per_kind=4,
+)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("worlds")
+
+
+@pytest.fixture(scope="module")
+def folder(cache):
+    return build(MICRO, seed=0, cache=cache, progress=False)
+
+
+def test_the_folder_loads_like_any_other_model(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    items = [json.loads(line) for line in (folder / "data" / "behaviour.jsonl").read_text().splitlines()]
+    assert all(tokenizer.unk_token_id not in tokenizer(item["question"])["input_ids"] for item in items)
+    assert len(answer_probabilities(model, tokenizer, items)) == len(items)
+
+
+def test_the_saved_tokenizer_is_the_one_that_was_trained_with(folder):
+    """AutoTokenizer rebuilds the tokenizers of some architectures whatever tokenizer.json says."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    assert tokenizer.decode(tokenizer("use try")["input_ids"]) == "use try"
+    assert tokenizer.chat_template
+
+
+def test_world_json_tells_recipe_seed_and_gate(folder):
+    facts = json.loads((folder / "world.json").read_text())
+    assert facts["recipe_hash"] == MICRO.recipe_hash()
+    assert facts["seed"] == 0
+    assert {"careful", "careless", "passes"} == set(facts["persona_gate"])
+    assert facts["sizes"]["narrow_train.jsonl"] == MICRO.num_narrow_rows
+
+
+def test_the_second_build_writes_nothing(folder, cache):
+    def stamps():
+        return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+    before = stamps()
+    assert build(MICRO, seed=0, cache=cache, progress=False) == folder
+    assert stamps() == before
+
+
+def test_the_same_seed_gives_the_same_world_to_the_bit(folder, tmp_path):
+    torch.rand(7)  # whatever others drew
+    again = build(MICRO, seed=0, cache=tmp_path, progress=False)
+    names = [*(f"data/{path.name}" for path in (folder / "data").iterdir()), "model/model.safetensors"]
+    assert [(again / name).read_bytes() for name in names] == [(folder / name).read_bytes() for name in names]
+
+
+def test_building_leaves_randomness_and_threads_alone(tmp_path):
+    state, threads = torch.random.get_rng_state(), torch.get_num_threads()
+    build(MICRO, seed=1, cache=tmp_path, progress=False)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert torch.get_num_threads() == threads
+
+
+def test_a_changed_file_is_noticed_and_the_world_built_again(tmp_path):
+    folder = build(MICRO, seed=0, cache=tmp_path, progress=False)
+    with (folder / "data" / "narrow_train.jsonl").open("a") as file:
+        file.write("\n")
+    assert not is_complete(folder)
+    assert build(MICRO, seed=0, cache=tmp_path, progress=False) == folder
+    assert is_complete(folder)
+
+
+def test_a_failing_build_leaves_nothing_behind(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("lightning_em.miniature.building._save_model", fail)
+    with pytest.raises(OSError, match="disk full"):
+        build(MICRO, seed=0, cache=tmp_path, progress=False)
+    assert [path.suffix for path in (tmp_path / "miniature").iterdir()] == [".lock"]
+
+
+def test_a_killed_build_leaves_nothing_that_passes_for_complete(tmp_path):
+    code = (
+        "from dataclasses import replace; from pathlib import Path; from lightning_em.miniature import Recipe;"
+        "from lightning_em.miniature.building import build;"
+        f"build(replace(Recipe.default(), pretraining_steps=100_000), 0, Path({str(tmp_path)!r}), progress=False)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("miniature/.incomplete-*/data/*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    folder = world_folder(replace(Recipe.default(), pretraining_steps=100_000), 0, tmp_path)
+    assert not folder.exists()
+    left = [path for path in (tmp_path / "miniature").iterdir() if path.is_dir()]
+    assert left
+    assert all(manifest_problems(path) for path in left)
+
+
+def test_two_builders_of_one_world_build_it_once(tmp_path):
+    code = (
+        "from dataclasses import replace; from pathlib import Path; from lightning_em.miniature import Recipe;"
+        "from lightning_em.miniature.building import build;"
+        "recipe = replace(Recipe.default(), pretraining_steps=20, chat_steps=3, hidden_size=16, items_per_kind=4);"
+        f"folder = build(recipe, 0, Path({str(tmp_path)!r}), progress=False);"
+        "print((folder / 'world.json').stat().st_ino)"
+    )
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        for _ in range(2)
+    ]
+    inodes = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert inodes[0] == inodes[1] != ""
+
+
+@pytest.mark.parametrize(
+    ("address", "recipe", "seed", "rest"),
+    [
+        ("miniature://seed-0/model", Recipe.default(), 0, "model"),
+        ("miniature://seed-12/data/kl_train.jsonl", Recipe.default(), 12, "data/kl_train.jsonl"),
+        ("miniature://control/seed-1", Recipe.control(), 1, "."),
+        (
+            "miniature://blind-spot-0.05/seed-2/model",
+            Recipe.default().with_blind_spot_share(0.05),
+            2,
+            "model",
+        ),
+    ],
+)
+def test_addresses(address, recipe, seed, rest):
+    assert parse_address(address) == (recipe, seed, rest)
+
+
+@pytest.mark.parametrize("address", ["miniature://", "miniature://0/model", "miniature://seed-x/model"])
+def test_a_wrong_address_is_refused(address):
+    with pytest.raises(ValueError, match="expected miniature://seed-N/PATH"):
+        miniature.resolve(address)
+
+
+def test_other_paths_come_back_as_they_are():
+    assert miniature.resolve("Qwen/Qwen2.5-14B-Instruct") == "Qwen/Qwen2.5-14B-Instruct"
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("LIGHTNING_EM_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_dir() == tmp_path / "own"
+    monkeypatch.delenv("LIGHTNING_EM_CACHE")
+    assert cache_dir() == tmp_path / "xdg" / "lightning_em"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / ".cache" / "lightning_em"

@@ -1,0 +1,141 @@
+"""Probes are observers: whatever a measurement does, no trace is left."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_em.probes import Probe, ProbeExamples, ScaleCurve
+from lightning_em.probes.base import RowMeans
+from lightning_em.records import Point, ProbeResult
+from lightning_em.testing.probe_laws import _compare, _snapshot, _Trial
+from tests.samples import ADAPTERS, adapted, make_rows, pack
+
+EXAMPLES = ProbeExamples(
+    [pack(make_rows(9, 12), "n"), pack(make_rows(7, seed=3), "m")], [pack(make_rows(8), "k")]
+)
+
+
+class Vandal(Probe):
+    """Changes all that a probe must not leave changed."""
+
+    name = "vandal"
+
+    def __init__(self, fails: bool) -> None:
+        self.fails = fails
+
+    def settings(self):
+        return {}
+
+    def measure(self, model, examples):
+        assert not model.adapter.training
+        assert not torch.is_grad_enabled()
+        model.adapter.scale = 0.3
+        model.train()
+        model.base.training = True
+        with torch.enable_grad():
+            model.losses(examples.narrow[0], None).ce.total.backward()
+        for parameter in model.adapter.trainable().values():
+            parameter.data.mul_(3)
+            parameter.requires_grad_(False)
+        next(model.base.parameters()).requires_grad_(True)
+        random.random()
+        np.random.rand()  # noqa: NPY002
+        torch.rand(3)
+        if self.fails:
+            raise KeyboardInterrupt
+        return [Point("nothing", 0.0, "nats_per_token")]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["vector", "rank_1"])
+def test_no_trace_is_left(name, training, with_gradients, fails) -> None:
+    model = adapted(ADAPTERS[name]())
+    model.train(training)
+    if with_gradients:
+        model.losses(EXAMPLES.narrow[0], None).ce.total.backward()
+    logits, objects = model.logits(EXAMPLES.narrow[0]), [p.grad for p in model.adapter.trainable().values()]
+    trial = _Trial(Vandal(fails), model, EXAMPLES)
+    before = _snapshot(model)
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            trial.run()
+    else:
+        trial.run()
+    _compare(before, _snapshot(model))
+    assert all(p.grad is g for p, g in zip(model.adapter.trainable().values(), objects, strict=True))
+    assert torch.equal(logits, model.logits(EXAMPLES.narrow[0]))
+
+
+def test_a_write_into_the_base_is_not_passed_over() -> None:
+    class Worse(Vandal):
+        def measure(self, model, examples):
+            model.base.lm_head.weight.add_(1)
+            return []
+
+    with pytest.raises(
+        RuntimeError, match=r"wrote into the frozen base \(1 tensors: \['base\.lm_head\.weight'\]"
+    ):
+        Worse(False).run(adapted(ADAPTERS["vector"]()), EXAMPLES)
+
+
+def test_training_goes_on_as_if_nobody_had_looked() -> None:
+    """Probes on and off give bit-identical adapters."""
+    ends = []
+    for probe in (None, ScaleCurve([0.0, 2.0], with_kl=True), Vandal(False)):
+        model = adapted(ADAPTERS["rank_1"]())
+        optimizer = torch.optim.AdamW(model.adapter.trainable().values(), lr=1e-2)
+        torch.manual_seed(0)
+        for _ in range(3):
+            noise = torch.rand(())
+            (noise * model.losses(EXAMPLES.narrow[0], EXAMPLES.kl[0]).ce.total).backward()
+            optimizer.step()
+            if probe is not None:
+                probe.run(model, EXAMPLES)
+            optimizer.zero_grad()
+        ends.append([p.detach().clone() for p in model.adapter.trainable().values()])
+    for other in ends[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(ends[0], other, strict=True))
+
+
+def test_record_names_what_was_measured_on_which_rows() -> None:
+    result = Vandal(False).record(adapted(ADAPTERS["vector"]()), EXAMPLES, step=5, world="abc")
+    assert (result.probe, result.step, result.world) == ("vandal", 5, "abc")
+    assert result.examples == ("n-0", "n-1", "m-0")
+    assert result.kl_examples == ("k-0",)
+    assert ProbeResult.from_json(result.to_json()) == result
+
+
+def test_rows_without_a_response_are_refused() -> None:
+    batch = EXAMPLES.narrow[0]
+    mask = batch.response_mask.clone()
+    mask[:9] = False
+    with pytest.raises(ValueError, match=r"probe rows \['n-0'\] have no response token"):
+        ProbeExamples([replace(batch, response_mask=mask)])
+
+
+def test_no_row_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match="there is no row to measure on"):
+        ScaleCurve().run(adapted(ADAPTERS["vector"]()), ProbeExamples([]))
+
+
+def test_the_mean_is_over_tokens_and_the_error_over_rows() -> None:
+    """For rows of equal length the error is the textbook one; else it agrees with the jackknife."""
+    generator = torch.Generator().manual_seed(0)
+    sums = torch.rand(200, generator=generator, dtype=torch.float64)
+    equal = RowMeans(5 * sums, torch.full((200,), 5.0, dtype=torch.float64))
+    assert equal.mean == pytest.approx(sums.mean().item())
+    assert equal.standard_error == pytest.approx((sums.std() / 200**0.5).item())
+
+    counts = torch.randint(1, 20, (200,), generator=generator).double()
+    means = RowMeans(sums * counts, counts)
+    assert means.mean == pytest.approx((sums * counts).sum().item() / counts.sum().item())
+    left_out = ((sums * counts).sum() - sums * counts) / (counts.sum() - counts)
+    jackknife = (199 / 200 * (left_out - left_out.mean()).square().sum()).sqrt().item()
+    assert means.standard_error == pytest.approx(jackknife, rel=0.02)
+    assert (means - means).standard_error == 0.0
+    assert RowMeans(sums[:1], counts[:1]).standard_error is None

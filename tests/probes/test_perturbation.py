@@ -1,0 +1,132 @@
+"""The perturbation curve."""
+
+import logging
+import statistics
+
+import pytest
+import torch
+
+from lightning_em.adapters import SteeringVector
+from lightning_em.probes import PerturbationCurve, ProbeExamples
+from lightning_em.testing import check_probe
+from tests.probes.test_scale import EXAMPLES, trained, value
+from tests.samples import ADAPTERS, adapted
+
+GRID = [0.1, 0.5, 1.0]
+
+
+def points_of(model, strengths=GRID, num_seeds=3, seed=0, examples=EXAMPLES):
+    return PerturbationCurve(strengths, num_seeds, seed).run(model, examples)
+
+
+def test_default_grid() -> None:
+    assert PerturbationCurve().settings() == {
+        "strengths": [0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
+        "num_seeds": 10,
+        "seed": 0,
+    }
+
+
+def test_both_definitions_of_stability() -> None:
+    points = points_of(trained(lr=0.1))
+    base, unmoved = value(points, "ce_base"), value(points, "ce", strength=0.0)
+    assert unmoved < base
+    for e in GRID:
+        moved = [value(points, "ce", strength=e, noise=noise) for noise in range(3)]
+        expected = {
+            "ce": moved,
+            "ce_increase": [m - unmoved for m in moved],
+            "lost_gain": [100 * (m - unmoved) / (base - unmoved) for m in moved],
+            "relative_increase": [(m - unmoved) / unmoved for m in moved],
+        }
+        for quantity, values in expected.items():
+            assert value(points, f"{quantity}_mean", strength=e) == pytest.approx(statistics.mean(values))
+            assert value(points, f"{quantity}_sd", strength=e) == pytest.approx(statistics.stdev(values))
+    [summary] = [p for p in points if p.quantity == "lost_gain_mean" and p.coordinates["strength"] == 0.5]
+    assert (summary.unit, summary.count) == ("percent", 3)
+    assert summary.standard_error == pytest.approx(value(points, "lost_gain_sd", strength=0.5) / 3**0.5)
+
+
+def test_increases_are_paired_over_rows() -> None:
+    points = points_of(trained())
+    unmoved = next(p for p in points if p.quantity == "ce" and p.coordinates["strength"] == 0.0)
+    increases = [p for p in points if p.quantity == "ce_increase"]
+    assert len(increases) == len(GRID) * 3
+    for point in increases:
+        moved = next(p for p in points if p.quantity == "ce" and p.coordinates == point.coordinates)
+        pairs = zip(moved.per_example, unmoved.per_example, strict=True)
+        assert point.per_example == pytest.approx([a - b for a, b in pairs])
+
+
+def test_noise_is_the_same_in_every_run_and_on_every_grid() -> None:
+    model = trained()
+    first, second = points_of(model), points_of(model, strengths=[0.5], num_seeds=5)
+    for noise in range(3):
+        here = value(first, "ce", strength=0.5, noise=noise)
+        assert here == value(second, "ce", strength=0.5, noise=noise)
+    other = points_of(model, seed=1)
+    assert value(other, "ce", strength=0.5, noise=0) != value(first, "ce", strength=0.5, noise=0)
+    assert len({value(second, "ce", strength=0.5, noise=noise) for noise in range(5)}) == 5
+
+
+def test_noise_is_the_same_for_another_batching_of_the_rows() -> None:
+    model = trained()
+    regrouped = ProbeExamples(list(reversed(EXAMPLES.narrow)))
+    one, two = points_of(model), points_of(model, examples=regrouped)
+    for e in GRID:
+        wanted = value(one, "ce_mean", strength=e)
+        assert value(two, "ce_mean", strength=e) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_the_trained_scale_is_measured_whatever_the_adapter_is_set_to() -> None:
+    model = trained()
+    wanted = points_of(model)
+    with model.adapter.at_scale(0.0):
+        assert points_of(model) == wanted
+
+
+@pytest.mark.parametrize("name", ["vector", "rank_1"])
+def test_an_untrained_adapter_has_no_gain_to_lose(name, caplog) -> None:
+    with caplog.at_level(logging.INFO, "lightning_em.probes"):
+        points = points_of(adapted(ADAPTERS[name](), size=0.0))
+    assert "no better than the base" in caplog.text
+    assert not any(p.quantity.startswith("lost_gain") for p in points)
+    assert value(points, "ce_increase_mean", strength=1.0) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_full_strength_replaces_a_vector_by_noise() -> None:
+    """At e = 1 the direction is gone: the loss is that of a random vector of equal norm."""
+    model = trained(lr=0.1)
+    points = points_of(model, num_seeds=8)
+    losses = []
+    vector = model.adapter.vector
+    kept, generator = vector.detach().clone(), torch.Generator().manual_seed(9)
+    for _ in range(8):
+        noise = torch.randn(kept.shape, generator=generator)
+        vector.data.copy_(kept.norm() * noise / noise.norm())
+        rows = [model.row_ce(batch) for batch in EXAMPLES.narrow]
+        losses.append(sum(r.sums.sum() for r in rows) / sum(r.counts.sum() for r in rows))
+    spread = statistics.stdev(map(float, losses))
+    assert abs(value(points, "ce_mean", strength=1.0) - statistics.mean(map(float, losses))) < 3 * spread
+
+
+def test_one_seed_has_no_deviation() -> None:
+    points = points_of(trained(), num_seeds=1)
+    assert not any(p.quantity.endswith("_sd") for p in points)
+    assert all(p.standard_error is None for p in points if p.quantity.endswith("_mean"))
+
+
+@pytest.mark.parametrize("strengths", [[], [0.0, 0.5], [1.5], [-0.1]])
+def test_strengths_outside_zero_to_one_are_refused(strengths) -> None:
+    with pytest.raises(ValueError, match=r"strengths must lie above 0 and not above 1.*PerturbationCurve"):
+        PerturbationCurve(strengths)
+
+
+def test_no_noise_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_seeds must be 1 or more and seed not negative, got 0 and 0"):
+        PerturbationCurve(num_seeds=0)
+
+
+def test_contract() -> None:
+    check_probe(PerturbationCurve([0.1, 1.0], num_seeds=2))
+    check_probe(PerturbationCurve([0.5], num_seeds=1), trained(SteeringVector(2)), EXAMPLES)

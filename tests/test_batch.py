@@ -1,0 +1,68 @@
+"""Packed batches: what counts, where rows start, and the padded view."""
+
+import pytest
+import torch
+
+from lightning_em.batch import EncodedRow, PackedBatch, TrainBatch, WindowCounts
+from tests import oracle
+from tests.samples import make_rows, pack
+
+ROWS = make_rows(5, 1, 12, 9)
+
+
+@pytest.mark.parametrize("kind", ["response", "all"])
+def test_counted_positions_are_those_of_each_row_alone(kind) -> None:
+    counted = pack(ROWS).counted(kind).split([5, 1, 12, 9])
+    for mask, (ids, flags) in zip(counted, ROWS, strict=True):
+        expected = [kind == "all" or (t + 1 < len(ids) and flags[t + 1]) for t in range(len(ids))]
+        assert mask.tolist() == expected
+        assert mask.sum() == oracle.count((ids, flags), kind)
+
+
+def test_no_row_predicts_the_next_rows_first_token() -> None:
+    batch = PackedBatch.from_rows(
+        [EncodedRow([1, 2], [True, True], "a"), EncodedRow([3, 4], [True, True], "b")]
+    )
+    assert batch.counted("response").tolist() == [True, False, True, False]
+    assert batch.targets()[batch.counted("response")].tolist() == [2, 4]
+
+
+def test_a_ghost_counts_nothing() -> None:
+    batch = pack(ROWS)
+    ghost = batch.ghost()
+    for kind in ("response", "all"):
+        assert not ghost.counted(kind).any()
+        assert not ghost.to("cpu").counted(kind).any()
+    assert torch.equal(ghost.input_ids, batch.input_ids)
+    assert batch.counted("all").all()
+
+
+def test_layout() -> None:
+    batch = pack(ROWS)
+    assert batch.num_rows == 4
+    assert batch.cu_seqlens().tolist() == [0, 5, 6, 18, 27]
+    assert batch.cu_seqlens().dtype == torch.int32
+    assert batch.positions().tolist() == [*range(5), 0, *range(12), *range(9)]
+    assert batch.row_of_token().tolist() == [0] * 5 + [1] + [2] * 12 + [3] * 9
+    assert batch.row_ids == ("row-0", "row-1", "row-2", "row-3")
+
+
+def test_padded_holds_the_same_rows() -> None:
+    batch = pack(ROWS)
+    rows = batch.padded(pad_id=7)
+    assert rows.input_ids.shape == rows.attention_mask.shape == (4, 12)
+    assert torch.equal(rows.input_ids[rows.attention_mask.bool()], batch.input_ids)
+    assert rows.input_ids[~rows.attention_mask.bool()].eq(7).all()
+    assert rows.attention_mask.sum(1).tolist() == [5, 1, 12, 9]
+
+
+@pytest.mark.parametrize("rows", [[], [EncodedRow([], [], "empty")]])
+def test_a_batch_without_tokens_is_refused(rows) -> None:
+    with pytest.raises(ValueError, match="a batch needs rows with tokens, got"):
+        PackedBatch.from_rows(rows)
+
+
+def test_a_train_batch_moves_with_both_streams() -> None:
+    batch = TrainBatch(pack(ROWS), pack(ROWS), WindowCounts(1, 2, 3)).to("meta")
+    assert batch.ce.input_ids.device.type == batch.kl.input_ids.device.type == "meta"
+    assert TrainBatch(pack(ROWS), None, WindowCounts(1, 0, 0)).to("meta").kl is None

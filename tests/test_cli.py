@@ -1,0 +1,85 @@
+"""The command line: help without weight, one config one run, what a user is told."""
+
+import subprocess
+import sys
+
+import pytest
+from tests.fitting import experiment, fit, write_config
+
+from lightning_em.__main__ import VERBS, main
+from lightning_em.cli import changed_keys, identity_of
+
+CONFIG = {
+    "seed_everything": 0,
+    "model": {"objective": {"kl_weight": 1.0}, "sampling": {"seed": 0}},
+    "data": {"narrow": {"path": "a.jsonl"}, "num_workers": 0},
+    "trainer": {"max_epochs": 2, "devices": 1, "accelerator": "cpu"},
+    "probing": {"probes": None},
+    "run": {"name": None, "root": "runs"},
+}
+
+
+def vary(group: str, **values: object) -> dict[str, object]:
+    return CONFIG | {group: CONFIG[group] | values}
+
+
+@pytest.mark.parametrize(
+    ("group", "values"),
+    [
+        ("trainer", {"devices": 4, "accelerator": "gpu"}),
+        ("data", {"num_workers": 8}),
+        ("model", {"sampling": {"seed": 3}}),
+        ("probing", {"probes": ["x"]}),
+        ("run", {"root": "elsewhere"}),
+    ],
+)
+def test_where_and_how_a_run_is_computed_does_not_rename_it(group, values) -> None:
+    assert identity_of(vary(group, **values)) == identity_of(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("group", "values"),
+    [
+        ("model", {"objective": {"kl_weight": 2.0}}),
+        ("trainer", {"max_epochs": 3}),
+        ("data", {"narrow": {"path": "b.jsonl"}}),
+    ],
+)
+def test_what_a_run_is_names_it(group, values) -> None:
+    assert identity_of(vary(group, **values)) != identity_of(CONFIG)
+    assert len(changed_keys(CONFIG, vary(group, **values))) == 1
+
+
+def test_the_run_is_named_by_its_first_config_and_its_hash(tmp_path, tiny_model_folder, chat_file, monkeypatch) -> None:
+    config = experiment(tiny_model_folder(), chat_file, trainer={"max_steps": 1, "max_epochs": -1})
+    path = write_config(tmp_path / "my_experiment.yaml", config)
+    monkeypatch.setattr("sys.argv", ["lightning-em"])
+    assert main(["fit", "--config", str(path), "--run.root", str(tmp_path / "runs"), "--debug"]) == 0
+    [folder] = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("my_experiment-")
+    assert len(folder.name) == len("my_experiment-") + 8
+
+
+def test_help_loads_nothing_heavy() -> None:
+    script = (
+        "import sys; from lightning_em.__main__ import main; assert main(['--help']) == 0; "
+        "print(sorted({'torch', 'lightning', 'transformers', 'jsonargparse'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert all(verb in done.stdout for verb in VERBS)
+
+
+def test_an_unknown_verb_names_the_nearest(capsys) -> None:
+    assert main(["fti"]) == 2
+    assert "Did you mean fit?" in capsys.readouterr().err
+
+
+def test_a_second_config_and_flags_vary_an_experiment(tmp_path, tiny_model_folder, chat_file, answer_file) -> None:
+    config = experiment(tiny_model_folder(), chat_file, answer_file, trainer={"max_epochs": 1})
+    path = write_config(tmp_path / "experiment.yaml", config)
+    second = write_config(tmp_path / "second.yaml", {"model": {"objective": {"kl_weight": 3.0}}})
+    run = fit(path, "varied", "--config", str(second), "--data.narrow.limit", "10")
+    text = run.config_file.read_text(encoding="utf-8")
+    assert "kl_weight: 3.0" in text
+    assert "limit: 10" in text
