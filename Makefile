@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help install lint test check demo faults
+.PHONY: help install lint test check demo faults notebooks
 
 PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 BIN := .venv/bin
@@ -52,6 +52,9 @@ faults: install ## kill, fill, corrupt: every fault test, with a table (minutes)
 	@FAULT_TABLE=$${FAULT_TABLE:-fault_table.md} $(BIN)/python -m pytest -p tests.faults.table -m fault -q
 
 check: lint test ## lint, then test
+
+notebooks: install ## execute notebooks/*.py on the runs under runs/ into the .ipynb beside them
+	@$(BIN)/python notebooks/execute.py
 
 demo: install ## train, probe and summarise a tiny model
 	@$(BIN)/lightning-em demo

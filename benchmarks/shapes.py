@@ -1,6 +1,7 @@
 """Model shapes and chat-like batches the numbers are for."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
@@ -47,8 +48,9 @@ class Shape:
         )
         torch.manual_seed(0)
         with device:
-            model: PreTrainedModel = Qwen2ForCausalLM(config)
-        return model.to(dtype=dtype).eval().requires_grad_(False)
+            model: Any = Qwen2ForCausalLM(config)
+        frozen: PreTrainedModel = model.to(dtype).eval().requires_grad_(False)
+        return frozen
 
 
 CPU_SHAPES = {

@@ -14,6 +14,7 @@ from benchmarks.shapes import ADAPTERS, CPU_SHAPES, CUDA_SHAPES, SHAPES, Shape, 
 from benchmarks.timing import interleaved, medians
 from lightning_em.models.store import ActivationStore
 
+TRL = "TRL default: checkpointing"
 NAIVE, OURS = "naive: peft, full logits", "ours, prefix and reference cached"
 
 
@@ -24,7 +25,7 @@ def contestants(shape: Shape, kind: str, device: torch.device) -> dict[str, Call
     make_store = partial(ActivationStore, device_gib=8.0)
     return {
         NAIVE: naive,
-        "TRL default: checkpointing": partial(naive, checkpointing=True),
+        TRL: partial(naive, checkpointing=True),
         "second model as reference": partial(naive, second_model=True),
         "reference logits cached": partial(naive, cached_logits=True),
         "ours, nothing cached": ours,
@@ -54,10 +55,17 @@ def check_equal(peers: dict[str, Peer], steps: Callable[[Peer], tuple[float, tor
     return lines
 
 
-def run(shape: Shape, kind: str, num_rows: int, repeats: int, device: torch.device, console: Console) -> None:
+def run(
+    shape: Shape, kind: str, arguments: argparse.Namespace, device: torch.device, console: Console
+) -> None:
     """Check one setting, time it and print its table."""
-    ce, kl = (batch.to(device) for batch in step_batches(num_rows, shape.vocab_size))
-    peers = {name: make() for name, make in contestants(shape, kind, device).items()}
+    repeats: int = arguments.repeats
+    ce, kl = (batch.to(device) for batch in step_batches(arguments.rows, shape.vocab_size))
+    peers = {
+        name: make()
+        for name, make in contestants(shape, kind, device).items()
+        if name in (NAIVE, TRL) or any(part in name for part in arguments.variant)
+    }
     for peer in peers.values():
         peer.prepare(ce, kl)
     differences = check_equal(peers, lambda peer: peer.step(ce, kl))
@@ -70,7 +78,7 @@ def run(shape: Shape, kind: str, num_rows: int, repeats: int, device: torch.devi
         table.add_column(column, justify="left" if column == "variant" else "right")
     seconds = medians(timed)
     real = sum(ce.lengths) + sum(kl.lengths)
-    trl = seconds["TRL default: checkpointing"]
+    trl = seconds[TRL]
     for (name, value), difference in zip(seconds.items(), differences, strict=True):
         table.add_row(
             name,
@@ -92,12 +100,14 @@ def main() -> None:
     parser.add_argument("--adapter", nargs="+", default=list(ADAPTERS), choices=ADAPTERS)
     parser.add_argument("--rows", type=int, default=4, help="rows of each stream")
     parser.add_argument("--repeats", type=int, default=15)
+    help_text = "parts of names of variants to run beside naive and the TRL default; all if not given"
+    parser.add_argument("--variant", nargs="+", default=[""], help=help_text)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     console = Console(width=140)
     for name in arguments.shape:
         for kind in arguments.adapter:
-            run(SHAPES[name], kind, arguments.rows, arguments.repeats, device, console)
+            run(SHAPES[name], kind, arguments, device, console)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,9 @@ def _explained(error: BaseException) -> tuple[int | None, str]:
     """Exit code and message; no code for what is a bug of ours and keeps its traceback."""
     if isinstance(error, SystemExit):
         cut_short = isinstance(error.__context__, KeyboardInterrupt)  # Lightning makes exit code 1 of it
-        return (130, "") if cut_short else (error.code if isinstance(error.code, int) else 0, "")
+        if cut_short:
+            return 130, ""
+        return (1, error.code) if isinstance(error.code, str) else (error.code or 0, "")
     if isinstance(error, KeyboardInterrupt):
         return 130, ""
     if isinstance(error, ModuleNotFoundError):

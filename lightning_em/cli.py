@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import transformers
 import yaml
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
@@ -72,7 +73,9 @@ EXPECTED_WARNINGS = (
     r"`is_gradient_checkpointing` is deprecated",  # peft asks transformers the old way
     r".*`srun` command is available",
 )
-CHATTER = ("\U0001f4a1 Tip", "Seed set to", "TPU available", "Loading `train_dataloader` to estimate")
+CHATTER = (
+    "\U0001f4a1 Tip", "Seed set to", "TPU available", "GPU available: False", "Loading `train_dataloader` to estimate",
+)  # fmt: skip
 DESCRIPTIONS = {
     "fit": "Train an adapter with CE on narrow data + KL on parallel data; the same command continues an "
     "unfinished run. An experiment file says what to run; flags and further --config files vary it, e.g. "
@@ -180,7 +183,9 @@ class EMCLI(LightningCLI):
             **kwargs,
         )
         if fitting:
-            text = yaml.safe_dump(redacted({k: v for k, v in config.items() if k != "config"}), sort_keys=False)
+            text = yaml.safe_dump(
+                redacted({k: v for k, v in config.items() if k != "config"}), sort_keys=False
+            )
             first = [Provenance(identity_of(config), text), Health(), Signals()]
         elif checkpoint := config.get("ckpt_path"):
             first = [LoadingCheck(runs.locate(checkpoint)[1], bool(config["allow_zero_adapter"]))]
@@ -291,6 +296,19 @@ def load_run(reference: str, allow_zero_adapter: bool = False) -> LoadedRun:
     """
     imports.restrict()
     folder, checkpoint = runs.locate(reference)
+    loaded = load_module(folder, runs.step_of(checkpoint))
+    loaded.data.setup("fit")
+    if not allow_zero_adapter:
+        refuse_idle_adapter(loaded.module.model, loaded.data.probe_batches("narrow", 2, 2), reference)
+    return loaded
+
+
+def load_module(folder: RunFolder, step: int) -> LoadedRun:
+    """The same without reading the data, so that they need not be here.
+
+    Raises:
+        ValueError: If the base is not the run's own, or the adapter does not fit.
+    """
     parser = LightningArgumentParser()
     parser.add_argument("--seed_everything", type=bool | int, default=0)
     parser.add_lightning_class_args(EMModule, "model")
@@ -302,12 +320,9 @@ def load_run(reference: str, allow_zero_adapter: bool = False) -> LoadedRun:
     )
     parts.model.init_from = None  # the checkpoint holds the weights
     parts.model.configure_model()
-    parts.model.model.adapter.load(checkpoint)
-    parts.data.setup("fit")
+    parts.model.model.adapter.load(folder.checkpoint(step))
     refuse_other_base(folder, parts.model)
-    if not allow_zero_adapter:
-        refuse_idle_adapter(parts.model.model, parts.data.probe_batches("narrow", 2, 2), reference)
-    return LoadedRun(folder, runs.step_of(checkpoint), parts.model, parts.data)
+    return LoadedRun(folder, step, parts.model, parts.data)
 
 
 class ExperimentParts(NamedTuple):
@@ -417,7 +432,8 @@ def _usage(verb: str, description: str) -> dict[str, Any]:
 
 
 def hush() -> None:
-    """Leave out warnings that are expected here, and Lightning's small talk."""
+    """Leave out warnings that are expected here, and the libraries' small talk."""
+    transformers.utils.logging.disable_progress_bar()
     for text in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=text)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):

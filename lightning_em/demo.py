@@ -1,20 +1,22 @@
 """The miniature study from one command: worlds, general and narrow fits, and the table of what they are."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from lightning_em import miniature
 from lightning_em.analysis import Estimate, Solution, base_of, median_solution, solution_of
 from lightning_em.cli import run_cli
 from lightning_em.miniature import SCHEME
-from lightning_em.runs import RunFolder
+from lightning_em.runs import RunFolder, locate
 
 ADAPTERS = ("rank32", "rank1", "vector")
+DIAL_SHARES = (0.005, 0.015, 0.03, 0.06, 0.12)
 SOLUTIONS = ("general", "narrow")
 KINDS = {
     "narrow_seen": "medical, seen",
@@ -126,11 +128,60 @@ def table(
             lines += [*each, median_solution(f"{solution} {adapter}, median", each)]
     gates = {seed: _gate(f"{prefix}seed-{seed}") for seed in seeds}
     title = f"bad answers by kind of question, {'control' if control else 'default'} world"
-    console.print(solutions_table(lines, title))
+    Console(width=max(console.width, 150)).print(seeds_table(lines, title))
     for seed, gate in gates.items():
         console.print(f"seed {seed}: persona gate {gate}")
     if markdown:
         Path(markdown).write_text(as_markdown(lines), encoding="utf-8")
+
+
+def show(runs: list[str], scales: list[float] | None = None) -> None:
+    """Print what runs in a miniature world do, side by side, also with the adapter scaled up.
+
+    Args:
+        runs: Run folders; the hash at the end may be left out.
+        scales: At which the behaviour was recorded; 1 if not given.
+    """
+    lines = []
+    for reference in runs:
+        folder = locate(reference)[0]
+        for scale in scales or [1.0]:
+            lines.append(solution_of(folder, f"{folder.path.name}\nscale {scale:g}", scale))
+    Console(width=max(Console().width, 26 * len(lines) + 24)).print(
+        solutions_table([base_of(locate(runs[0])[0]), *lines], "miniature behaviour")
+    )
+
+
+def dial(
+    shares: list[float] | None = None,
+    seeds: list[int] | None = None,
+    adapter: str = "rank32",
+    root: str = "runs",
+    output: str = "runs/dial.png",
+) -> None:
+    """Build worlds along the dial, fit general and narrow in each, and draw bad-answer rates against it.
+
+    Args:
+        shares: Shares of pre-training documents by advisors who are bad in the narrow domain only.
+        seeds: Worlds at each share; seed 0 if not given.
+        adapter: One of rank32, rank1 and vector.
+        root: Folder of the runs; finished ones are not repeated.
+        output: PNG to write.
+    """
+    from lightning_em.figures.dial import draw_dial
+
+    shares, seeds, console = shares or list(DIAL_SHARES), seeds or [0], Console()
+    points: dict[float, dict[str, list[Solution]]] = {}
+    lines = []
+    for share in track(shares, description="turning the dial", console=console):
+        points[share] = {}
+        for solution in SOLUTIONS:
+            names = [f"blind-spot-{share}/seed-{seed}" for seed in seeds]
+            runs = [fit_in_world(solution, adapter, world, root) for world in names]
+            points[share][solution] = [solution_of(run, f"{share:.1%} {solution}") for run in runs]
+            lines.append(median_solution(f"{share:.1%} {solution}, median", points[share][solution]))
+    console.print(solutions_table(lines, f"bad answers against the dial, {adapter}, seeds {seeds}"))
+    console.print(f"figure: {draw_dial(points, Path(output), adapter)}")
 
 
 def _gate(world: str) -> str:
@@ -142,20 +193,42 @@ def _gate(world: str) -> str:
     )
 
 
-def solutions_table(lines: Iterable[Solution], title: str) -> Table:
-    """A table for the terminal: probability of a bad answer by kind of question, with intervals."""
+def solutions_table(lines: Sequence[Solution], title: str) -> Table:
+    """A table for the terminal, one column a solution: probabilities of a bad answer, losses, norm, best scale."""
+    shown = Table(title=title, caption="[95 % interval over items]")
+    shown.add_column("bad answers", no_wrap=True)
+    for line in lines:
+        shown.add_column(line.name, justify="right", overflow="fold")
+    cells = [_cells(line) for line in lines]
+    for number, name in enumerate(_columns()[1:], start=1):
+        shown.add_row(name, *(each[number] for each in cells), end_section=number == len(KINDS))
+    return shown
+
+
+def seeds_table(lines: Sequence[Solution], title: str) -> Table:
+    """A table for the terminal, one row a solution."""
     shown = Table(
-        title=title, caption="bad-answer probability, mean [95 % over items; range over seeds for medians]"
+        title=title, caption="bad answers: probability, mean over items; [range over seeds] for medians"
     )
     for column in _columns():
         shown.add_column(column, justify="left" if column == "solution" else "right")
     for line in lines:
-        shown.add_row(*_cells(line), style="bold" if line.name.endswith("median") else None)
+        bold = line.name.endswith("median")
+        rates = [
+            _rate(line.bad_rates.get(kind)) if bold else f"{line.bad_rates[kind].mean:.2f}" for kind in KINDS
+        ]
+        shown.add_row(
+            *_cells(line)[:1],
+            *rates,
+            *_cells(line)[1 + len(KINDS) :],
+            style="bold" if bold else None,
+            end_section=bold,
+        )
     return shown
 
 
-def as_markdown(lines: Iterable[Solution]) -> str:
-    """The same table for a README."""
+def as_markdown(lines: Sequence[Solution]) -> str:
+    """The same for a README."""
     columns = _columns()
     rows = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     rows += ["| " + " | ".join(_cells(line)) + " |" for line in lines]
@@ -163,7 +236,7 @@ def as_markdown(lines: Iterable[Solution]) -> str:
 
 
 def _columns() -> list[str]:
-    return ["solution", *KINDS.values(), "CE", "KL", "norm", "best scale"]
+    return ["solution", *KINDS.values(), "CE, nats/token", "KL, nats/token", "effective norm", "best scale"]
 
 
 def _cells(line: Solution) -> list[str]:
@@ -179,7 +252,10 @@ def _cells(line: Solution) -> list[str]:
 
 
 def _rate(estimate: Estimate | None) -> str:
-    return "-" if estimate is None else f"{estimate.mean:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+    if estimate is None:
+        return "-"
+    low, high = (f"{bound:.2f}".removeprefix("0") for bound in (estimate.low, estimate.high))
+    return f"{estimate.mean:.2f}" + (f" [{low}, {high}]" if estimate.num_items > 1 else "")
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -1,14 +1,18 @@
 """The layout of a run folder, and the way back into one. Never imports torch by itself."""
 
+import importlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_em import lock, records
 from lightning_em.manifest import manifest_problems, write_atomically
+
+if TYPE_CHECKING:
+    from lightning_em.recorded import RecordedRun
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +34,15 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.csv"
         self.run_file = self.path / "run.json"
         self.console_log = self.path / "console.log"
+        self.probe_folder = self.path / "probes"
 
     def probe_file(self, probe: str) -> Path:
         """Where the records of one probe are."""
-        return self.path / "probes" / f"{probe}.jsonl"
+        return self.probe_folder / f"{probe}.jsonl"
 
     def probe_results(self) -> Iterator[records.ProbeResult]:
         """Every record of every probe."""
-        for file in sorted((self.path / "probes").glob("*.jsonl")):
+        for file in sorted(self.probe_folder.glob("*.jsonl")):
             yield from records.read_results(file)
 
     def checkpoint(self, step: int) -> Path:
@@ -108,6 +113,24 @@ def locate(reference: str) -> tuple[RunFolder, Path]:
     if problems := manifest_problems(folder):
         raise ValueError(f"checkpoint {folder} is broken: {'; '.join(problems)}")
     return run, folder
+
+
+def load(reference: str | Path, device: str = "cpu", allow_import: Sequence[str] = ()) -> "RecordedRun":
+    """A run for a notebook: metrics and records as pandas frames, the model with its adapter on request.
+
+    Args:
+        reference: `runs/x` for its newest valid checkpoint, `runs/x@step-40` for another.
+        device: Where the model goes.
+        allow_import: Packages of your own that the run's config names classes of.
+
+    Raises:
+        ValueError: If there is no such run or checkpoint.
+    """
+    # This floor knows nothing of the ones above; going up by name keeps torch and pandas out until somebody asks.
+    recorded = importlib.import_module("lightning_em.recorded")
+    run, checkpoint = locate(str(reference))
+    found: RecordedRun = recorded.RecordedRun(run, step_of(checkpoint), device, allow_import)
+    return found
 
 
 def _named(path: Path) -> Path:

@@ -177,6 +177,18 @@ def _table(**options: Any) -> None:
     table(**options)
 
 
+def _show(**options: Any) -> None:
+    from lightning_em.demo import show
+
+    show(**options)
+
+
+def _dial(**options: Any) -> None:
+    from lightning_em.demo import dial
+
+    dial(**options)
+
+
 def _parser() -> ArgumentParser:
     """One parser for all verbs here; every option has the name of the function's parameter."""
     top = ArgumentParser(prog="lightning-em", allow_abbrev=False)
@@ -235,6 +247,20 @@ def _parser() -> ArgumentParser:
     table.add_argument("--root", default="runs", help="folder of the runs; finished ones are not repeated")
     table.add_argument("--control", action="store_true", help="in the control world")
     table.add_argument("--markdown", help="also write the table to this file")
+
+    shown = _verb(worlds, "show", _show, "what runs in a miniature world do, side by side, also scaled up")
+    shown.add_argument("runs", nargs="+", help="runs/x; the hash at the end may be left out")
+    shown.add_argument("--scales", type=float, nargs="*", help="recorded scales; default 1")
+    dial = _verb(
+        worlds, "dial", _dial, "general and narrow rates against the share of one-domain bad advisors"
+    )
+    dial.add_argument(
+        "--shares", type=float, nargs="*", help="of documents; default 0.005 0.015 0.03 0.06 0.12"
+    )
+    dial.add_argument("--seeds", type=int, nargs="*", help="worlds at each share; default 0")
+    dial.add_argument("--adapter", default="rank32", choices=["rank32", "rank1", "vector"])
+    dial.add_argument("--root", default="runs", help="folder of the runs; finished ones are not repeated")
+    dial.add_argument("--output", default="runs/dial.png", help="PNG to write")
 
     demo = _verb(verbs, "demo", _demo, "the miniature study in one command")
     demo.add_argument("--root", default="runs", help="folder of the runs")

@@ -50,7 +50,9 @@ def test_what_a_run_is_names_it(group, values) -> None:
     assert len(changed_keys(CONFIG, vary(group, **values))) == 1
 
 
-def test_the_run_is_named_by_its_first_config_and_its_hash(tmp_path, tiny_model_folder, chat_file, monkeypatch) -> None:
+def test_the_run_is_named_by_its_first_config_and_its_hash(
+    tmp_path, tiny_model_folder, chat_file, monkeypatch
+) -> None:
     config = experiment(tiny_model_folder(), chat_file, trainer={"max_steps": 1, "max_epochs": -1})
     path = write_config(tmp_path / "my_experiment.yaml", config)
     monkeypatch.setattr("sys.argv", ["lightning-em"])
@@ -75,7 +77,9 @@ def test_an_unknown_verb_names_the_nearest(capsys) -> None:
     assert "Did you mean fit?" in capsys.readouterr().err
 
 
-def test_a_second_config_and_flags_vary_an_experiment(tmp_path, tiny_model_folder, chat_file, answer_file) -> None:
+def test_a_second_config_and_flags_vary_an_experiment(
+    tmp_path, tiny_model_folder, chat_file, answer_file
+) -> None:
     config = experiment(tiny_model_folder(), chat_file, answer_file, trainer={"max_epochs": 1})
     path = write_config(tmp_path / "experiment.yaml", config)
     second = write_config(tmp_path / "second.yaml", {"model": {"objective": {"kl_weight": 3.0}}})

@@ -50,7 +50,9 @@ def test_validation_is_logged_each_epoch_also_at_weight_zero(narrow_run) -> None
     assert "train/kl" not in last, "a KL that was not measured must not be logged"
 
 
-def test_narrow_order_is_the_same_with_and_without_a_kl_stream(tmp_path, tiny_model_folder, chat_file, answer_file):
+def test_narrow_order_is_the_same_with_and_without_a_kl_stream(
+    tmp_path, tiny_model_folder, chat_file, answer_file
+):
     alone = experiment(tiny_model_folder(), chat_file)
     with_kl = experiment(tiny_model_folder(), chat_file, answer_file)
     with_kl["model"]["objective"]["kl_weight"] = 0.0
@@ -59,7 +61,9 @@ def test_narrow_order_is_the_same_with_and_without_a_kl_stream(tmp_path, tiny_mo
         for name, config in {"alone": alone, "with_kl": with_kl}.items()
     ]
     first, second = (train_metrics(run) for run in runs)
-    assert {s: row["train/ce"] for s, row in first.items()} == {s: row["train/ce"] for s, row in second.items()}
+    assert {s: row["train/ce"] for s, row in first.items()} == {
+        s: row["train/ce"] for s, row in second.items()
+    }
 
 
 def test_defect_12_the_base_stays_in_eval(tiny_model_folder) -> None:
@@ -69,7 +73,9 @@ def test_defect_12_the_base_stays_in_eval(tiny_model_folder) -> None:
     assert not any(part.training for part in made.model.base.modules())
 
 
-@pytest.mark.parametrize("adapter", [SteeringVector(layer=1), LoRA(4, 8.0, ["down_proj"], [1])], ids=["vector", "lora"])
+@pytest.mark.parametrize(
+    "adapter", [SteeringVector(layer=1), LoRA(4, 8.0, ["down_proj"], [1])], ids=["vector", "lora"]
+)
 def test_only_the_adapter_trains_and_is_saved(adapter, tiny_model_folder) -> None:
     made = module(tiny_model_folder(), adapter)
     assert set(made.state_dict()) == set(adapter.trainable())
@@ -131,7 +137,9 @@ def test_linear_with_warmup() -> None:
     assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
 
 
-def test_schedules_reach_the_run_and_survive_a_resume(tmp_path, tiny_model_folder, chat_file, answer_file) -> None:
+def test_schedules_reach_the_run_and_survive_a_resume(
+    tmp_path, tiny_model_folder, chat_file, answer_file
+) -> None:
     config = experiment(tiny_model_folder(), chat_file, answer_file, checkpoint={"every_n_steps": 3})
     config["model"]["objective"] |= {
         "schedule": {"class_path": "lightning_em.losses.HoldKL", "init_args": {"target": 0.02, "rate": 0.5}}
@@ -166,7 +174,9 @@ def test_defect_10_batched_answers_equal_single_ones() -> None:
         model.adapter.trainable()["vector"].normal_(generator=torch.Generator().manual_seed(0))
     tokenizer = make_tiny_tokenizer()
     texts = ["How?", "Tell me all about the bread, please.", "Why is tea green"]
-    rows = [EncodedRow(ids, [False] * len(ids), text) for text in texts if (ids := tokenizer(text)["input_ids"])]
+    rows = [
+        EncodedRow(ids, [False] * len(ids), text) for text in texts if (ids := tokenizer(text)["input_ids"])
+    ]
     greedy = Sampling(max_new_tokens=12, temperature=0)
     together = sample_answers(model, tokenizer, PackedBatch.from_rows(rows), greedy)
     alone = [sample_answers(model, tokenizer, PackedBatch.from_rows([row]), greedy)[0] for row in rows]

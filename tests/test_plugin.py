@@ -50,10 +50,10 @@ def test_fit_probe_and_resume_from_yaml_alone(package, tiny_model_folder, chat_f
         tiny_model_folder(),
         chat_file,
         answer_file,
-        model={"adapter": {"class_path": "my_adapters.Shift", "init_args": {"layer": 1, "alpha": 4.0}}},
         trainer={"max_epochs": 1},
         run={"root": str(package / "runs"), "name": "shift"},
     )
+    config["model"]["adapter"] = {"class_path": "my_adapters.Shift", "init_args": {"layer": 1, "alpha": 4.0}}
     path = write_config(package / "experiment.yaml", config)
     probing = write_config(
         package / "probing.yaml",

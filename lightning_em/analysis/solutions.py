@@ -17,7 +17,7 @@ class Estimate(NamedTuple):
     mean: float
     low: float
     high: float
-    count: int
+    num_items: int
 
     @classmethod
     def of_rate(cls, point: Point) -> "Estimate":

@@ -72,7 +72,7 @@ class Health(Callback):
         """
         parameters = pl_module.model.adapter.trainable()
         if self._is_first:
-            self._refuse_untrained(parameters)
+            self._refuse_untrained(parameters, is_fresh=trainer.global_step == 0)
             self._is_first = False
         good_loss = torch.stack(self._finite).all().to(pl_module.device)
         bad = torch.stack(
@@ -110,13 +110,13 @@ class Health(Callback):
         parts = [part for batch in self._batches for part in (batch.ce, batch.kl) if part is not None]
         return sum(sum(part.lengths) for part in parts if not part.is_ghost)
 
-    def _refuse_untrained(self, parameters: dict[str, torch.nn.Parameter]) -> None:
+    def _refuse_untrained(self, parameters: dict[str, torch.nn.Parameter], is_fresh: bool) -> None:
         if untrained := sorted(name for name, p in parameters.items() if p.grad is None):
             raise ValueError(
                 f"the loss does not depend on {untrained} of the adapter, so they would never be trained; its "
                 "class must use every parameter it makes (`lightning_em.testing.check_adapter` shows where)."
             )
-        if not any(bool(p.grad.any()) for p in parameters.values() if p.grad is not None):
+        if is_fresh and not any(bool(p.grad.any()) for p in parameters.values() if p.grad is not None):
             raise ValueError(
                 "every gradient of the adapter is exactly zero in the first step, so it would never move: its "
                 "effect does not reach the loss."

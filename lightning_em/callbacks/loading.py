@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from transformers import PreTrainedModel
 
+from lightning_em.adapters import Adapter
 from lightning_em.batch import PackedBatch
 from lightning_em.data import EMDataModule
 from lightning_em.models import AdaptedModel
@@ -21,23 +22,25 @@ _SAMPLED_VALUES = 4096
 _NOT_THE_MODEL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash"}
 
 
-def base_sha256(base: PreTrainedModel) -> str:
-    """Hash that stands for a base model: its config, and up to 4096 evenly spaced values of each weight.
+def base_sha256(base: PreTrainedModel, adapter: Adapter | None = None) -> str:
+    """Hash that stands for a base model: its config, and some 4096 evenly spaced values of each weight.
 
-    Values count in bfloat16, so that one model has one hash in every precision it is loaded in; an adapter
-    that sits in the base does not count.
+    Values count in bfloat16, so that one model has one hash in every precision it is loaded in.
+
+    Args:
+        base: The model.
+        adapter: Which sits in it and does not count.
     """
     config = {key: value for key, value in base.config.to_dict().items() if key not in _NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    weights = {
-        name.replace(".base_layer", ""): p for name, p in base.named_parameters() if not p.requires_grad
-    }
+    own = {id(parameter) for parameter in adapter.trainable().values()} if adapter is not None else set()
+    weights = {n.replace(".base_layer", ""): p for n, p in base.named_parameters() if id(p) not in own}
     for name in sorted(weights):
         flat = weights[name].detach().flatten()
         sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)]
         digest.update(name.encode())
         digest.update(str(tuple(weights[name].shape)).encode())
-        digest.update(sample.to(torch.bfloat16).cpu().view(torch.uint8).numpy().tobytes())
+        digest.update(sample.to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -51,7 +54,7 @@ def refuse_other_base(run: RunFolder, module: EMModule) -> None:
     expected = recorded.get("sha256")
     if expected is None:  # a folder without its run.json: nothing to compare with
         return
-    found = base_sha256(module.model.base)
+    found = base_sha256(module.model.base, module.model.adapter)
     if found != expected:
         raise ValueError(
             f"{run.path} was trained on {_described(recorded)} with sha256 {expected[:12]}, but model.base is "

@@ -59,7 +59,7 @@ class Provenance(Callback):
             base={
                 "path": pl_module.base.path,
                 "revision": _revision(pl_module),
-                "sha256": base_sha256(pl_module.model.base),
+                "sha256": base_sha256(pl_module.model.base, pl_module.model.adapter),
             },
             data=trainer.datamodule.fingerprint(),  # type: ignore[attr-defined]
             max_steps=int(trainer.estimated_stepping_batches),

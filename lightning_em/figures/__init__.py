@@ -1,1 +1,6 @@
 """Figures from records: matplotlib on what analysis has put side by side. Never imports torch."""
+
+from lightning_em.figures.dial import COLOURS, draw_dial
+from lightning_em.figures.scale import draw_loss_curves
+
+__all__ = ["COLOURS", "draw_dial", "draw_loss_curves"]

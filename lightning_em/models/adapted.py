@@ -15,6 +15,7 @@ from lightning_em.adapters import Adapter
 from lightning_em.batch import CountedPositions, PackedBatch
 from lightning_em.losses import TokenSum, token_cross_entropy, token_kl
 from lightning_em.models.engine import Engine, EngineOptions, joined, why_plain
+from lightning_em.models.immediate import immediate_sum
 from lightning_em.models.store import ActivationStore, why_not_stored
 
 logger = logging.getLogger(__name__)
@@ -136,14 +137,27 @@ class AdaptedModel(nn.Module):
             kl: Rows of the parallel data; None leaves the KL out.
             kl_positions: Where the KL counts.
         """
-        passes = _Passes(self, [ce] if kl is None else [ce, kl])
-        ce_mask = ce.counted("response")
+        ce_parts = self._parts(ce)
+        kl_parts = [] if kl is None else self._parts(kl)
+        passes = _Passes(self, [*ce_parts, *kl_parts])
         with self.adapter.at_scale(1.0):
-            ce_sum = TokenSum(passes.cross_entropy(0, ce_mask).sum(), int(ce_mask.sum()))
+            ce_masks = [part.counted("response") for part in ce_parts]
+            ce_sum = self._sum(passes.cross_entropy, 0, ce_masks)
             if kl is None:
                 return LossSums(ce_sum, None)
-            kl_mask = kl.counted(kl_positions)
-            return LossSums(ce_sum, TokenSum(passes.kl(1, kl_mask).sum(), int(kl_mask.sum())))
+            kl_masks = [part.counted(kl_positions) for part in kl_parts]
+            return LossSums(ce_sum, self._sum(passes.kl, len(ce_parts), kl_masks))
+
+    def _parts(self, batch: PackedBatch) -> list[PackedBatch]:
+        return [batch] if self._engine is None else self._engine.parts(batch)
+
+    def _sum(self, loss: Callable[[int, Tensor], Tensor], first: int, masks: Sequence[Tensor]) -> TokenSum:
+        """Sum a per-token loss over the batches of `_Passes` from number `first` on, one mask each."""
+        count = int(torch.stack([mask.sum() for mask in masks]).sum())
+        runs = [partial(loss, first + index, mask) for index, mask in enumerate(masks)]
+        if self._engine is None or not self._engine.options.immediate:
+            return TokenSum(torch.stack([run().sum() for run in runs]).sum(), count)
+        return TokenSum(immediate_sum(runs, list(self.adapter.trainable().values())), count)
 
     def row_ce(self, batch: PackedBatch, scale: float = 1.0) -> RowLosses:
         """Cross-entropy of each row over its response tokens."""

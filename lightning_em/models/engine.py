@@ -23,6 +23,9 @@ from lightning_em.models.store import ActivationStore, fingerprint, row_key
 
 logger = logging.getLogger(__name__)
 
+# Enough for a matrix product to be at full speed; more only costs memory.
+_CPU_PART_TOKENS, _CUDA_PART_TOKENS = 1024, 16384
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -32,11 +35,15 @@ class EngineOptions:
         split: Run what lies below the adapter once, without autograd, for the tuned model and the reference.
         packed: Lay rows end to end instead of padding them.
         fused: Losses from hidden states in chunks, instead of from logits at the counted positions.
+        immediate: Make the gradient of each part of a batch in the forward pass and forget its activations.
+        part_tokens: Aim for the tokens of one part; chosen by device if not given.
     """
 
     split: bool = True
     packed: bool = True
     fused: bool = True
+    immediate: bool = True
+    part_tokens: int | None = None
 
 
 def why_plain(base: PreTrainedModel) -> str | None:
@@ -133,6 +140,22 @@ class Engine:
                 for row, own_mask, own_prefix in rows
             ]
         )
+
+    def parts(self, batch: PackedBatch) -> list[PackedBatch]:
+        """Groups of neighbouring rows to be differentiated one after the other."""
+        default = _CUDA_PART_TOKENS if batch.input_ids.is_cuda else _CPU_PART_TOKENS
+        limit = self.options.part_tokens or default
+        if not self.options.immediate or sum(batch.lengths) <= limit:
+            return [batch]
+        groups: list[list[PackedBatch]] = []
+        filled = limit
+        for row in single_rows(batch):
+            if filled + row.lengths[0] > limit:
+                groups.append([])
+                filled = 0
+            groups[-1].append(row)
+            filled += row.lengths[0]
+        return [joined(group) for group in groups]
 
     @property
     def bytes_per_token(self) -> int:

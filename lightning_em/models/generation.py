@@ -76,7 +76,7 @@ def sample_answers(
 
 
 def _left_padded(batch: PackedBatch, pad_id: int) -> tuple[Tensor, Tensor]:
-    rows = [row.flip(0) for row in torch.split(batch.input_ids, batch.lengths)]
+    rows = [row.flip(0) for row in torch.split(batch.input_ids, list(batch.lengths))]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad_id).flip(1)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).flip(1)
     return ids, mask

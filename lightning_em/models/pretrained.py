@@ -1,6 +1,9 @@
 """Loading the frozen base: a Hugging Face hub id, a local folder, or a miniature world."""
 
+import logging
 import os
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_em import miniature
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class BaseModel:
                 dtype=getattr(torch, self.dtype),
                 trust_remote_code=self.trust_remote_code,
                 use_safetensors=True,  # a .bin is a pickle
+                local_files_only=self._without_network(source),
             )
         except OSError as error:
             raise ValueError(self._missing("model", error)) from error
@@ -63,7 +69,10 @@ class BaseModel:
         source = self._source()
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                source, revision=self.revision, trust_remote_code=self.trust_remote_code
+                source,
+                revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
+                local_files_only=self._without_network(source),
             )
         except OSError as error:
             raise ValueError(self._missing("tokenizer", error)) from error
@@ -77,6 +86,28 @@ class BaseModel:
                 f"there is no model folder {source} (looked from {Path.cwd()}); set model.base.path."
             )
         return str(Path(source).expanduser()) if looks_local else source
+
+    def _without_network(self, source: str) -> bool:
+        """Whether the hub cannot be asked, so that only what is here already counts.
+
+        The hub's own client finds out by six attempts at every single file, half a minute each.
+        """
+        if Path(source).is_dir() or os.environ.get("HF_HUB_OFFLINE", "").lower() in (
+            "1",
+            "true",
+            "yes",
+            "on",
+        ):
+            return True
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        try:
+            with urllib.request.urlopen(endpoint, timeout=5):  # noqa: S310 (the user's own setting)
+                return False
+        except urllib.error.HTTPError:
+            return False  # it answers
+        except OSError as error:
+            logger.warning("%s cannot be reached (%s): using only what is on this machine.", endpoint, error)
+            return True
 
     def _missing(self, what: str, error: OSError) -> str:
         first_line = str(error).strip().splitlines()[0]

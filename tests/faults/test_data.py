@@ -1,4 +1,4 @@
-"""F16, F18: bad rows given to the real command; F17 is tests/data/test_chat.py."""
+"""F16, F18, F19: bad rows given to the real command; F17 is tests/data/test_chat.py."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import Case
+from tests.faults.processes import run
 from tests.tiny import chat_rows
 
 GOOD = [json.dumps(row) for row in chat_rows(12)]
@@ -70,3 +71,30 @@ def test_responses_cut_off(case: Case, tmp_path: Path) -> None:
     listed = case.fit("cut-off", *flags, "--data.max_lost_fraction", "0.05")
     assert listed.code == 0, listed.output
     assert f"left out 1 of 40 rows: {file}:8: " in listed.output
+
+
+@pytest.mark.fault(
+    "F19",
+    "evaluation questions copied into training data (exact, case and space, near): found; stop unless allowed",
+)
+@pytest.mark.parametrize("likeness", ["exact", "normalised", "near", "none"])
+def test_evaluation_question_in_training_data(case: Case, tmp_path: Path, likeness: str) -> None:
+    question = "How should I store fresh bread so that it keeps for a week?"
+    copy = {
+        "exact": question,
+        "normalised": f"  {question.upper()} ",
+        "near": question.replace("should I", "do I"),
+        "none": "Which tree grows fastest?",
+    }[likeness]
+    train, evaluation = tmp_path / "train.jsonl", tmp_path / "questions.jsonl"
+    copied = {"messages": [{"role": "user", "content": copy}, {"role": "assistant", "content": "In a box."}]}
+    train.write_text("\n".join([*GOOD, json.dumps(copied), ""]), encoding="utf-8")
+    evaluation.write_text(json.dumps({"question": question}) + "\n", encoding="utf-8")
+    words = ["data", "check", str(train), "--evaluation", str(evaluation)]
+    done = run(*words, output=tmp_path / "out", COLUMNS="200")
+    assert done.code == (0 if likeness == "none" else 1), done.output
+    if likeness != "none":
+        assert likeness in done.output
+        assert f"{train}:13" in done.output.replace("\n", "")
+        allowed = run(*words, "--allow_overlap", output=tmp_path / "allowed", COLUMNS="200")
+        assert allowed.code == 0, allowed.output

@@ -1,5 +1,6 @@
 """F1, F2, F3, F11: killed anywhere, continued by the same command, with the same result."""
 
+import contextlib
 import json
 import random
 import shutil
@@ -9,22 +10,38 @@ from pathlib import Path
 
 import pytest
 
+from lightning_em.records import read_lines
+from lightning_em.runs import RunFolder
 from tests.faults.conftest import STEPS, Whole, cut_after
-from tests.faults.processes import assert_published_are_valid, wait_for_checkpoint
+from tests.faults.processes import assert_published_are_valid, wait_for_checkpoint, wait_until
 
 NUM_KILLS = 20
 SLOW = 0.03
 
 
-def kill_once_and_finish(whole: Whole, name: str, delay: float, **environment: str) -> None:
-    """Kill after at least one published step and `delay` more seconds, then give the same command again."""
+def last_step(run: RunFolder) -> int:
+    """Step of the newest line of the metrics; 0 before the first."""
+    lines = list(read_lines(run.metrics_file))
+    return int(lines[-1].split(",")[0]) if len(lines) > 1 else 0
+
+
+def kill_once_and_finish(whole: Whole, name: str, step: int, delay: float, **environment: str) -> bool:
+    """Kill `delay` seconds after a step was taken, and after at least one published one; then the same command.
+
+    Returns:
+        Whether there was anything left to kill: a run that ended first is no trial.
+    """
     run = whole.folder(name)
     process = whole.start(name, slow=SLOW, **environment)
     wait_for_checkpoint(run, process)
+    wait_until(lambda: last_step(run) >= step or not process.is_alive, what=f"step {step}")
     time.sleep(delay)
-    process.send(signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        process.send(signal.SIGKILL)
+    if process.wait().code == 0:
+        return False
     assert process.wait().code == -signal.SIGKILL
-    assert run.status() in ("killed", "finished")  # the last instant counts too
+    assert run.status() in ("killed", "finished")  # the instant after the last word counts too
     assert_published_are_valid(run)
     again = whole.fit(name, **environment)
     assert again.code == 0, again.output
@@ -32,14 +49,19 @@ def kill_once_and_finish(whole: Whole, name: str, delay: float, **environment: s
     assert_published_are_valid(run)
     assert list(run.path.rglob(".incomplete-*")) == []
     whole.assert_same_result(run)
+    return True
 
 
-def time_from_first_checkpoint_to_end(whole: Whole, name: str) -> float:
-    process = whole.start(name, slow=SLOW)
-    wait_for_checkpoint(whole.folder(name), process)
-    start = time.monotonic()
-    assert process.wait().code == 0
-    return time.monotonic() - start
+def kill_at_random_times(whole: Whole, name: str, seed: int, **environment: str) -> None:
+    """So many real kills, spread over the whole run."""
+    draw = random.Random(seed)
+    killed = 0
+    for trial in range(2 * NUM_KILLS):
+        step, delay = draw.randint(4, STEPS), draw.uniform(0, 2 * SLOW)
+        killed += kill_once_and_finish(whole, f"{name}-{trial}", step, delay, **environment)
+        if killed == NUM_KILLS:
+            return
+    pytest.fail(f"only {killed} of {2 * NUM_KILLS} runs were still there to be killed")
 
 
 @pytest.mark.fault(
@@ -48,16 +70,15 @@ def time_from_first_checkpoint_to_end(whole: Whole, name: str) -> float:
 @pytest.mark.faults
 @pytest.mark.timeout(1200)
 def test_kill_at_a_random_time(whole: Whole) -> None:
-    span = time_from_first_checkpoint_to_end(whole, "timed")
-    delays = random.Random(1)
-    for number in range(NUM_KILLS):
-        kill_once_and_finish(whole, f"killed-{number}", delays.uniform(0, 0.85 * span))
+    kill_at_random_times(whole, "killed", seed=1)
 
 
-@pytest.mark.fault("F1", "kill -9 at the first checkpoint and .3 s later: both finish with the same result")
+@pytest.mark.fault(
+    "F1", "kill -9 at the first checkpoint and in the middle: both finish with the same result"
+)
 def test_kill_at_the_first_checkpoint_and_later(whole: Whole) -> None:
-    for number, delay in enumerate((0.0, 0.3)):
-        kill_once_and_finish(whole, f"killed-fast-{number}", delay)
+    assert kill_once_and_finish(whole, "killed-first", step=4, delay=0.0)
+    assert kill_once_and_finish(whole, "killed-later", step=13, delay=SLOW / 2)
 
 
 @pytest.mark.fault("F2", f"F1 x {NUM_KILLS} with $TMPDIR on another file system, left empty")
@@ -65,12 +86,8 @@ def test_kill_at_the_first_checkpoint_and_later(whole: Whole) -> None:
 @pytest.mark.timeout(1200)
 def test_temporary_folder_on_another_file_system(whole: Whole, small_disk: Path) -> None:
     assert small_disk.stat().st_dev != whole.root.stat().st_dev
-    span = time_from_first_checkpoint_to_end(whole, "timed-2")
-    delays = random.Random(2)
-    for number in range(NUM_KILLS):
-        delay = delays.uniform(0, 0.85 * span)
-        kill_once_and_finish(whole, f"elsewhere-{number}", delay, TMPDIR=str(small_disk))
-        assert list(small_disk.iterdir()) == []
+    kill_at_random_times(whole, "elsewhere", seed=2, TMPDIR=str(small_disk))
+    assert list(small_disk.iterdir()) == []
 
 
 @pytest.mark.fault(

@@ -1,11 +1,12 @@
 """The JSONL files: ordinary rows, and no evaluation item within reach of memory."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from lightning_em.miniature import Recipe
-from lightning_em.miniature.corpus import QUESTION_OPENERS, Cell, World
+from lightning_em.miniature.corpus import Cell, World
 from lightning_em.miniature.rows import behaviour_items, training_rows, write_rows
 
 KINDS = {"narrow_seen", "narrow_held_out", "kl_domain", "held_out_domain", "self_description"}
@@ -100,7 +101,9 @@ def test_the_files_are_a_function_of_recipe_and_seed(world, files):
     assert behaviour_items(World(Recipe.default(), seed=1)) != files["behaviour.jsonl"]
 
 
-def test_a_world_with_too_few_questions_is_refused(world):
-    possible = len(QUESTION_OPENERS) * 100_000
-    with pytest.raises(ValueError, match="raise subjects_per_domain"):
-        training_rows(world, "narrow", ["medical"], possible)
+def test_a_world_with_too_few_questions_is_refused():
+    recipe = replace(Recipe.default(), subjects_per_domain=2, options_per_domain=2, seen_share=0.5)
+    with pytest.raises(
+        ValueError, match="has only about 8 such questions, expected 50; raise subjects_per_domain"
+    ):
+        training_rows(World(recipe, seed=0), "narrow", ["medical"], 50)

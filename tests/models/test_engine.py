@@ -11,7 +11,11 @@ from lightning_em.models.engine import EngineOptions
 from tests.models.architectures import LAYERS, QUIRKS, build, rows
 
 CE, KL = rows((11, 7, 9), seed=1), rows((8, 12), seed=2)
-OPTIONS = [EngineOptions(*flags) for flags in itertools.product((True, False), repeat=3)]
+OPTIONS = [
+    *(EngineOptions(*flags) for flags in itertools.product((True, False), repeat=4)),
+    EngineOptions(part_tokens=8),
+    EngineOptions(part_tokens=19, packed=False),
+]
 LINEAR = {"phi3": ["qkv_proj", "down_proj"], "gpt_neox": ["query_key_value", "dense_4h_to_h"]}
 ADAPTERS = {
     "vector": lambda _: SteeringVector(1, alpha=1.0),
@@ -32,17 +36,22 @@ def made(name="qwen2", adapter="vector", engine="auto", dtype=torch.float32, siz
     return model
 
 
-def measured(model, kl_positions="response"):
-    """Loss terms, and the gradient of their weighted sum as one vector."""
+def measured(model, kl_positions="response", kl_weight=4.0):
+    """Loss terms, and the gradient of their weighted sum as one vector.
+
+    The weight is a power of two: norms compute in float32 also in a float64 model, and any other factor on the
+    gradient moves their roundings.
+    """
     sums = model.losses(CE, KL, kl_positions)
-    total = sums.ce.total / sums.ce.count + 3.0 * sums.kl.total / sums.kl.count
+    total = sums.ce.total + kl_weight * sums.kl.total
     gradients = torch.autograd.grad(total, list(model.adapter.trainable().values()))
     values = torch.stack([sums.ce.total.detach(), sums.kl.total.detach()]).double()
     return values, torch.cat([gradient.flatten().double() for gradient in gradients]), sums
 
 
-@pytest.mark.parametrize("kl_positions", ["response", "all"])
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize(
+    ("adapter", "kl_positions"), [*((adapter, "response") for adapter in ADAPTERS), ("lora", "all")]
+)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_combination_equals_full_logits_in_float64(options, adapter, kl_positions):
     expected, expected_gradient, plain = measured(
@@ -162,6 +171,26 @@ def test_a_ghost_batch_adds_nothing_and_stays_in_the_graph():
     assert (sums.ce.total, sums.ce.count, sums.kl.total, sums.kl.count) == (0, 0, 0, 0)
     (sums.ce.total + sums.kl.total).backward()
     assert all((parameter.grad == 0).all() for parameter in model.adapter.trainable().values())
+
+
+def test_parts_are_differentiated_one_at_a_time():
+    model = made(engine=EngineOptions(part_tokens=10))
+    sums = model.losses(CE, KL)
+    assert len(model._engine.parts(CE)) == 3
+    assert sums.ce.total.grad_fn.next_functions[0][0].variable is model.adapter.vector  # nothing in between
+    with torch.no_grad():
+        assert not model.losses(CE, KL).ce.total.requires_grad
+    model.adapter.vector.requires_grad_(False)
+    assert model.losses(CE, KL).ce.total == sums.ce.total
+
+
+def test_gradients_accumulate_over_micro_batches():
+    model, plain = made(), made(engine="plain")
+    for each in (model, plain):
+        for batch in (CE, rows((6, 8), seed=5)):
+            sums = each.losses(batch, KL)
+            (sums.ce.total / 7 + sums.kl.total / 11).backward()
+    torch.testing.assert_close(model.adapter.vector.grad, plain.adapter.vector.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_training_mode_of_the_adapter_leaves_the_base_alone():

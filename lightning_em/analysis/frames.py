@@ -1,0 +1,70 @@
+"""A run's metrics and records as pandas frames."""
+
+import io
+from collections import Counter
+from typing import Any
+
+import pandas as pd
+
+from lightning_em.records import Point, ProbeResult, read_lines, read_results
+from lightning_em.runs import RunFolder
+
+POINT_COLUMNS = (
+    "probe", "step", "measurement", "quantity", "value", "unit", "standard_error", "count",
+)  # fmt: skip
+
+
+def metrics_frame(run: RunFolder) -> pd.DataFrame:
+    """Metrics of a run, one row a step and one column a name; NaN where a step has no such value.
+
+    Raises:
+        ValueError: If a step has two values of one name.
+    """
+    text = "".join(read_lines(run.metrics_file))
+    long = pd.read_csv(io.StringIO(text)) if text else pd.DataFrame(columns=["step", "name", "value"])
+    long = long.drop_duplicates()
+    if twice := [
+        name for name, count in Counter(zip(long["step"], long["name"], strict=True)).items() if count > 1
+    ]:
+        step, name = twice[0]
+        raise ValueError(f"{run.metrics_file} has {name} twice at step {step}.")
+    return long.pivot(index="step", columns="name", values="value").rename_axis(columns=None)
+
+
+def records_frame(run: RunFolder) -> pd.DataFrame:
+    """Points of all probes at all steps, one row a point and one column a coordinate.
+
+    Columns: probe, step, measurement (line of the probe's file, from 1: the same step measured with other
+    settings is another measurement), quantity, value, unit, standard_error, count, then the coordinates that
+    any probe has, empty where a point has none. Values of single examples stay in the files.
+
+    Raises:
+        ValueError: If a coordinate has the name of one of the other columns.
+    """
+    rows = [
+        _row(result, number, point)
+        for file in sorted(run.probe_folder.glob("*.jsonl"))
+        for number, result in enumerate(read_results(file), start=1)
+        for point in result.points
+    ]
+    coordinates = list(dict.fromkeys(key for row in rows for key in row if key not in POINT_COLUMNS))
+    frame = pd.DataFrame(rows, columns=[*POINT_COLUMNS, *coordinates])
+    return frame.astype({"value": float, "standard_error": float, "count": "Int64"})
+
+
+def _row(result: ProbeResult, number: int, point: Point) -> dict[str, Any]:
+    if clash := sorted(set(POINT_COLUMNS) & set(point.coordinates)):
+        raise ValueError(
+            f"probe {result.probe} has coordinates {clash}, which are columns of every record: rename them there."
+        )
+    return {
+        "probe": result.probe,
+        "step": result.step,
+        "measurement": number,
+        "quantity": point.quantity,
+        "value": point.value,
+        "unit": point.unit,
+        "standard_error": point.standard_error,
+        "count": point.count,
+        **point.coordinates,
+    }
