@@ -8,10 +8,11 @@ from functools import partial
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import Naive, Ours, Peer
 from benchmarks.shapes import ADAPTERS, CPU_SHAPES, CUDA_SHAPES, SHAPES, Shape, describe, step_batches
-from benchmarks.timing import interleaved, medians
+from benchmarks.timing import interleaved, matmul_peak, medians
 from lightning_em.models.store import ActivationStore
 
 TRL = "TRL default: checkpointing"
@@ -55,6 +56,13 @@ def check_equal(peers: dict[str, Peer], steps: Callable[[Peer], tuple[float, tor
     return lines
 
 
+def count_flops(step: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products in a step, those of padding included."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return int(counter.get_total_flops())
+
+
 def run(
     shape: Shape, kind: str, arguments: argparse.Namespace, device: torch.device, console: Console
 ) -> None:
@@ -69,12 +77,23 @@ def run(
     for peer in peers.values():
         peer.prepare(ce, kl)
     differences = check_equal(peers, lambda peer: peer.step(ce, kl))
+    flops = {name: count_flops(partial(peer.step, ce, kl)) for name, peer in peers.items()}
+    peak = matmul_peak(device)
     gc.collect()
     gc.disable()
     timed = interleaved({name: partial(peer.step, ce, kl) for name, peer in peers.items()}, repeats, device)
     gc.enable()
     table = Table(title=f"{shape.name}, {kind}: {describe(ce, kl)}; median of {repeats}")
-    for column in ("variant", "s/step", "real tokens/s", "x naive", "x TRL", "differs from naive"):
+    columns = (
+        "variant",
+        "s/step",
+        "real tokens/s",
+        "x naive",
+        "x TRL",
+        "of matmul peak",
+        "differs from naive",
+    )
+    for column in columns:
         table.add_column(column, justify="left" if column == "variant" else "right")
     seconds = medians(timed)
     real = sum(ce.lengths) + sum(kl.lengths)
@@ -86,6 +105,7 @@ def run(
             f"{real / value:,.0f}",
             f"{seconds[NAIVE] / value:.2f}",
             f"{trl / value:.2f}",
+            f"{flops[name] / value / peak:.0%}",
             difference.split(": ")[-1],
         )
     console.print(table)

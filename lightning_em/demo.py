@@ -142,14 +142,15 @@ def show(runs: list[str], scales: list[float] | None = None) -> None:
         runs: Run folders; the hash at the end may be left out.
         scales: At which the behaviour was recorded; 1 if not given.
     """
-    lines = []
-    for reference in runs:
-        folder = locate(reference)[0]
-        for scale in scales or [1.0]:
-            lines.append(solution_of(folder, f"{folder.path.name}\nscale {scale:g}", scale))
-    Console(width=max(Console().width, 26 * len(lines) + 24)).print(
-        solutions_table([base_of(locate(runs[0])[0]), *lines], "miniature behaviour")
-    )
+    folders = [locate(reference)[0] for reference in runs]
+    lines = [
+        solution_of(folder, f"{folder.path.name}\nscale {scale:g}", scale)
+        for folder in folders
+        for scale in scales or [1.0]
+    ]
+    console = Console()
+    wide = Console(width=max(console.width, 22 * len(lines) + 40))
+    wide.print(solutions_table([base_of(folders[0]), *lines], "miniature behaviour"))
 
 
 def dial(

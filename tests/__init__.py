@@ -1,4 +1,4 @@
-"""Tests; `typechecker` is what `--jaxtyping-packages` checks annotations with, as mypy reads them: int passes for float."""
+"""Tests; `typechecker` checks annotations under `--jaxtyping-packages` as mypy reads them: int passes for float."""
 
 from beartype import BeartypeConf, beartype
 

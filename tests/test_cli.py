@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 import pytest
-from tests.fitting import experiment, fit, write_config
 
 from lightning_em.__main__ import VERBS, main
 from lightning_em.cli import changed_keys, identity_of
+from tests.fitting import experiment, fit, write_config
 
 CONFIG = {
     "seed_everything": 0,

@@ -2,11 +2,10 @@
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
-from tests.fitting import LORA, VECTOR, experiment, fit, train_metrics, write_config
-from tests.tiny import make_tiny_model, make_tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from lightning_em.adapters import LoRA, SteeringVector
@@ -16,6 +15,8 @@ from lightning_em.cli import load_run
 from lightning_em.losses import Objective
 from lightning_em.models import AdaptedModel, BaseModel, Sampling, sample_answers
 from lightning_em.module import EMModule, LinearWithWarmup
+from tests.fitting import LORA, VECTOR, experiment, fit, train_metrics, write_config
+from tests.tiny import make_tiny_model, make_tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_linear_with_warmup() -> None:
         scheduler.step()
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[-1] == pytest.approx(0.1 + 0.9 * 1 / 10)
-    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a > b for a, b in pairwise(rates[4:]))
 
 
 def test_schedules_reach_the_run_and_survive_a_resume(
