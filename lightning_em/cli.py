@@ -1,15 +1,15 @@
 """LightningCLI for this project: one config, one run folder, the same command continues it."""
 
 import contextlib
-import hashlib
 import json
 import logging
 import sys
 import warnings
 from argparse import ArgumentError
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import transformers
 import yaml
@@ -29,32 +29,18 @@ from lightning_em.callbacks import (
     Provenance,
     Signals,
     follow_parent,
-    refuse_idle_adapter,
-    refuse_other_base,
+    note_requeue_signal,
 )
 from lightning_em.checkpoints import FolderCheckpointIO
 from lightning_em.data import EMDataModule
 from lightning_em.errors import ConfigError, explain_parsing
+from lightning_em.identity import changed_keys, identity_of, run_folder
 from lightning_em.manifest import remove_leftovers, write_atomically
-from lightning_em.models import BaseModel
 from lightning_em.module import EMModule
 from lightning_em.redaction import redacted
-from lightning_em.runs import RunFolder
 
 logger = logging.getLogger(__name__)
 
-# Settings that say where and how a run is computed, not what it is; everything else names the run.
-DEVICE_SETTINGS = {
-    "trainer": {
-        "accelerator", "strategy", "devices", "num_nodes", "logger", "callbacks", "enable_progress_bar", "profiler",
-        "enable_model_summary", "log_every_n_steps", "default_root_dir", "plugins", "deterministic", "benchmark",
-    },
-    "data": {"num_workers", "validation_batch_size"},
-    "model": {"sampling"},
-}  # fmt: skip
-NOT_PART_OF_A_RUN = {
-    "config", "run", "probing", "checkpoint", "ckpt_path", "weights_only", "allow_zero_adapter",
-}  # fmt: skip
 TRAINER_DEFAULTS = {
     "devices": 1,
     "use_distributed_sampler": False,  # our sampler knows ranks and position
@@ -150,6 +136,7 @@ class EMCLI(LightningCLI):
             self.held.enter_context(lock.RunLock(self.run.path, sys.argv))
             for folder in (self.run.path, self.run.checkpoints):
                 remove_leftovers(folder)
+            self.held.enter_context(console_log(self.run.console_log))
         known = self.run.read_run().get("identity")
         if known is not None and known != identity_of(config):
             changed = changed_keys(yaml.safe_load(self.run.config_file.read_text(encoding="utf-8")), config)
@@ -267,160 +254,27 @@ class EMCLI(LightningCLI):
         return kwargs
 
 
+@contextlib.contextmanager
+def console_log(path: Path) -> Iterator[None]:
+    """Append what is logged to a file of the run as well, with the time."""
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    names = ("lightning_em", "lightning.pytorch")
+    for name in names:
+        logging.getLogger(name).addHandler(handler)
+    try:
+        yield
+    finally:
+        for name in names:
+            logging.getLogger(name).removeHandler(handler)
+        handler.close()
+
+
 def link_shared_keys(parser: LightningArgumentParser) -> None:
     """One fact, one key: the tokenizer is the base's, every seed is `seed_everything`."""
     parser.link_arguments("model.base", "data.base", apply_on="instantiate")
     parser.link_arguments("seed_everything", "model.seed")
     parser.link_arguments("seed_everything", "data.seed")
-
-
-class LoadedRun(NamedTuple):
-    """A run's parts, with the adapter of one checkpoint in place."""
-
-    folder: RunFolder
-    step: int
-    module: EMModule
-    data: EMDataModule
-
-
-def load_run(reference: str, allow_zero_adapter: bool = False) -> LoadedRun:
-    """Rebuild a run from its own config.
-
-    Args:
-        reference: `runs/x` for its newest checkpoint, `runs/x@step-40` for another.
-        allow_zero_adapter: Whether an adapter that changes no logit is let through.
-
-    Raises:
-        ValueError: If run or checkpoint are missing or broken, the base is not the run's own, or the adapter
-            changes nothing.
-    """
-    imports.restrict()
-    folder, checkpoint = runs.locate(reference)
-    loaded = load_module(folder, runs.step_of(checkpoint))
-    loaded.data.setup("fit")
-    if not allow_zero_adapter:
-        refuse_idle_adapter(loaded.module.model, loaded.data.probe_batches("narrow", 2, 2), reference)
-    return loaded
-
-
-def load_module(folder: RunFolder, step: int) -> LoadedRun:
-    """The same without reading the data, so that they need not be here.
-
-    Raises:
-        ValueError: If the base is not the run's own, or the adapter does not fit.
-    """
-    parser = LightningArgumentParser()
-    parser.add_argument("--seed_everything", type=bool | int, default=0)
-    parser.add_lightning_class_args(EMModule, "model")
-    parser.add_lightning_class_args(EMDataModule, "data")
-    link_shared_keys(parser)
-    config = yaml.safe_load(folder.config_file.read_text(encoding="utf-8"))
-    parts = parser.instantiate_classes(
-        parser.parse_object({key: config[key] for key in ("seed_everything", "model", "data")})
-    )
-    parts.model.init_from = None  # the checkpoint holds the weights
-    parts.model.configure_model()
-    parts.model.model.adapter.load(folder.checkpoint(step))
-    refuse_other_base(folder, parts.model)
-    return LoadedRun(folder, step, parts.model, parts.data)
-
-
-class ExperimentParts(NamedTuple):
-    """What an experiment file names, nothing loaded."""
-
-    base: BaseModel
-    data: EMDataModule
-
-
-def experiment_parts(config: str) -> ExperimentParts:
-    """The base and the data of an experiment file, or of a run's config.yaml."""
-
-    class Parsed(EMCLI):
-        def before_instantiate_classes(self) -> None:
-            self.run = run_folder(self._get_config())
-
-        def fit(self, model: EMModule, **kwargs: Any) -> None:
-            pass  # only to be looked at
-
-    hush()
-    parsed = Parsed(
-        EMModule,
-        EMDataModule,
-        args=["fit", "--config", config, "--trainer.accelerator", "cpu"],
-        save_config_callback=None,
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        parser_kwargs={"exit_on_error": False},
-    )
-    return ExperimentParts(parsed.model.base, parsed.datamodule)
-
-
-def load_probing(folder: RunFolder, config: str | None, num_examples: int, batch_size: int) -> Probing:
-    """The probes of a YAML file, or of the run's own config.
-
-    Args:
-        folder: The run.
-        config: YAML with the settings of `Probing`; the run's own if not given.
-        num_examples: Used where `config` says nothing.
-        batch_size: Used where `config` says nothing.
-
-    Raises:
-        ValueError: If neither names a probe.
-    """
-    if config is None:
-        settings = yaml.safe_load(folder.config_file.read_text(encoding="utf-8"))["probing"]
-    else:
-        settings = {"num_examples": num_examples, "batch_size": batch_size}
-        settings |= yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    if not settings.get("probes"):
-        raise ValueError(
-            f"{config or folder.config_file} names no probe; give --config configs/probing/curves.yaml."
-        )
-    parser = LightningArgumentParser()
-    parser.add_lightning_class_args(Probing, "probing")
-    probing: Probing = parser.instantiate_classes(parser.parse_object({"probing": settings})).probing
-    return probing
-
-
-def run_folder(config: dict[str, Any]) -> RunFolder:
-    """The run's folder: named, or the first config file's name and the hash of what the run is."""
-    options = config["run"]
-    files = config.get("config") or []
-    experiment = Path(files[0]).stem if files else "run"
-    return RunFolder(Path(options["root"]) / (options["name"] or f"{experiment}-{identity_of(config)}"))
-
-
-def what_a_run_is(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a resolved config that decides the result."""
-    kept: dict[str, Any] = {}
-    for group, value in config.items():
-        if group in NOT_PART_OF_A_RUN:
-            continue
-        drop = DEVICE_SETTINGS.get(group, set())
-        kept[group] = {k: v for k, v in value.items() if k not in drop} if isinstance(value, dict) else value
-    return kept
-
-
-def identity_of(config: dict[str, Any]) -> str:
-    """Eight hexadecimal characters that stand for the config without device settings."""
-    text = json.dumps(what_a_run_is(config), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`key: old -> new` for every leaf that differs between two configs."""
-    old, new = _leaves(what_a_run_is(before)), _leaves(what_a_run_is(now))
-    return [
-        f"{key}: {old.get(key)} -> {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-
-
-def _leaves(config: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(config, dict):
-        return {prefix.rstrip("."): config}
-    return {k: v for name, value in config.items() for k, v in _leaves(value, f"{prefix}{name}.").items()}
 
 
 def _usage(verb: str, description: str) -> dict[str, Any]:
@@ -453,6 +307,7 @@ def main(words: list[str]) -> int:
 def run_cli(words: list[str]) -> EMCLI:
     """The same for a caller in this process, who wants to know the run."""
     sys.argv = [sys.argv[0], *words]  # DDP starts its other ranks by this command line
+    note_requeue_signal()
     if not lock.is_first_rank():
         follow_parent()
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)

@@ -209,7 +209,7 @@ def solutions_table(lines: Sequence[Solution], title: str) -> Table:
 def seeds_table(lines: Sequence[Solution], title: str) -> Table:
     """A table for the terminal, one row a solution."""
     shown = Table(
-        title=title, caption="bad answers: probability, mean over items; [range over seeds] for medians"
+        title=title, caption="bad answers: probability, mean over items; medians with the range over seeds"
     )
     for column in _columns():
         shown.add_column(column, justify="left" if column == "solution" else "right")

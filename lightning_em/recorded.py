@@ -67,7 +67,7 @@ class RecordedRun:
 
     @cached_property
     def _module(self) -> "EMModule":
-        from lightning_em import cli, imports
+        from lightning_em import imports, rebuild
 
         imports.restrict(self._allow_import)
-        return cli.load_module(self.folder, self.step).module.eval().to(self.device)
+        return rebuild.load_module(self.folder, self.step).module.eval().to(self.device)

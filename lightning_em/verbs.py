@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from rich.console import Console
 from rich.table import Table
 
+from lightning_em import lock
 from lightning_em.runs import RunFolder, locate, step_of
 
 AnswerKind = Literal["messages", "good", "bad", "mixed", "both"]
@@ -32,17 +33,16 @@ def probe_run(
     """
     from rich.progress import track
 
-    from lightning_em.cli import load_probing, load_run
+    from lightning_em.rebuild import load_probing, load_run
 
     loaded = load_run(run, allow_zero_adapter)
     probing = load_probing(loaded.folder, config, num_examples, batch_size)
     steps = [loaded.step] if "@" in run else loaded.folder.steps()
-    device_model = loaded.module.model
     measured = 0
-    for step in track(steps, description=f"probing {loaded.folder.path.name}", console=console):
-        _, checkpoint = locate(f"{loaded.folder.path}@step-{step}")
-        device_model.adapter.load(checkpoint)
-        measured += probing.measure(loaded.folder, device_model, loaded.data, step)
+    with lock.RunLock(loaded.folder.path, ["probe", run]):
+        for step in track(steps, description=f"probing {loaded.folder.path.name}", console=console):
+            loaded.module.model.adapter.load(locate(f"{loaded.folder.path}@step-{step}")[1])
+            measured += probing.measure(loaded.folder, loaded.module.model, loaded.data, step)
     console.print(f"{measured} new records in {loaded.folder.path / 'probes'}; {len(steps)} checkpoints.")
 
 
@@ -59,7 +59,7 @@ def list_runs(root: str = "runs") -> None:
     for folder in folders:
         record, steps = folder.read_run(), folder.steps()
         last = f"step {steps[-1]} of {record.get('max_steps')}" if steps else "none"
-        table.add_row(folder.path.name, str(record.get("status")), last, str(len(record.get("attempts", []))))
+        table.add_row(folder.path.name, folder.status(), last, str(len(record.get("attempts", []))))
     console.print(table)
 
 
@@ -134,7 +134,7 @@ def check_data(
     files, kl, evaluation = list(files or ()), list(kl or ()), list(evaluation or ())
     tokenizer_source = BaseModel(base) if base else None
     if config is not None:
-        from lightning_em.cli import experiment_parts
+        from lightning_em.rebuild import experiment_parts
 
         parts = experiment_parts(config)
         tokenizer_source = tokenizer_source or parts.base

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from lightning_em.__main__ import VERBS, main
-from lightning_em.cli import changed_keys, identity_of
+from lightning_em.identity import changed_keys, identity_of
 from tests.fitting import experiment, fit, write_config
 
 CONFIG = {

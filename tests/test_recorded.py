@@ -8,7 +8,7 @@ import torch
 
 from lightning_em import runs
 from lightning_em.batch import PackedBatch
-from lightning_em.cli import load_run
+from lightning_em.rebuild import load_run
 from lightning_em.runs import RunFolder
 from tests.fitting import LORA, VECTOR, experiment, fit, train_metrics, write_config
 

@@ -6,7 +6,7 @@ from lightning_em.callbacks.loading import LoadingCheck, base_sha256, refuse_idl
 from lightning_em.callbacks.metrics import MetricsFile, read_metrics
 from lightning_em.callbacks.probing import Probing
 from lightning_em.callbacks.provenance import Provenance
-from lightning_em.callbacks.signals import Interrupted, Signals, follow_parent
+from lightning_em.callbacks.signals import Interrupted, Signals, follow_parent, note_requeue_signal
 
 __all__ = [
     "AdapterCheckpoint",
@@ -21,6 +21,7 @@ __all__ = [
     "UnhealthyError",
     "base_sha256",
     "follow_parent",
+    "note_requeue_signal",
     "read_metrics",
     "refuse_idle_adapter",
     "refuse_other_base",

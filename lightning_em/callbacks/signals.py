@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import subprocess
 import threading
 import time
 from types import FrameType
@@ -15,6 +16,7 @@ from lightning_em.callbacks.checkpointing import AdapterCheckpoint
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+REQUEUE_SIGNAL = signal.SIGUSR1  # what `#SBATCH --signal=SIGUSR1@90` sends before the time limit
 
 
 class Interrupted(SystemExit):
@@ -36,6 +38,8 @@ class Interrupted(SystemExit):
 class Signals(Callback):
     """Save and stop at the next optimiser step after SIGTERM or SIGINT to any rank; a second SIGINT ends at once.
 
+    In a Slurm job SIGUSR1 does the same and puts the job back into the queue, once.
+
     The handler sets a flag and nothing more: a collective inside it would wait for ranks that were sent no
     signal. The ranks agree at the boundary of each step.
     """
@@ -47,9 +51,11 @@ class Signals(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the place of Lightning's handlers, which it has registered by now."""
         self.received = signal.SIGTERM if trainer.received_sigterm else None
+        if _requeue_asked:
+            self.received = REQUEUE_SIGNAL
         self._asked_at = trainer.global_step
         if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
+            for number in (*STOP_SIGNALS, *([REQUEUE_SIGNAL] if slurm_job() else [])):
                 signal.signal(number, self._note)
 
     def on_train_batch_end(
@@ -71,13 +77,16 @@ class Signals(Callback):
         self._asked_at = trainer.global_step
         if not trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
             return
-        received = self.received or signal.SIGTERM  # another rank got it
+        requeue = trainer.strategy.reduce_boolean_decision(self.received == REQUEUE_SIGNAL, all=False)
+        received = REQUEUE_SIGNAL if requeue else self.received or signal.SIGTERM  # another rank got it
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, AdapterCheckpoint):
                 callback.publish(trainer, pl_module, tell=False)
         logger.warning(
             "%s: step %d is saved; the same command continues from there.", received.name, trainer.global_step
         )
+        if requeue and trainer.is_global_zero:
+            requeue_job()
         raise Interrupted(received, trainer.global_step, self._exit_code(trainer, received))
 
     def _exit_code(self, trainer: Trainer, received: signal.Signals) -> int:
@@ -86,6 +95,34 @@ class Signals(Callback):
         if launched_here and not trainer.is_global_zero:
             return 0  # rank zero watches its children and would be killed before it can tell the outside
         return 128 + received
+
+
+_requeue_asked: list[int] = []
+
+
+def note_requeue_signal() -> None:
+    """In a Slurm job, take note of SIGUSR1 from now on, so that before and after training it kills nothing.
+
+    Lightning puts this handler back when training is over; a request from before it is honoured at step 1.
+    """
+    if slurm_job() and threading.current_thread() is threading.main_thread():
+        signal.signal(REQUEUE_SIGNAL, lambda number, _: _requeue_asked.append(number))
+
+
+def slurm_job() -> str | None:
+    """Id of the Slurm job this process is part of, as `scontrol` takes it; None outside Slurm."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def requeue_job() -> None:
+    """Put this Slurm job back into the queue; where that fails, say how to do it by hand."""
+    words = ["scontrol", "requeue", str(slurm_job())]
+    try:
+        subprocess.run(words, check=True, capture_output=True, text=True, timeout=60)  # noqa: S603 (Slurm's own id)
+        logger.warning("requeued: %s", " ".join(words))
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.error("could not requeue (%s); submit the job again, it continues from here.", error)
 
 
 def follow_parent() -> None:

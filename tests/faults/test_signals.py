@@ -43,6 +43,31 @@ def test_sigterm(whole: Whole) -> None:
     whole.assert_same_result(run)
 
 
+@pytest.mark.fault(
+    "F5", "SIGUSR1 in a Slurm job (scontrol replaced by a recorder): saved, requeued once, resumes"
+)
+def test_sigusr1_saves_and_requeues_once(
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = tmp_path / "calls"
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> "{calls}"\n', encoding="utf-8")
+    scontrol.chmod(0o755)
+    slurm = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "4242"}
+    run = whole.folder("sigusr1")
+    process = whole.start("sigusr1", slow=SLOW, **slurm)
+    wait_for_checkpoint(run, process)
+    process.send(signal.SIGUSR1)
+    process.send(signal.SIGUSR1)
+    ended = process.wait(30)
+    assert ended.code == 128 + signal.SIGUSR1, ended.output
+    assert calls.read_text(encoding="utf-8") == "requeue 4242\n"
+    assert run.read_run()["status"] == "preempted"
+    assert run.steps()[-1] == run.read_run()["last_step"]
+    assert whole.fit("sigusr1").code == 0
+    whole.assert_same_result(run)
+
+
 @pytest.mark.fault("F8", "SIGINT once: saves and exits 130; twice: ends at once")
 def test_sigint_once(whole: Whole) -> None:
     run = whole.folder("sigint")

@@ -1,0 +1,62 @@
+"""What a run is: the part of its config that decides the result, and the name that follows from it."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning_em.runs import RunFolder
+
+# Settings that say where and how a run is computed, not what it is; everything else names the run.
+DEVICE_SETTINGS = {
+    "trainer": {
+        "accelerator", "strategy", "devices", "num_nodes", "logger", "callbacks", "enable_progress_bar", "profiler",
+        "enable_model_summary", "log_every_n_steps", "default_root_dir", "plugins", "deterministic", "benchmark",
+    },
+    "data": {"num_workers", "validation_batch_size"},
+    "model": {"sampling"},
+}  # fmt: skip
+NOT_PART_OF_A_RUN = {
+    "config", "run", "probing", "checkpoint", "ckpt_path", "weights_only", "allow_zero_adapter",
+}  # fmt: skip
+
+
+def run_folder(config: dict[str, Any]) -> RunFolder:
+    """The run's folder: named, or the first config file's name and the hash of what the run is."""
+    options = config["run"]
+    files = config.get("config") or []
+    experiment = Path(files[0]).stem if files else "run"
+    return RunFolder(Path(options["root"]) / (options["name"] or f"{experiment}-{identity_of(config)}"))
+
+
+def what_a_run_is(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a resolved config that decides the result."""
+    kept: dict[str, Any] = {}
+    for group, value in config.items():
+        if group in NOT_PART_OF_A_RUN:
+            continue
+        drop = DEVICE_SETTINGS.get(group, set())
+        kept[group] = {k: v for k, v in value.items() if k not in drop} if isinstance(value, dict) else value
+    return kept
+
+
+def identity_of(config: dict[str, Any]) -> str:
+    """Eight hexadecimal characters that stand for the config without device settings."""
+    text = json.dumps(what_a_run_is(config), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`key: old -> new` for every leaf that differs between two configs."""
+    old, new = _leaves(what_a_run_is(before)), _leaves(what_a_run_is(now))
+    return [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(config, dict):
+        return {prefix.rstrip("."): config}
+    return {k: v for name, value in config.items() for k, v in _leaves(value, f"{prefix}{name}.").items()}

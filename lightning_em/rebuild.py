@@ -1,0 +1,124 @@
+"""Back from files to objects: a run with one of its checkpoints, an experiment's parts, a set of probes."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_em import imports, runs
+from lightning_em.callbacks import Probing, refuse_idle_adapter, refuse_other_base
+from lightning_em.cli import EMCLI, hush, link_shared_keys
+from lightning_em.data import EMDataModule
+from lightning_em.identity import run_folder
+from lightning_em.models import BaseModel
+from lightning_em.module import EMModule
+from lightning_em.runs import RunFolder
+
+
+class LoadedRun(NamedTuple):
+    """A run's parts, with the adapter of one checkpoint in place."""
+
+    folder: RunFolder
+    step: int
+    module: EMModule
+    data: EMDataModule
+
+
+def load_run(reference: str, allow_zero_adapter: bool = False) -> LoadedRun:
+    """Rebuild a run from its own config.
+
+    Args:
+        reference: `runs/x` for its newest checkpoint, `runs/x@step-40` for another.
+        allow_zero_adapter: Whether an adapter that changes no logit is let through.
+
+    Raises:
+        ValueError: If run or checkpoint are missing or broken, the base is not the run's own, or the adapter
+            changes nothing.
+    """
+    imports.restrict()
+    folder, checkpoint = runs.locate(reference)
+    loaded = load_module(folder, runs.step_of(checkpoint))
+    loaded.data.setup("fit")
+    if not allow_zero_adapter:
+        refuse_idle_adapter(loaded.module.model, loaded.data.probe_batches("narrow", 2, 2), reference)
+    return loaded
+
+
+def load_module(folder: RunFolder, step: int) -> LoadedRun:
+    """The same without reading the data, so that they need not be here.
+
+    Raises:
+        ValueError: If the base is not the run's own, or the adapter does not fit.
+    """
+    parser = LightningArgumentParser()
+    parser.add_argument("--seed_everything", type=bool | int, default=0)
+    parser.add_lightning_class_args(EMModule, "model")
+    parser.add_lightning_class_args(EMDataModule, "data")
+    link_shared_keys(parser)
+    config = yaml.safe_load(folder.config_file.read_text(encoding="utf-8"))
+    parts = parser.instantiate_classes(
+        parser.parse_object({key: config[key] for key in ("seed_everything", "model", "data")})
+    )
+    parts.model.init_from = None  # the checkpoint holds the weights
+    parts.model.configure_model()
+    parts.model.model.adapter.load(folder.checkpoint(step))
+    refuse_other_base(folder, parts.model)
+    return LoadedRun(folder, step, parts.model, parts.data)
+
+
+class ExperimentParts(NamedTuple):
+    """What an experiment file names, nothing loaded."""
+
+    base: BaseModel
+    data: EMDataModule
+
+
+def experiment_parts(config: str) -> ExperimentParts:
+    """The base and the data of an experiment file, or of a run's config.yaml."""
+
+    class Parsed(EMCLI):
+        def before_instantiate_classes(self) -> None:
+            self.run = run_folder(self._get_config())
+
+        def fit(self, model: EMModule, **kwargs: Any) -> None:
+            pass  # only to be looked at
+
+    hush()
+    parsed = Parsed(
+        EMModule,
+        EMDataModule,
+        args=["fit", "--config", config, "--trainer.accelerator", "cpu"],
+        save_config_callback=None,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        parser_kwargs={"exit_on_error": False},
+    )
+    return ExperimentParts(parsed.model.base, parsed.datamodule)
+
+
+def load_probing(folder: RunFolder, config: str | None, num_examples: int, batch_size: int) -> Probing:
+    """The probes of a YAML file, or of the run's own config.
+
+    Args:
+        folder: The run.
+        config: YAML with the settings of `Probing`; the run's own if not given.
+        num_examples: Used where `config` says nothing.
+        batch_size: Used where `config` says nothing.
+
+    Raises:
+        ValueError: If neither names a probe.
+    """
+    if config is None:
+        settings = yaml.safe_load(folder.config_file.read_text(encoding="utf-8"))["probing"]
+    else:
+        settings = {"num_examples": num_examples, "batch_size": batch_size}
+        settings |= yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    if not settings.get("probes"):
+        raise ValueError(
+            f"{config or folder.config_file} names no probe; give --config configs/probing/curves.yaml."
+        )
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(Probing, "probing")
+    probing: Probing = parser.instantiate_classes(parser.parse_object({"probing": settings})).probing
+    return probing
