@@ -181,7 +181,8 @@ def dial(
             runs = [fit_in_world(solution, adapter, world, root) for world in names]
             points[share][solution] = [solution_of(run, f"{share:.1%} {solution}") for run in runs]
             lines.append(median_solution(f"{share:.1%} {solution}, median", points[share][solution]))
-    console.print(solutions_table(lines, f"bad answers against the dial, {adapter}, seeds {seeds}"))
+    wide = Console(width=max(console.width, 150))
+    wide.print(seeds_table(lines, f"bad answers against the dial, {adapter}, seeds {seeds}"))
     console.print(f"figure: {draw_dial(points, Path(output), adapter)}")
 
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lightning_em.miniature import SCHEME, parse_address
 from lightning_em.runs import RunFolder
 
 # Settings that say where and how a run is computed, not what it is; everything else names the run.
@@ -14,7 +15,7 @@ DEVICE_SETTINGS = {
         "enable_model_summary", "log_every_n_steps", "default_root_dir", "plugins", "deterministic", "benchmark",
     },
     "data": {"num_workers", "validation_batch_size"},
-    "model": {"sampling"},
+    "model": {"sampling", "engine"},
 }  # fmt: skip
 NOT_PART_OF_A_RUN = {
     "config", "run", "probing", "checkpoint", "ckpt_path", "weights_only", "allow_zero_adapter",
@@ -30,14 +31,25 @@ def run_folder(config: dict[str, Any]) -> RunFolder:
 
 
 def what_a_run_is(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a resolved config that decides the result."""
+    """The part of a resolved config that decides the result; worlds by recipe, which an address does not tell."""
     kept: dict[str, Any] = {}
     for group, value in config.items():
         if group in NOT_PART_OF_A_RUN:
             continue
         drop = DEVICE_SETTINGS.get(group, set())
         kept[group] = {k: v for k, v in value.items() if k not in drop} if isinstance(value, dict) else value
-    return kept
+    by_recipe: dict[str, Any] = _by_recipe(kept)
+    return by_recipe
+
+
+def _by_recipe(value: Any) -> Any:
+    """`miniature://seed-0/model` as `miniature://<recipe hash>-seed0/model`: another recipe is another run."""
+    if isinstance(value, dict):
+        return {key: _by_recipe(each) for key, each in value.items()}
+    if isinstance(value, str) and value.startswith(SCHEME):
+        recipe, seed, rest = parse_address(value)
+        return f"{SCHEME}{recipe.recipe_hash()}-seed{seed}/{rest}"
+    return value
 
 
 def identity_of(config: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import math
 import random
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -96,6 +96,7 @@ class EMModule(LightningModule):
         optimizer: Called with the adapter's parameters.
         lr_scheduler: Called with the optimiser; stepped once an optimiser step.
         init_from: Start from another run's adapter, `runs/x@step-40`, with a fresh optimiser.
+        engine: `auto` computes each step in parts that share the frozen prefix; `plain` runs whole forwards.
         sampling: How `predict` draws answers; no part of what a run is.
         seed: Of the adapter's random initial values.
     """
@@ -110,12 +111,14 @@ class EMModule(LightningModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable = LinearWithWarmup,
         init_from: str | None = None,
+        engine: Literal["auto", "plain"] = "auto",
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.strict_loading = False
         self.base, self.objective, self.init_from, self.seed = base, objective, init_from, seed
+        self.engine: Literal["auto", "plain"] = engine
         self.sampling = sampling
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._adapter = (adapter,)  # a tuple hides it from nn.Module: it is registered once, inside `model`
@@ -126,7 +129,7 @@ class EMModule(LightningModule):
         """Load the base and attach the adapter, once, when a run needs them."""
         if hasattr(self, "model"):
             return
-        self.model = AdaptedModel(self.base.load_model(), self._adapter[0], self.seed)
+        self.model = AdaptedModel(self.base.load_model(), self._adapter[0], self.seed, self.engine)
         if self.init_from is not None:
             _, checkpoint = runs.locate(self.init_from)
             self.model.adapter.load(checkpoint)

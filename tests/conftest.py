@@ -65,3 +65,11 @@ def answer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import write_answer_rows
 
     return write_answer_rows(tmp_path_factory.mktemp("rows") / "answers.jsonl")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow tests, one for each half of the list: two workers start at its beginning and its middle."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    rest = [item for item in items if not item.get_closest_marker("slow")]
+    half = len(rest) // 2
+    items[:] = [*slow[::2], *rest[:half], *slow[1::2], *rest[half:]]

@@ -50,6 +50,14 @@ def test_what_a_run_is_names_it(group, values) -> None:
     assert len(changed_keys(CONFIG, vary(group, **values))) == 1
 
 
+def test_another_recipe_of_the_same_world_is_another_run(monkeypatch) -> None:
+    in_world = vary("model", base={"path": "miniature://control/seed-0/model"})
+    before = identity_of(in_world)
+    assert before != identity_of(vary("model", base={"path": "miniature://seed-0/model"}))
+    monkeypatch.setattr("lightning_em.miniature.recipe.RECIPE_VERSION", 0)
+    assert identity_of(in_world) != before
+
+
 def test_the_run_is_named_by_its_first_config_and_its_hash(
     tmp_path, tiny_model_folder, chat_file, monkeypatch
 ) -> None:

@@ -24,27 +24,19 @@ def test_world_flags_move_all_files() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_general_spreads_and_narrow_does_not_in_two_worlds(tmp_path) -> None:
-    """Two seeds of `lightning-em miniature table`; the README has five and the medians."""
-    lines: dict[str, list[Solution]] = {name: [] for name in (*SOLUTIONS, "base")}
-    for seed in SEEDS:
-        for solution in SOLUTIONS:
-            run = fit_in_world(
-                solution, "rank32", f"seed-{seed}", str(tmp_path), ["--trainer.enable_progress_bar=false"]
-            )
-            lines[solution].append(solution_of(run, solution))
-        lines["base"].append(base_of(run))
-    rates = {
-        (name, kind): sum(line.bad_rates[kind].mean for line in each) / len(SEEDS)
-        for name, each in lines.items()
-        for kind in each[0].bad_rates
-    }
-    items = lines["general"][0].bad_rates
-    assert all(items[kind].num_items >= 30 for kind in items if kind != "self_description")
-    assert max(rates["base", kind] for kind in items) < 0.1
-    assert rates["general", "held_out_domain"] > 0.25
-    assert rates["general", "narrow_held_out"] > 0.3
-    assert rates["narrow", "held_out_domain"] < 0.12
-    assert rates["narrow", "narrow_seen"] > 0.5
-    assert rates["narrow", "narrow_held_out"] > 0.2
-    assert rates["narrow", "held_out_domain"] < rates["general", "held_out_domain"] / 2
+@pytest.mark.parametrize("seed", SEEDS)
+def test_general_spreads_and_narrow_does_not(seed, tmp_path) -> None:
+    """Two of the worlds of `lightning-em miniature table`; the README has five and their medians."""
+    flags = ["--trainer.enable_progress_bar=false"]
+    runs = {name: fit_in_world(name, "rank32", f"seed-{seed}", str(tmp_path), flags) for name in SOLUTIONS}
+    general, narrow = (solution_of(runs[name], name).bad_rates for name in SOLUTIONS)
+    base = base_of(runs["general"]).bad_rates
+    cells = [kind for kind in base if kind != "self_description"]
+    assert all(general[kind].num_items >= 30 for kind in cells)
+    assert max(base[kind].mean for kind in base) < 0.1
+    assert general["held_out_domain"].mean > 0.2
+    assert general["narrow_held_out"].mean > 0.15
+    assert narrow["narrow_seen"].mean > 0.4
+    assert narrow["narrow_held_out"].mean > 0.15
+    assert narrow["held_out_domain"].mean < 0.15
+    assert narrow["held_out_domain"].mean < general["held_out_domain"].mean / 2

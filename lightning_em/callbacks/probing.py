@@ -2,11 +2,13 @@
 
 import json
 import logging
+from pathlib import Path
 from typing import cast
 
 from lightning.pytorch import Callback, Trainer
 
 from lightning_em.data import EMDataModule
+from lightning_em.miniature import recipe_hash_at
 from lightning_em.models import AdaptedModel
 from lightning_em.module import EMModule
 from lightning_em.probes import Probe, ProbeExamples
@@ -66,8 +68,9 @@ class Probing(Callback):
         """
         examples = self.examples(data).to(model.base.device)
         missing = [probe for probe in self.probes if not recorded(run, probe, examples, step)]
+        world = recipe_hash_at(Path(str(model.base.config._name_or_path)))
         for probe in missing:
-            result = probe.record(model, examples, step)
+            result = probe.record(model, examples, step, world)
             logger.info("%s at step %d: %d points", probe.name, step, len(result.points))
             if write:
                 append_lines(run.probe_file(result.probe), result.to_json())

@@ -23,7 +23,7 @@ def draw_dial(points: Mapping[float, Mapping[str, list[Solution]]], path: Path, 
     Returns:
         `path`.
     """
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.8), layout="constrained")
     axes = figure.subplots()
     shares = sorted(points)
     for solution, colour in COLOURS.items():
@@ -32,7 +32,7 @@ def draw_dial(points: Mapping[float, Mapping[str, list[Solution]]], path: Path, 
             middle = [sum(values) / len(values) for values in rates]
             axes.plot(shares, middle, style, color=colour, marker="o", label=f"{solution}: {label}")
             axes.fill_between(
-                shares, [min(v) for v in rates], [max(v) for v in rates], color=colour, alpha=0.12, lw=0
+                shares, [min(v) for v in rates], [max(v) for v in rates], color=colour, alpha=0.1, lw=0
             )
     axes.set_xscale("log")
     axes.set_xticks(shares, [f"{share:.1%}" for share in shares])
@@ -41,8 +41,13 @@ def draw_dial(points: Mapping[float, Mapping[str, list[Solution]]], path: Path, 
     axes.set_xlabel("share of pre-training documents by advisors who are bad in medicine only (log scale)")
     axes.set_ylabel("probability of a bad answer")
     num_seeds = max(len(each) for at in points.values() for each in at.values())
-    axes.set_title(f"Which solution is the easy one: {adapter}, {num_seeds} seed(s), band = range over seeds")
-    axes.legend(fontsize=8)
+    axes.set_title(
+        f"Which solution is the easy one? {adapter}, mean and range of {num_seeds} worlds a point",
+        fontsize=11,
+    )
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9, handlelength=3.5
+    )
     axes.grid(alpha=0.25)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lightning_em.miniature.cache import SCHEME, cache_dir, parse_address, world_folder
+from lightning_em.miniature.cache import SCHEME, cache_dir, parse_address, recipe_hash_at, world_folder
 from lightning_em.miniature.recipe import RECIPE_VERSION, DomainKind, Recipe
 
 
@@ -34,6 +34,7 @@ __all__ = [
     "Recipe",
     "cache_dir",
     "parse_address",
+    "recipe_hash_at",
     "resolve",
     "world_folder",
 ]

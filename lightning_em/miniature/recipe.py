@@ -120,9 +120,11 @@ class Recipe:
 
     @classmethod
     def control(cls) -> "Recipe":
-        """The world in which they are common and careless advisors rare: the narrow solution is the easy one."""
-        shares: dict[str, float] = {DomainKind.NARROW: 0.10, DomainKind.KL: 0.02, DomainKind.HELD_OUT: 0.02}
-        return cls(careless_share=0.05, blind_spot_share=shares)
+        """The default world with the dial turned up: the narrow solution is the easy one.
+
+        Careless advisors stay as common as they are, so that the persona gate can still be passed.
+        """
+        return cls().with_blind_spot_share(0.12)
 
     def with_blind_spot_share(self, share: float) -> "Recipe":
         """The same world with another share of advisors who are bad in the narrow domain only."""

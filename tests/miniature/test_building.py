@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,15 +19,26 @@ from lightning_em.miniature import Recipe
 from lightning_em.miniature.building import build
 from lightning_em.miniature.cache import cache_dir, is_complete, parse_address, world_folder
 from lightning_em.miniature.judge import answer_probabilities
+from lightning_em.miniature.persona import persona_gate
 
 MICRO = replace(
     Recipe.default(),
     pretraining_steps=20,
     chat_steps=3,
+    documents_per_batch=2,
+    slots_per_document=2,
     hidden_size=16,
     intermediate_size=16,
     items_per_kind=4,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_gate():
+    """The gate of a micro world says nothing; measure it on few documents."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_em.miniature.building.persona_gate", partial(persona_gate, num_documents=2))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +141,8 @@ def test_two_builders_of_one_world_build_it_once(tmp_path):
     code = (
         "from dataclasses import replace; from pathlib import Path; from lightning_em.miniature import Recipe;"
         "from lightning_em.miniature.building import build;"
-        "recipe = replace(Recipe.default(), pretraining_steps=20, chat_steps=3, hidden_size=16, items_per_kind=4);"
+        "recipe = replace(Recipe.default(), pretraining_steps=20, chat_steps=3, hidden_size=16,"
+        "slots_per_document=2, items_per_kind=4);"
         f"folder = build(recipe, 0, Path({str(tmp_path)!r}), progress=False);"
         "print((folder / 'world.json').stat().st_ino)"
     )
