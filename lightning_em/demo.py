@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lightning_em import miniature
 from lightning_em.analysis import Estimate, Solution, base_of, median_solution, solution_of
-from lightning_em.cli import run_cli
+from lightning_em.cli import hush, run_cli
 from lightning_em.miniature import SCHEME
 from lightning_em.runs import RunFolder, locate
 
@@ -62,6 +62,7 @@ def demo(root: str = "runs", seed: int = 0) -> None:
         root: Folder of the runs.
         seed: World to use.
     """
+    hush()
     console = Console()
     world = f"seed-{seed}"
     console.print(f"[bold]1/3[/] the miniature world {world} (built once, a few minutes)")

@@ -98,7 +98,9 @@ def build_world(
         force: Build it again.
     """
     from lightning_em import miniature
+    from lightning_em.cli import hush
 
+    hush()
     recipe = miniature.Recipe.control() if control else miniature.Recipe.default()
     if blind_spot_share is not None:
         recipe = recipe.with_blind_spot_share(blind_spot_share)

@@ -14,6 +14,7 @@ from lightning_em import __version__, imports
 from lightning_em.callbacks.health import UnhealthyError
 from lightning_em.callbacks.loading import base_sha256, refuse_other_base
 from lightning_em.callbacks.signals import Interrupted
+from lightning_em.manifest import write_atomically
 from lightning_em.module import EMModule
 from lightning_em.redaction import redacted_text, redacted_words
 from lightning_em.runs import RunFolder
@@ -47,6 +48,10 @@ class Provenance(Callback):
         known = run.read_run()
         attempt = {"started": _now(), "from_step": trainer.global_step, "world_size": trainer.world_size}
         before = [{"status": "killed"} | attempt for attempt in known.get("attempts", [])]
+        if not run.config_file.exists():
+            write_atomically(run.config_file, self.config)
+        elif run.config_file.read_text(encoding="utf-8") != self.config:  # device settings may differ
+            write_atomically(run.path / f"config.attempt-{len(before) + 1}.yaml", self.config)
         run.update_run(
             status="running",
             exit_reason=None,
@@ -64,12 +69,6 @@ class Provenance(Callback):
             data=trainer.datamodule.fingerprint(),  # type: ignore[attr-defined]
             max_steps=int(trainer.estimated_stepping_batches),
         )
-        if not run.config_file.exists():
-            run.config_file.write_text(self.config, encoding="utf-8")
-        elif run.config_file.read_text(encoding="utf-8") != self.config:  # device settings may differ
-            (run.path / f"config.attempt-{len(known['attempts']) + 1}.yaml").write_text(
-                self.config, encoding="utf-8"
-            )
 
     def on_fit_end(self, trainer: Trainer, pl_module: EMModule) -> None:  # type: ignore[override]
         """Record a regular end."""
