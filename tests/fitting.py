@@ -1,6 +1,7 @@
 """Run the real command on tiny inputs, in this process or in others."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,3 +100,13 @@ def train_metrics(run: RunFolder) -> SteppedMetrics:
 def final_adapter(run: RunFolder) -> bytes:
     """Bytes of the last checkpoint's adapter."""
     return (run.checkpoint(run.steps()[-1]) / "adapter_model.safetensors").read_bytes()
+
+
+def cut_after(run: RunFolder, step: int, copy: Path) -> RunFolder:
+    """A copy of `run` whose last checkpoint is that of `step`; its metrics run on, as after a kill."""
+    shutil.copytree(run.path, copy)
+    cut = RunFolder(copy)
+    for later in (s for s in cut.steps() if s > step):
+        shutil.rmtree(cut.checkpoint(later))
+    cut.update_run(status="running")
+    return cut

@@ -1,12 +1,11 @@
 """A run that was interrupted ends as if it had not been."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from lightning_em.runs import RunFolder
-from tests.fitting import LORA, VECTOR, experiment, final_adapter, fit, metrics_of, write_config
+from tests.fitting import LORA, VECTOR, cut_after, experiment, final_adapter, fit, metrics_of, write_config
 
 
 @pytest.fixture(scope="module", params=["vector", "lora"])
@@ -24,16 +23,6 @@ def finished(request, tmp_path_factory, tiny_model_folder, chat_file, answer_fil
     config["model"]["adapter"] = {"vector": VECTOR, "lora": LORA}[request.param]
     path = write_config(folder / "experiment.yaml", config)
     return path, fit(path, "whole")
-
-
-def cut_after(run: RunFolder, step: int, copy: Path) -> RunFolder:
-    """A copy of `run` whose last checkpoint is that of `step`; its metrics run on, as after a kill."""
-    shutil.copytree(run.path, copy)
-    cut = RunFolder(copy)
-    for later in (s for s in cut.steps() if s > step):
-        shutil.rmtree(cut.checkpoint(later))
-    cut.update_run(status="running")
-    return cut
 
 
 def test_resume_from_every_step_is_bit_identical(finished) -> None:

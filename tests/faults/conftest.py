@@ -1,6 +1,5 @@
 """A run of 24 steps with a checkpoint every fourth, and its uninterrupted result."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,16 +54,6 @@ class Whole(Case):
         lines = other.metrics_file.read_text(encoding="utf-8").splitlines()[1:]
         keys = [line.rsplit(",", 1)[0] for line in lines]
         assert len(keys) == len(set(keys)), "a metric is there twice"
-
-
-def cut_after(run: RunFolder, step: int, copy: Path) -> RunFolder:
-    """A copy whose last checkpoint is that of `step`, as a kill leaves it."""
-    shutil.copytree(run.path, copy)
-    cut = RunFolder(copy)
-    for later in (s for s in cut.steps() if s > step):
-        shutil.rmtree(cut.checkpoint(later))
-    cut.update_run(status="running")
-    return cut
 
 
 @pytest.fixture(scope="session")

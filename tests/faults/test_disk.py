@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from lightning_em.runs import RunFolder
-from tests.faults.conftest import Case, Whole, cut_after
+from tests.faults.conftest import Case, Whole
 from tests.faults.processes import assert_published_are_valid, wait_for_checkpoint
+from tests.fitting import cut_after
 
 
 def fill(folder: Path, leave: int) -> Path:

@@ -12,8 +12,9 @@ import pytest
 
 from lightning_em.records import read_lines
 from lightning_em.runs import RunFolder
-from tests.faults.conftest import STEPS, Whole, cut_after
+from tests.faults.conftest import STEPS, Whole
 from tests.faults.processes import assert_published_are_valid, wait_for_checkpoint, wait_until
+from tests.fitting import cut_after
 
 NUM_KILLS = 20
 SLOW = 0.03

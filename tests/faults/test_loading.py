@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from lightning_em.manifest import MANIFEST, sha256_of
 from lightning_em.runs import RunFolder
-from tests.faults.conftest import Case, Whole, cut_after
+from tests.faults.conftest import Case, Whole
 from tests.faults.processes import Ended, run
-from tests.fitting import LORA, experiment, write_config
+from tests.fitting import LORA, cut_after, experiment, write_config
 from tests.tiny import make_tiny_folder
 
 ADAPTER = "adapter_model.safetensors"

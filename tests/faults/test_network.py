@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from tests.faults.conftest import Whole, cut_after
+from tests.faults.conftest import Whole
+from tests.fitting import cut_after
 
 WITHOUT_NETWORK = ["unshare", "--net", sys.executable, "-m", "lightning_em"]
 
