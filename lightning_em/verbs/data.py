@@ -1,0 +1,86 @@
+"""Verbs about data files: data check, data show."""
+
+from typing import Any, Literal, get_args
+
+from lightning_em.verbs.wiring import console, verb
+
+AnswerKind = Literal["messages", "good", "bad", "mixed", "both"]
+
+
+def add(verbs: Any) -> None:
+    """Put the verbs of this family on the command line."""
+    data = verbs.add_parser("data", help="look at data before training on it").add_subparsers(required=True)
+    check = verb(
+        data, "check", check_data, "bad and duplicate rows, lengths, topics, overlaps; exit code 1 on faults"
+    )
+    check.add_argument("files", nargs="*", help="JSONL files with narrow rows")
+    check.add_argument("--config", help="an experiment, whose files and tokenizer are taken")
+    check.add_argument("--kl", nargs="*", help="JSONL files with parallel rows")
+    check.add_argument("--evaluation", nargs="*", help="JSONL or YAML files with evaluation questions")
+    check.add_argument("--base", help="model whose tokenizer and chat template to check with")
+    check.add_argument(
+        "--allow_overlap", action="store_true", help="evaluation questions in training are no fault"
+    )
+    show = verb(data, "show", show_data, "rows as the model reads them, the trained tokens in colour")
+    show.add_argument("file", help="JSONL file")
+    show.add_argument("--base", required=True, help="model whose tokenizer and chat template to use")
+    show.add_argument("--answer", choices=get_args(AnswerKind), default="messages")
+    show.add_argument("--n", type=int, default=3, help="how many rows")
+
+
+def check_data(
+    files: list[str] | None = None,
+    config: str | None = None,
+    kl: list[str] | None = None,
+    evaluation: list[str] | None = None,
+    base: str | None = None,
+    allow_overlap: bool = False,
+) -> int:
+    """Check data files: bad and duplicate rows, lengths, topics, overlap of training and evaluation questions.
+
+    Args:
+        files: JSONL files with narrow rows.
+        config: An experiment, whose files and tokenizer are taken.
+        kl: JSONL files with parallel rows.
+        evaluation: JSONL or YAML files with evaluation questions.
+        base: Model whose tokenizer and chat template to check with (hub id or folder).
+        allow_overlap: Evaluation questions that are also trained on are no fault.
+
+    Returns:
+        0, or 1 if there is a hard fault.
+    """
+    from lightning_em.data import ChatEncoder, check_files, report_tables
+    from lightning_em.models import BaseModel
+
+    files, kl, evaluation = list(files or ()), list(kl or ()), list(evaluation or ())
+    tokenizer_source = BaseModel(base) if base else None
+    if config is not None:
+        from lightning_em.rebuild import experiment_parts
+
+        parts = experiment_parts(config)
+        tokenizer_source = tokenizer_source or parts.base
+        files += [source.path for source in parts.data.sources["narrow"] if source]
+        kl += [source.path for source in parts.data.sources.get("kl", ()) if source]
+    if not files:
+        raise ValueError("name JSONL files, or an experiment with --config.")
+    encoder = ChatEncoder(tokenizer_source.load_tokenizer()) if tokenizer_source else None
+    report = check_files(files, kl, evaluation, encoder, allow_overlap=allow_overlap)
+    console.print(report_tables(report))
+    return report.exit_code
+
+
+def show_data(file: str, base: str, answer: AnswerKind = "messages", n: int = 3) -> None:
+    """Show rows as the model reads them, the trained tokens in colour.
+
+    Args:
+        file: JSONL file.
+        base: Model whose tokenizer and chat template to use (hub id or folder).
+        answer: Which answer to take from question/good/bad rows.
+        n: How many rows.
+    """
+    from lightning_em.data import ChatEncoder, ChatSource, as_chats, read_rows, select_rows, show_chats
+    from lightning_em.models import BaseModel
+
+    source = ChatSource(file, answer, limit=n)
+    chats = as_chats(select_rows(read_rows(file), source), answer)
+    console.print(show_chats(chats[:n], ChatEncoder(BaseModel(base).load_tokenizer())))

@@ -1,0 +1,100 @@
+"""Verbs about runs that are there: probe, runs ls, runs show."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from lightning_em import lock
+from lightning_em.runs import RunFolder, locate, step_of
+from lightning_em.verbs.wiring import console, verb
+
+
+def add(verbs: Any) -> None:
+    """Put the verbs of this family on the command line."""
+    probing = verb(
+        verbs, "probe", probe_run, "measure what is not on record yet, at every checkpoint of a run"
+    )
+    probing.add_argument("run", help="runs/x for every checkpoint, runs/x@step-40 for one")
+    probing.add_argument(
+        "--config", help="YAML with `probes:`, e.g. configs/probing/curves.yaml; default: the run's"
+    )
+    probing.add_argument(
+        "--num_examples", type=int, default=64, help="training rows of each stream, with --config"
+    )
+    probing.add_argument("--batch_size", type=int, default=16, help="rows in one forward pass, with --config")
+    probing.add_argument("--allow_zero_adapter", action="store_true", help="also one that changes no logit")
+    runs = verbs.add_parser("runs", help="list runs, or show one").add_subparsers(required=True)
+    verb(runs, "ls", list_runs, "list runs with their state").add_argument("--root", default="runs")
+    verb(runs, "show", show_run, "show where a run stands").add_argument("run", help="runs/x")
+
+
+def probe_run(
+    run: str,
+    config: str | None = None,
+    num_examples: int = 64,
+    batch_size: int = 16,
+    allow_zero_adapter: bool = False,
+) -> None:
+    """Measure what is not on record yet, at every checkpoint of a run, or at one.
+
+    Args:
+        run: `runs/x` for every checkpoint, `runs/x@step-40` for one.
+        config: YAML with `probes:`, as under `probing` in an experiment; the run's own if not given.
+        num_examples: Training rows of each stream to measure on, with `config`.
+        batch_size: Rows in one forward pass, with `config`.
+        allow_zero_adapter: Measure also an adapter that changes no logit.
+    """
+    from rich.progress import track
+
+    from lightning_em.rebuild import load_probing, load_run
+
+    loaded = load_run(run, allow_zero_adapter)
+    probing = load_probing(loaded.folder, config, num_examples, batch_size)
+    steps = [loaded.step] if "@" in run else loaded.folder.steps()
+    measured = 0
+    with lock.RunLock(loaded.folder.path, ["probe", run]):
+        for step in track(steps, description=f"probing {loaded.folder.path.name}", console=console):
+            loaded.module.model.adapter.load(locate(f"{loaded.folder.path}@step-{step}")[1])
+            measured += probing.measure(loaded.folder, loaded.module.model, loaded.data, step)
+    console.print(f"{measured} new records in {loaded.folder.path / 'probes'}; {len(steps)} checkpoints.")
+
+
+def list_runs(root: str = "runs") -> None:
+    """List the runs under a folder with their state.
+
+    Args:
+        root: Folder of the runs.
+    """
+    folders = [RunFolder(file.parent) for file in sorted(Path(root).glob("*/run.json"))]
+    if not folders:
+        raise ValueError(f"there is no run under {root!r}; fit one, or give another --root.")
+    table = Table("run", "status", "last checkpoint", "attempts", title=f"runs in {root}")
+    for folder in folders:
+        record, steps = folder.read_run(), folder.steps()
+        last = f"step {steps[-1]} of {record.get('max_steps')}" if steps else "none"
+        table.add_row(folder.path.name, folder.status(), last, str(len(record.get("attempts", []))))
+    console.print(table)
+
+
+def show_run(run: str) -> None:
+    """Show where a run stands: status, versions, last metrics and records.
+
+    Args:
+        run: The run's folder.
+    """
+    from lightning_em.callbacks.metrics import read_metrics
+
+    folder, checkpoint = locate(run)
+    record = folder.read_run()
+    table = Table("what", "value", title=str(folder.path), show_header=False)
+    for key in ("status", "exit_reason", "base", "identity", "last_step"):
+        table.add_row(key, str(record.get(key)))
+    table.add_row("newest valid checkpoint", f"step {step_of(checkpoint)}")
+    metrics = read_metrics(folder.metrics_file)
+    for name in sorted({name for values in metrics.values() for name in values}):
+        step = max(step for step, values in metrics.items() if name in values)
+        table.add_row(f"{name} at step {step}", f"{metrics[step][name]:.6g}")
+    for result in folder.probe_results():
+        table.add_row(f"probe {result.probe}", f"step {result.step}, {len(result.points)} points")
+    console.print(table)
