@@ -223,10 +223,11 @@ def seeds_table(lines: Sequence[Solution], title: str) -> Table:
         rates = [
             _rate(line.bad_rates.get(kind)) if bold else f"{line.bad_rates[kind].mean:.2f}" for kind in KINDS
         ]
+        cells = _cells(line)
         shown.add_row(
-            *_cells(line)[:1],
+            cells[0],
             *rates,
-            *_cells(line)[1 + len(KINDS) :],
+            *cells[1 + len(KINDS) :],
             style="bold" if bold else None,
             end_section=bold,
         )

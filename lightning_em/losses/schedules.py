@@ -85,6 +85,8 @@ class HoldKL(KLWeightSchedule):
         return math.exp(self.log_factor)
 
     def observe(self, kl_nats_per_token: float) -> None:
+        if not math.isfinite(kl_nats_per_token):
+            return  # the health check stops such a run; the weight it is stopped with stays readable
         bound = math.log(self.max_factor)
         move = self.rate * (kl_nats_per_token / self.target - 1)
         self.log_factor = min(bound, max(-bound, self.log_factor + min(1.0, max(-1.0, move))))

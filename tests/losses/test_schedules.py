@@ -42,6 +42,15 @@ def test_hold_kl_moves_one_e_fold_at_most_and_stays_in_bounds() -> None:
     assert schedule.factor(101) == pytest.approx(1 / 100)
 
 
+def test_a_kl_that_is_no_number_does_not_poison_the_weight() -> None:
+    schedule = HoldKL(target=0.1)
+    schedule.observe(0.3)
+    before = schedule.factor(1)
+    for kl in (math.nan, math.inf):
+        schedule.observe(kl)
+    assert schedule.factor(3) == before
+
+
 def test_a_resumed_schedule_goes_on_where_it_was() -> None:
     whole, first, second = (HoldKL(target=0.1) for _ in range(3))
     for kl in (0.3, 0.2):
