@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help install lint test check demo faults notebooks
+.PHONY: help install lint test check demo faults notebooks slurm-test
 
 PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 BIN := .venv/bin
@@ -13,7 +13,7 @@ NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $$([ -t 1 ] || echo -q)
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile
 
 .venv/.installed: setup.cfg constraints.txt
 	@if ! $(BIN)/python $(NEW_ENOUGH) 2>/dev/null; then
@@ -32,7 +32,7 @@ help: ## this list
 	echo "[2/3] $$torch (the largest download)"
 	$(PIP) $$torch # first and by itself: a machine that offers a CPU build takes it
 	echo "[3/3] lightning_em and its other dependencies (about a minute)"
-	$(PIP) -c constraints.txt -e ".[dev,figures,notebooks]"
+	$(PIP) -c constraints.txt -e ".[dev,figures,gguf,notebooks]"
 	touch $@
 
 install: .venv/.installed ## make .venv and install the pinned dependencies
@@ -50,6 +50,15 @@ test: install ## the test suite on two processes
 
 faults: install ## kill, fill, corrupt: every fault test, with a table (minutes)
 	@FAULT_TABLE=$${FAULT_TABLE:-fault_table.md} $(BIN)/python -m pytest -p tests.faults.table -m fault -q
+
+SLURM := slurm-wlm munge slurm-wlm-basic-plugins
+slurm-test: install ## a real Slurm on this machine (Debian, as root): requeue, sweep, a run in use
+	@if ! { command -v sbatch && command -v munged && command -v slurmctld && command -v slurmd; } >/dev/null; then
+	  echo "installing $(SLURM)"
+	  apt-get update -qq
+	  DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(SLURM) >/dev/null
+	fi
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 check: lint test ## lint, then test
 

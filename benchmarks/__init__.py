@@ -1,4 +1,5 @@
 """Speed and memory beside what a user would run today; each module is a command.
 
-`python -m benchmarks.step`, `python -m benchmarks.probes`, `python -m benchmarks.memory`.
+`python -m benchmarks.step`, `python -m benchmarks.probes`, `python -m benchmarks.memory`,
+`python -m benchmarks.sweep`, `python -m benchmarks.scaling`.
 """

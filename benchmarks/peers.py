@@ -123,6 +123,7 @@ class Ours(Peer):
         device: Where to run.
         make_store: Gives an activation store; none if not given.
         reference: `live` or `cached`.
+        refilled: Begin each step with an empty store, as in a first epoch.
     """
 
     def __init__(
@@ -132,7 +133,9 @@ class Ours(Peer):
         device: torch.device,
         make_store: Callable[[], Any] | None = None,
         reference: str = "live",
+        refilled: bool = False,
     ) -> None:
+        self.make_store, self.refilled = make_store, refilled
         options: dict[str, Any] = {"store": make_store(), "reference": reference} if make_store else {}
         self.model = AdaptedModel(shape.base(device), make_adapter(kind, shape), **options)
         self.model.to(device)
@@ -140,6 +143,9 @@ class Ours(Peer):
         _randomise(self.model.adapter.trainable())
 
     def loss(self, ce: PackedBatch, kl: PackedBatch) -> Tensor:
+        engine = self.model._engine
+        if self.refilled and engine is not None and self.make_store is not None:
+            engine.store = self.make_store()
         sums = self.model.losses(ce, kl)
         assert sums.kl is not None
         return sums.ce.total / sums.ce.count + KL_WEIGHT * sums.kl.total / sums.kl.count

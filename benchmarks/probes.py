@@ -17,7 +17,7 @@ from benchmarks.peers import Naive, Ours
 from benchmarks.shapes import CPU_SHAPES, CUDA_SHAPES, SHAPES, Shape, describe, step_batches
 from benchmarks.timing import interleaved, medians
 from lightning_em.batch import PackedBatch
-from lightning_em.models.store import ActivationStore
+from lightning_em.models import ActivationStore, StoreOptions
 
 NAIVE = "naive loop: points outer, full logits"
 
@@ -69,7 +69,7 @@ def run(shape: Shape, arguments: argparse.Namespace, device: torch.device, conso
     sweeps: dict[str, Callable[[list[PackedBatch], list[float]], Tensor]] = {
         NAIVE: NaiveSweep(shape, device),
         "ours, nothing cached": OurSweep(shape, device),
-        "ours, prefix cached": OurSweep(shape, device, ActivationStore(device_gib=8.0)),
+        "ours, prefix cached": OurSweep(shape, device, ActivationStore(StoreOptions(device_gib=8.0))),
     }
     expected = sweeps[NAIVE](batches, scales)
     differences = {}

@@ -25,11 +25,12 @@ class Shape:
     num_heads: int
     num_key_value_heads: int
     vocab_size: int
+    depth: float = 0.5
 
     @property
     def layer(self) -> int:
-        """Half of the layers lie below the adapter."""
-        return self.num_layers // 2
+        """Which layer the adapter enters: half of them lie below it, unless `depth` says otherwise."""
+        return round(self.num_layers * self.depth)
 
     def base(self, device: torch.device) -> PreTrainedModel:
         """Make the frozen model: float32 on a CPU, bf16 on a GPU; the same weights each time."""

@@ -17,6 +17,11 @@ VERBS = {
     "data": "check or show data files",
     "miniature": "build the embedded miniature world",
     "demo": "build the world, fit a general and a narrow adapter, print the table",
+    "study": "run a whole study: arms x adapters x seeds, with verdicts on the claims",
+    "import": "make a run of a released steering vector or a PEFT folder",
+    "export": "write an adapter as PEFT, safetensors, GGUF or the released format",
+    "submit": "write a Slurm batch file for a fit, a sweep or a study, and submit it",
+    "doctor": "check that this machine can run an experiment: model, data, memory, disk",
 }
 
 HELP = """usage: lightning-em VERB [options]
@@ -77,8 +82,10 @@ def _run(words: list[str]) -> int:
 
 
 def _refuse_early(words: list[str]) -> None:
-    """A folder that is in use is refused before the heavy imports, if the words name it."""
-    from lightning_em import lock
+    """A folder in use, and a strategy that cannot work, are refused before the heavy imports."""
+    from lightning_em import launch, lock
+
+    launch.refuse_strategy(launch.named_trainer(words))
 
     folder = lock.named_folder(words)
     if folder is not None and lock.is_first_rank():

@@ -112,6 +112,17 @@ class PackedBatch:
         attention = (torch.arange(ids.shape[1], device=ids.device)[None] < lengths[:, None]).long()
         return PaddedRows(ids, attention)
 
+    def select(self, rows: Sequence[int]) -> "PackedBatch":
+        """Some of the rows, in the order given."""
+        ids, masks = (torch.split(t, list(self.lengths)) for t in (self.input_ids, self.response_mask))
+        return replace(
+            self,
+            input_ids=torch.cat([ids[row] for row in rows]),
+            response_mask=torch.cat([masks[row] for row in rows]),
+            lengths=tuple(self.lengths[row] for row in rows),
+            row_ids=tuple(self.row_ids[row] for row in rows),
+        )
+
     def ghost(self) -> "PackedBatch":
         """The same rows with nothing to predict: keeps a rank without rows in step, adds 0 to every sum."""
         return replace(self, response_mask=torch.zeros_like(self.response_mask), is_ghost=True)

@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
 
-from lightning_em import imports, lock, runs
+from lightning_em import imports, launch, lock, runs
 from lightning_em.callbacks import (
     AdapterCheckpoint,
     Health,
@@ -58,6 +58,7 @@ EXPECTED_WARNINGS = (
     r".*smaller than the logging interval",
     r"`is_gradient_checkpointing` is deprecated",  # peft asks transformers the old way
     r".*`srun` command is available",
+    r".*on epoch level in distributed setting",  # TokenMean has reduced them over the ranks
 )
 CHATTER = (
     "\U0001f4a1 Tip", "Seed set to", "TPU available", "GPU available: False", "Loading `train_dataloader` to estimate",
@@ -129,6 +130,8 @@ class EMCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Name the run and refuse a folder that holds another one."""
         config = self._get_config()
+        launch.refuse_strategy(config["trainer"])
+        launch.refuse_task_count(config["trainer"])
         self.run = run_folder(config)
         if self.subcommand != "fit":
             return
@@ -192,11 +195,16 @@ class EMCLI(LightningCLI):
         if record.get("status") == "finished" and resume != "never":
             logger.warning("%s is finished (step %s): nothing to do.", self.run.path, record.get("last_step"))
             return
+        if record.get("status") == "imported":
+            raise ValueError(
+                f"{self.run.path} was imported: there is no training to continue. Start another run from its adapter "
+                f"with --model.init_from {self.run.path}."
+            )
         if resume == "must" and step is None:
             raise ValueError(
                 f"--run.resume must, but {self.run.path} has no valid checkpoint to continue from."
             )
-        if resume == "never" and (step is not None or record):
+        if resume == "never" and (step is not None or record.get("attempts")):  # a queued job is no attempt
             raise ValueError(
                 f"--run.resume never, but {self.run.path} has a run already; give another --run.name."
             )

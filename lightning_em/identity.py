@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ DEVICE_SETTINGS = {
         "enable_model_summary", "log_every_n_steps", "default_root_dir", "plugins", "deterministic", "benchmark",
     },
     "data": {"num_workers", "validation_batch_size"},
-    "model": {"sampling", "engine"},
+    "model": {"sampling", "engine", "store"},
+}  # fmt: skip
+# Keys that came later, with the value under which a run is what it was without them: that value renames nothing.
+ADDED_KEYS = {
+    "reference": "live", "max_tokens": None, "length_buckets": None, "narrow_extra": None, "bad_share": 0.5,
 }  # fmt: skip
 NOT_PART_OF_A_RUN = {
     "config", "run", "probing", "checkpoint", "ckpt_path", "weights_only", "allow_zero_adapter",
@@ -38,8 +43,26 @@ def what_a_run_is(config: dict[str, Any]) -> dict[str, Any]:
             continue
         drop = DEVICE_SETTINGS.get(group, set())
         kept[group] = {k: v for k, v in value.items() if k not in drop} if isinstance(value, dict) else value
-    by_recipe: dict[str, Any] = _by_recipe(kept)
+    if isinstance(trainer := kept.get("trainer"), dict):
+        kept["trainer"] = trainer | _micro_batches_of_a_step(config["trainer"])
+    by_recipe: dict[str, Any] = _by_recipe(_without_added(kept))
     return by_recipe
+
+
+def _micro_batches_of_a_step(trainer: dict[str, Any]) -> dict[str, int]:
+    """Accumulation as on one device: 4 devices that accumulate twice are the run that 1 device makes of 8."""
+    counts = [trainer.get(key, 1) for key in ("accumulate_grad_batches", "devices", "num_nodes")]
+    known = [int(count) for count in counts if isinstance(count, int) or str(count).isdecimal()]
+    if len(known) < len(counts) or min(known) < 1:  # devices: auto
+        return {}
+    return {"accumulate_grad_batches": math.prod(known)} if math.prod(known[1:]) > 1 else {}
+
+
+def _without_added(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    named = {k: v for k, v in value.items() if k not in ADDED_KEYS or v != ADDED_KEYS[k]}
+    return {key: _without_added(each) for key, each in named.items()}
 
 
 def _by_recipe(value: Any) -> Any:

@@ -1,11 +1,11 @@
 """The LightningModule: a frozen base with an adapter, trained on CE + KL."""
 
 import math
-import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torchmetrics
 from lightning.pytorch import LightningModule
@@ -13,14 +13,23 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedTokenizerBase
 
 from lightning_em import runs
 from lightning_em.adapters import Adapter
 from lightning_em.batch import PackedBatch, TrainBatch
 from lightning_em.checkpoints.folder import ADAPTER_CONFIG_KEY
-from lightning_em.data import forget_finished_epoch
+from lightning_em.checkpoints.randomness import random_states, restore_random_states
+from lightning_em.data import EMDataModule, forget_finished_epoch
 from lightning_em.losses import Objective
-from lightning_em.models import AdaptedModel, BaseModel, Sampling, sample_answers
+from lightning_em.models import (
+    ActivationStore,
+    AdaptedModel,
+    BaseModel,
+    Sampling,
+    StoreOptions,
+    sample_answers,
+)
 
 
 class LinearWithWarmup(LambdaLR):
@@ -97,6 +106,9 @@ class EMModule(LightningModule):
         lr_scheduler: Called with the optimiser; stepped once an optimiser step.
         init_from: Start from another run's adapter, `runs/x@step-40`, with a fresh optimiser.
         engine: `auto` computes each step in parts that share the frozen prefix; `plain` runs whole forwards.
+        store: Keeps what the frozen base computes below the adapter; pays over epochs and in sweeps.
+        reference: `live` runs the reference each time; `cached` keeps its final hidden states in the store,
+            which gives an adapter without effect a KL of rounding errors, not 0.
         sampling: How `predict` draws answers; no part of what a run is.
         seed: Of the adapter's random initial values.
     """
@@ -112,6 +124,8 @@ class EMModule(LightningModule):
         lr_scheduler: LRSchedulerCallable = LinearWithWarmup,
         init_from: str | None = None,
         engine: Literal["auto", "plain"] = "auto",
+        store: StoreOptions | None = None,
+        reference: Literal["live", "cached"] = "live",
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         seed: int = 0,
     ) -> None:
@@ -119,6 +133,7 @@ class EMModule(LightningModule):
         self.strict_loading = False
         self.base, self.objective, self.init_from, self.seed = base, objective, init_from, seed
         self.engine: Literal["auto", "plain"] = engine
+        self.store, self.reference = store, reference
         self.sampling = sampling
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._adapter = (adapter,)  # a tuple hides it from nn.Module: it is registered once, inside `model`
@@ -129,7 +144,10 @@ class EMModule(LightningModule):
         """Load the base and attach the adapter, once, when a run needs them."""
         if hasattr(self, "model"):
             return
-        self.model = AdaptedModel(self.base.load_model(), self._adapter[0], self.seed, self.engine)
+        store = None if self.store is None else ActivationStore(self.store)
+        reference: Literal["live", "cached"] = self.reference
+        base = self.base.load_model()
+        self.model = AdaptedModel(base, self._adapter[0], self.seed, self.engine, store, reference)
         if self.init_from is not None:
             _, checkpoint = runs.locate(self.init_from)
             self.model.adapter.load(checkpoint)
@@ -176,11 +194,16 @@ class EMModule(LightningModule):
             logger.log_metrics(metrics, step=step)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """CE on held-out narrow rows (first loader), KL on held-out parallel rows (second)."""
-        if dataloader_idx == 0:
+        """CE on held-out narrow rows, KL on held-out parallel rows."""
+        if self._validation_streams()[dataloader_idx] == "narrow":
             self.validation_ce.update(*self.model.row_ce(batch))
         else:
             self.validation_kl.update(*self.model.row_kl(batch, kl_positions=self.objective.kl_positions))
+
+    def _validation_streams(self) -> Sequence[str]:
+        """Which stream each loader holds; the narrow one has none where no question of it is held out."""
+        data = getattr(self.trainer, "datamodule", None)
+        return data.validation_streams if isinstance(data, EMDataModule) else ("narrow", "kl")
 
     def on_validation_epoch_end(self) -> None:
         """Reduce over ranks, divide once, log."""
@@ -204,12 +227,16 @@ class EMModule(LightningModule):
         if not self.trainer.sanity_checking:
             self.write_metrics(metrics, self.global_step)
 
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.base.load_tokenizer()
+
     def predict_step(self, batch: PackedBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Answers to a batch of prompts: one dict a prompt, with `row_id` and `answers`."""
         if batch.is_ghost:
             return []
         sampling = replace(self.sampling, seed=self.sampling.seed + batch_idx)
-        answers = sample_answers(self.model, self.base.load_tokenizer(), batch, sampling)
+        answers = sample_answers(self.model, self._tokenizer, batch, sampling)
         return [{"row_id": row, "answers": texts} for row, texts in zip(batch.row_ids, answers, strict=True)]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
@@ -225,12 +252,24 @@ class EMModule(LightningModule):
         """Add what Lightning does not save: adapter config, schedule and random states."""
         checkpoint[ADAPTER_CONFIG_KEY] = self.model.adapter.config_dict()
         checkpoint["kl_schedule"] = self.objective.state_dict()
-        checkpoint["rng"] = _rng_states()
+        checkpoint["rng"] = random_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the schedule now and the random states right before the next batch."""
+        """Restore the schedule, and counts for another number of ranks, now; random states before the next batch."""
         self.objective.load_state_dict(checkpoint["kl_schedule"])
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, EMDataModule) and self.trainer.training:
+            regear = data.regearing(checkpoint.get("EMDataModule", {}))
+            if regear is not None:
+                regear.progress(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"])
         self._rng_to_restore = checkpoint["rng"]
+
+    def on_fit_start(self) -> None:
+        """Say what the activation store will take, before there is anything in it."""
+        data = getattr(self.trainer, "datamodule", None)
+        if self.store is not None and isinstance(data, EMDataModule):
+            counted = data.num_tokens("kl", self.objective.kl_positions)
+            self.model.announce_store(data.num_tokens("narrow") + data.num_tokens("kl"), counted)
 
     def on_train_start(self) -> None:
         """Resume at an epoch boundary as in the middle of an epoch."""
@@ -239,7 +278,7 @@ class EMModule(LightningModule):
     def on_train_batch_start(self, batch: TrainBatch, batch_idx: int) -> None:
         """Continue the random streams where the checkpoint left them."""
         if self._rng_to_restore is not None:
-            _restore_rng(self._rng_to_restore)
+            restore_random_states(self._rng_to_restore)
             self._rng_to_restore = None
 
 
@@ -250,26 +289,3 @@ def _finite(steps: float) -> int:
             "num_steps of model.lr_scheduler."
         )
     return int(steps)
-
-
-def _rng_states() -> dict[str, Any]:
-    version, state, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (whoever uses it)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": [version, list(state), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
-    }
-
-
-def _restore_rng(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    version, state, gauss = states["python"]
-    random.setstate((version, tuple(state), gauss))
-    name, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state(  # noqa: NPY002 (whoever uses it)
-        (name, keys.numpy().astype(np.uint32), position, has_gauss, cached)
-    )

@@ -1,5 +1,6 @@
 """Back from files to objects: a run with one of its checkpoints, an experiment's parts, a set of probes."""
 
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ def load_run(reference: str, allow_zero_adapter: bool = False) -> LoadedRun:
         ValueError: If run or checkpoint are missing or broken, the base is not the run's own, or the adapter
             changes nothing.
     """
-    imports.restrict()
+    imports.restrict(imports.allowed())  # keeps what --allow_import named
     folder, checkpoint = runs.locate(reference)
     loaded = load_module(folder, runs.step_of(checkpoint))
     loaded.data.setup("fit")
@@ -51,20 +52,66 @@ def load_module(folder: RunFolder, step: int) -> LoadedRun:
     Raises:
         ValueError: If the base is not the run's own, or the adapter does not fit.
     """
-    parser = LightningArgumentParser()
-    parser.add_argument("--seed_everything", type=bool | int, default=0)
-    parser.add_lightning_class_args(EMModule, "model")
-    parser.add_lightning_class_args(EMDataModule, "data")
-    link_shared_keys(parser)
-    config = yaml.safe_load(folder.config_file.read_text(encoding="utf-8"))
-    parts = parser.instantiate_classes(
-        parser.parse_object({key: config[key] for key in ("seed_everything", "model", "data")})
-    )
+    parts = instantiate(yaml.safe_load(folder.config_file.read_text(encoding="utf-8")))
     parts.model.init_from = None  # the checkpoint holds the weights
     parts.model.configure_model()
     parts.model.model.adapter.load(folder.checkpoint(step))
     refuse_other_base(folder, parts.model)
     return LoadedRun(folder, step, parts.model, parts.data)
+
+
+class Parts(NamedTuple):
+    """Model and data of a config, nothing loaded."""
+
+    model: EMModule
+    data: EMDataModule
+
+
+def instantiate(config: dict[str, Any]) -> Parts:
+    """Make the model and the data of a resolved config, and nothing else of it."""
+    parser = LightningArgumentParser()
+    parser.add_argument("--seed_everything", type=bool | int, default=0)
+    parser.add_lightning_class_args(EMModule, "model")
+    parser.add_lightning_class_args(EMDataModule, "data")
+    link_shared_keys(parser)
+    made = parser.instantiate_classes(
+        parser.parse_object({key: config[key] for key in ("seed_everything", "model", "data")})
+    )
+    return Parts(made.model, made.data)
+
+
+def resolved_config(words: list[str]) -> dict[str, Any]:
+    """What `fit` with these words would run: the whole config as plain values, nothing loaded or made.
+
+    Raises:
+        ValueError: If the words or a config file cannot be used.
+    """
+
+    class Parsed(EMCLI):
+        def before_instantiate_classes(self) -> None:
+            self.resolved = self._get_config()
+
+        def instantiate_classes(self) -> None:
+            pass
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            pass
+
+    hush()
+    arguments, sys.argv = sys.argv, [sys.argv[0], "fit", *words]  # where an error says that a key stands
+    try:
+        parsed = Parsed(
+            EMModule,
+            EMDataModule,
+            args=["fit", *words],
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={"exit_on_error": False},
+        )
+    finally:
+        sys.argv = arguments
+    return parsed.resolved
 
 
 class ExperimentParts(NamedTuple):

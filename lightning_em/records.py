@@ -2,12 +2,13 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 SCHEMA_VERSION = 1
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class Point:
     standard_error: float | None = None
     count: int | None = None
     per_example: tuple[float, ...] | None = None
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "Point":
+        """Read back the fields that JSON kept."""
+        values = fields.get("per_example")
+        return cls(**{**fields, "per_example": None if values is None else tuple(values)})
 
 
 @dataclass(frozen=True)
@@ -62,13 +69,10 @@ class ProbeResult:
     def from_json(cls, line: str) -> "ProbeResult":
         """Read back one line."""
         fields = json.loads(line)
-        points = fields.pop("points")
-        for point in points:
-            if point.get("per_example") is not None:
-                point["per_example"] = tuple(point["per_example"])
+        points = tuple(map(Point.from_fields, fields.pop("points")))
         for key in ("examples", "kl_examples"):
             fields[key] = tuple(fields.get(key, ()))
-        return cls(points=tuple(Point(**point) for point in points), **fields)
+        return cls(points=points, **fields)
 
     def to_json(self) -> str:
         """One line, keys in a fixed order, NaN refused.
@@ -127,5 +131,25 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def read_results(path: Path) -> list[ProbeResult]:
-    """All results of one probe file, in the order they were written."""
-    return [ProbeResult.from_json(line) for line in read_lines(path)]
+    """All results of one probe file, in the order they were written.
+
+    Raises:
+        ValueError: If a line is damaged.
+    """
+    return list(parsed_lines(path, ProbeResult.from_json))
+
+
+def parsed_lines(path: Path, parse: Callable[[str], Record]) -> Iterator[Record]:
+    """What the finished lines of a record file say.
+
+    Raises:
+        ValueError: If a line is damaged; the message names it.
+    """
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            record = parse(line)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: record {number} is damaged ({error!r}); remove the line and measure again."
+            ) from error
+        yield record

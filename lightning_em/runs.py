@@ -71,7 +71,7 @@ class RunFolder:
         return content
 
     def status(self) -> str:
-        """`running`, `finished`, `stopped`, `preempted`, `failed`, or `killed`: it says running, and nobody is."""
+        """`running`, `finished`, `stopped`, `preempted`, `failed`, `imported`, or `killed`: running, but by nobody."""
         status = str(self.read_run().get("status"))
         return "killed" if status == "running" and not lock.is_held(self.path) else status
 

@@ -66,3 +66,16 @@ def test_a_train_batch_moves_with_both_streams() -> None:
     batch = TrainBatch(pack(ROWS), pack(ROWS), WindowCounts(1, 2, 3)).to("meta")
     assert batch.ce.input_ids.device.type == batch.kl.input_ids.device.type == "meta"
     assert TrainBatch(pack(ROWS), None, WindowCounts(1, 0, 0)).to("meta").kl is None
+
+
+def test_selected_rows_are_those_rows_in_that_order() -> None:
+    rows = [
+        EncodedRow([1, 2], [False, True], "a"),
+        EncodedRow([3, 4, 5], [False, True, True], "b"),
+        EncodedRow([6], [True], "c"),
+    ]
+    batch = PackedBatch.from_rows(rows)
+    picked, wanted = batch.select([2, 0]), PackedBatch.from_rows([rows[2], rows[0]])
+    assert torch.equal(picked.input_ids, wanted.input_ids)
+    assert torch.equal(picked.response_mask, wanted.response_mask)
+    assert (picked.lengths, picked.row_ids) == (wanted.lengths, wanted.row_ids)

@@ -13,7 +13,7 @@ CONFIG = {
     "seed_everything": 0,
     "model": {"objective": {"kl_weight": 1.0}, "sampling": {"seed": 0}},
     "data": {"narrow": {"path": "a.jsonl"}, "num_workers": 0},
-    "trainer": {"max_epochs": 2, "devices": 1, "accelerator": "cpu"},
+    "trainer": {"max_epochs": 2, "devices": 1, "accumulate_grad_batches": 8, "accelerator": "cpu"},
     "probing": {"probes": None},
     "run": {"name": None, "root": "runs"},
 }
@@ -26,7 +26,11 @@ def vary(group: str, **values: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("group", "values"),
     [
-        ("trainer", {"devices": 4, "accelerator": "gpu"}),
+        (
+            "trainer",
+            {"devices": 4, "accumulate_grad_batches": 2, "accelerator": "gpu"},
+        ),  # as many rows a step
+        ("trainer", {"devices": 2, "num_nodes": 2, "accumulate_grad_batches": 2}),
         ("data", {"num_workers": 8}),
         ("model", {"sampling": {"seed": 3}}),
         ("probing", {"probes": ["x"]}),
@@ -42,6 +46,7 @@ def test_where_and_how_a_run_is_computed_does_not_rename_it(group, values) -> No
     [
         ("model", {"objective": {"kl_weight": 2.0}}),
         ("trainer", {"max_epochs": 3}),
+        ("trainer", {"devices": 4}),  # four times the rows a step
         ("data", {"narrow": {"path": "b.jsonl"}}),
     ],
 )

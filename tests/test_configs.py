@@ -11,7 +11,8 @@ from lightning_em.data import EMDataModule
 from lightning_em.module import EMModule
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-FILES = sorted(CONFIGS.rglob("*.yaml"))
+# Studies are no part of an experiment: tests/study/test_plan.py plans and parses each.
+FILES = sorted(file for file in CONFIGS.rglob("*.yaml") if file.parent.name != "study")
 EXPERIMENTS = sorted((CONFIGS / "experiment").rglob("*.yaml"))
 # Where a part's file goes in an experiment; debug files stand beside one.
 PARTS = {

@@ -51,6 +51,20 @@ def test_validation_is_logged_each_epoch_also_at_weight_zero(narrow_run) -> None
     assert "train/kl" not in last, "a KL that was not measured must not be logged"
 
 
+def test_held_out_kl_rows_alone_are_no_narrow_rows(
+    tmp_path, tiny_model_folder, chat_file, answer_file
+) -> None:
+    config = experiment(tiny_model_folder(), chat_file, answer_file)
+    config["data"] |= {
+        "validation_fraction": 0,
+        "kl_validation": {"path": str(answer_file), "answer": "good"},
+    }
+    run = fit(write_config(tmp_path / "experiment.yaml", config), "alone", "--trainer.max_epochs", "1")
+    metrics = list(read_metrics(run.metrics_file).values())[-1]
+    assert metrics["val/kl"] > 0
+    assert "val/ce" not in metrics
+
+
 def test_narrow_order_is_the_same_with_and_without_a_kl_stream(
     tmp_path, tiny_model_folder, chat_file, answer_file
 ):

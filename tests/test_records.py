@@ -91,3 +91,13 @@ def test_every_prefix_of_a_record_file_can_be_read(tmp_path) -> None:
     for size in (0, 1, first - 1, first, first + 1, len(whole) - 1, len(whole)):
         file.write_bytes(whole[:size])
         assert read_results(file) == [RESULT] * ((size >= first) + (size == len(whole)))
+
+
+@pytest.mark.parametrize(
+    "line", ["{}", "[]", "not json", '{"probe": "p", "step": 1, "settings": {}, "points": [{}]}']
+)
+def test_a_damaged_record_is_named(line, tmp_path) -> None:
+    path = tmp_path / "p.jsonl"
+    append_lines(path, ProbeResult("p", 1, {}, ()).to_json(), line)
+    with pytest.raises(ValueError, match=r"p\.jsonl: record 2 is damaged .*remove the line"):
+        read_results(path)

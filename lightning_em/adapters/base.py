@@ -93,6 +93,13 @@ class Adapter(nn.Module, ABC):
         """Norm of the update at scale 1; None for an adapter without a natural one (norm probes skip it)."""
         return None
 
+    def write_directions(self) -> dict[str, Tensor] | None:
+        """What the update adds to the residual stream, as one vector `[hidden]` a place; None if it is no such thing.
+
+        The length is the size of the update at scale 1; a place whose update is zero has none.
+        """
+        return None
+
     def resolve(self, base: PreTrainedModel, layer: LayerIndex) -> int:
         """Index of a layer given as index or fraction of depth; sets `lowest_layer` to the lowest so far.
 

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from lightning_em.adapters.base import Adapter, LayerIndex, decoder_layers
 
 _PEFT_PREFIX, _PEFT_ADAPTER = "base_model.model.", "default"
+# Modules of a decoder layer whose output is added to the residual stream.
+_WRITERS = frozenset({"o_proj", "down_proj"})
 
 
 class LoRA(Adapter):
@@ -117,9 +119,38 @@ class LoRA(Adapter):
             squares.append(((b.T @ b) * (a @ a.T)).sum())  # ||BA||^2 without forming BA
         return abs(factor) * torch.stack(squares).sum().clamp_min(0).sqrt().float()
 
+    def write_directions(self) -> dict[str, Tensor] | None:
+        """Top left singular vector of each weight change, times its singular value.
+
+        For rank 1 it points along the column of B. For higher ranks its sign is a convention (the largest
+        entry is positive): the update writes it with either sign, as the input says.
+        Only `o_proj` and `down_proj`, which write into the residual stream (in Gemma-2 and -3 through a norm that
+        is left out here); None if neither is changed.
+        """
+        factor = abs(self.alpha) / (math.sqrt(self.rank) if self.rslora else self.rank)
+        directions, writes = {}, False
+        for name, (lora_a, lora_b) in zip(self._sites, self._matrices(), strict=True):
+            if name.rsplit(".", 1)[-1] not in _WRITERS:
+                continue
+            writes = True
+            direction = factor * _top_left(lora_a.detach().double(), lora_b.detach().double())
+            if direction.any():
+                directions[name] = direction.float()
+        return directions if writes else None
+
     def config_dict(self) -> dict[str, Any]:
         """The PEFT config, so that plain `PeftModel.from_pretrained` loads the folder."""
         return {**_plain(self._peft_config.to_dict()), "inference_mode": True}
+
+
+def _top_left(lora_a: Tensor, lora_b: Tensor) -> Tensor:
+    """Top left singular vector of B A times its singular value, without forming B A."""
+    basis, triangle_b = torch.linalg.qr(lora_b)
+    triangle_a = torch.linalg.qr(lora_a.T).R
+    left, values, _ = torch.linalg.svd(triangle_b @ triangle_a.T)
+    direction: Tensor = values[0] * (basis @ left[:, 0])
+    pointer = lora_b[:, 0] @ direction if lora_b.shape[1] == 1 else direction[direction.abs().argmax()]
+    return direction if pointer >= 0 else -direction
 
 
 def _plain(value: Any) -> Any:

@@ -37,3 +37,8 @@ class SteeringVector(Adapter):
         """Length of the shift: alpha x ||vector||."""
         norm: Tensor = abs(self.alpha) * self.vector.detach().norm()
         return norm
+
+    def write_directions(self) -> dict[str, Tensor] | None:
+        """The shift itself."""
+        shift = self.alpha * self.vector.detach()
+        return {"vector": shift} if shift.any() else {}

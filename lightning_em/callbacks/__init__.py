@@ -2,7 +2,13 @@
 
 from lightning_em.callbacks.checkpointing import AdapterCheckpoint, CheckpointListener
 from lightning_em.callbacks.health import Health, UnhealthyError
-from lightning_em.callbacks.loading import LoadingCheck, base_sha256, refuse_idle_adapter, refuse_other_base
+from lightning_em.callbacks.loading import (
+    LoadingCheck,
+    base_sha256,
+    refuse_idle_adapter,
+    refuse_other_base,
+    remember_base_sha256,
+)
 from lightning_em.callbacks.metrics import MetricsFile, read_metrics
 from lightning_em.callbacks.probing import Probing
 from lightning_em.callbacks.provenance import Provenance
@@ -25,4 +31,5 @@ __all__ = [
     "read_metrics",
     "refuse_idle_adapter",
     "refuse_other_base",
+    "remember_base_sha256",
 ]

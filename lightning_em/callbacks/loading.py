@@ -20,6 +20,7 @@ from lightning_em.runs import RunFolder
 _SAMPLED_VALUES = 4096
 # Where the files lay, who wrote them and how they are computed does not make another model of them.
 _NOT_THE_MODEL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash"}
+_REMEMBERED = "_lightning_em_sha256"
 
 
 def base_sha256(base: PreTrainedModel, adapter: Adapter | None = None) -> str:
@@ -31,6 +32,8 @@ def base_sha256(base: PreTrainedModel, adapter: Adapter | None = None) -> str:
         base: The model.
         adapter: Which sits in it and does not count.
     """
+    if (remembered := getattr(base, _REMEMBERED, None)) is not None:
+        return str(remembered)
     config = {key: value for key, value in base.config.to_dict().items() if key not in _NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     own = {id(parameter) for parameter in adapter.trainable().values()} if adapter is not None else set()
@@ -42,6 +45,11 @@ def base_sha256(base: PreTrainedModel, adapter: Adapter | None = None) -> str:
         digest.update(str(tuple(weights[name].shape)).encode())
         digest.update(sample.to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def remember_base_sha256(base: PreTrainedModel, adapter: Adapter | None = None) -> None:
+    """Compute the hash while the whole model is here; afterwards its weights may be shards of themselves."""
+    setattr(base, _REMEMBERED, base_sha256(base, adapter))
 
 
 def refuse_other_base(run: RunFolder, module: EMModule) -> None:

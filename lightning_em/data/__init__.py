@@ -5,11 +5,12 @@ from lightning_em.data.datamodule import EMDataModule, TokenizerSource
 from lightning_em.data.doctor import DataReport, check_files
 from lightning_em.data.encoding import EncodedRows, LengthLimit, encode_chats
 from lightning_em.data.loaders import BatchLoader
-from lightning_em.data.position import Position, forget_finished_epoch
+from lightning_em.data.position import Position, Regearing, forget_finished_epoch
 from lightning_em.data.rows import FileScan, Row, RowError, RowErrors, read_rows, scan_rows
-from lightning_em.data.sampler import BatchGeometry, WindowIndices, WindowSampler
+from lightning_em.data.sampler import RowCounts, WindowIndices, WindowSampler
 from lightning_em.data.show import report_tables, show_chats
 from lightning_em.data.sources import Chat, ChatSource, as_chats, select_rows
+from lightning_em.data.windows import BatchGeometry
 
 __all__ = [
     "DEFAULT_TEMPLATE_KWARGS",
@@ -26,7 +27,9 @@ __all__ = [
     "LengthLimit",
     "Message",
     "Position",
+    "Regearing",
     "Row",
+    "RowCounts",
     "RowError",
     "RowErrors",
     "TokenizerSource",

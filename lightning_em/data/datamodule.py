@@ -1,27 +1,22 @@
 """The LightningDataModule: a narrow stream for cross-entropy, a parallel stream for KL, and a position."""
 
-import logging
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerBase
 
-from lightning_em.batch import EncodedRow, PackedBatch, TrainBatch
+from lightning_em.batch import CountedPositions, EncodedRow, PackedBatch, TrainBatch
 from lightning_em.data.chat import ChatEncoder
-from lightning_em.data.encoding import EncodedRows, LengthLimit, TooLong, encode_chats, encode_prompts
+from lightning_em.data.encoding import EncodedRows, LengthLimit, TooLong
 from lightning_em.data.loaders import BatchLoader, EvaluationRows, TrainRows
-from lightning_em.data.position import Position, current_position
-from lightning_em.data.rows import Row, scan_rows
-from lightning_em.data.sampler import BatchGeometry, WindowSampler, permutation
-from lightning_em.data.sources import Chat, ChatSource, as_chats, hold_out, select_rows
-
-logger = logging.getLogger(__name__)
-
-Stream = Literal["narrow", "kl"]
-Split = Literal["train", "validation"]
+from lightning_em.data.position import Position, Regearing, current_position, refuse_cut_windows, same_steps
+from lightning_em.data.sampler import RowCounts, WindowSampler
+from lightning_em.data.sources import ChatSource
+from lightning_em.data.streams import Split, Stream, Streams
+from lightning_em.data.windows import BatchGeometry, permutation
 
 
 @runtime_checkable
@@ -46,9 +41,16 @@ class EMDataModule(LightningDataModule):
         kl: Rows on which to stay close to the base model; none without a KL term.
         narrow_validation: Held-out narrow rows.
         kl_validation: Held-out KL rows.
+        narrow_extra: More rows to train on, mixed in with the narrow ones, such as good answers of other
+            domains; none of them is held out.
         validation_fraction: Share of the questions to hold out where no validation file is given; 0 for none.
         batch_size: Narrow rows in a micro-batch of one rank.
         kl_batch_size: KL rows in a micro-batch of one rank.
+        max_tokens: Fill a micro-batch of one rank with rows of both streams up to so many tokens. The batch
+            sizes then only say how many KL rows go with a narrow row; an optimiser step is still
+            `trainer.accumulate_grad_batches` micro-batches of each rank, divided by its own tokens.
+        length_buckets: Give each micro-batch rows of similar length: sort the rows of so many neighbouring ones
+            by length, cut them again, and put these in random order. Saves padding where rows are padded.
         validation_batch_size: Rows in a validation batch of one rank.
         max_length: Tokens of the longest row.
         on_too_long: What happens to longer rows: refuse the file, drop the row, or cut off its end.
@@ -65,9 +67,12 @@ class EMDataModule(LightningDataModule):
         kl: ChatSource | None = None,
         narrow_validation: ChatSource | None = None,
         kl_validation: ChatSource | None = None,
+        narrow_extra: ChatSource | None = None,
         validation_fraction: float = 0.1,
         batch_size: int = 2,
         kl_batch_size: int = 8,
+        max_tokens: int | None = None,
+        length_buckets: int | None = None,
         validation_batch_size: int = 8,
         max_length: int = 2048,
         on_too_long: TooLong = "error",
@@ -83,7 +88,7 @@ class EMDataModule(LightningDataModule):
             raise ValueError(
                 "data.kl_validation is set, but data.kl is not: there is no KL stream to validate."
             )
-        BatchGeometry(batch_size, kl_batch_size)
+        BatchGeometry(batch_size, kl_batch_size, max_tokens=max_tokens, length_buckets=length_buckets)
         BatchGeometry(validation_batch_size, kl_batch_size)
         self.base = base
         self.sources: dict[Stream, tuple[ChatSource, ChatSource | None]] = {
@@ -91,17 +96,17 @@ class EMDataModule(LightningDataModule):
         }
         if kl is not None:
             self.sources["kl"] = (kl, kl_validation)
+        self.narrow_extra = narrow_extra
         self.validation_fraction = validation_fraction
         self.batch_size = batch_size
         self.kl_batch_size = kl_batch_size
+        self.max_tokens, self.length_buckets = max_tokens, length_buckets
         self.validation_batch_size = validation_batch_size
         self.limit = LengthLimit(max_length, on_too_long, max_lost_fraction)
         self.seed = seed
         self.num_workers = num_workers
         self.template_kwargs = template_kwargs
-        self._encoded: dict[tuple[Stream, Split], EncodedRows] = {}
-        self._held_out_prompts: list[EncodedRow] = []
-        self._files: dict[str, str] = {}
+        self._streams: Streams | None = None
         self._resumed: Position | None = None
         self._sampler: WindowSampler | None = None
 
@@ -112,42 +117,34 @@ class EMDataModule(LightningDataModule):
             ValueError: If a file, a row or the tokenizer cannot be used; the message says where and why.
         """
         self._resumed = self._sampler = None  # a trainer that resumes sets it after this
-        if self._encoded:
-            return
-        encoder = ChatEncoder(self.base.load_tokenizer(), self.template_kwargs)
-        for stream, (source, validation) in self.sources.items():
-            train, held_out = self._split(stream, source, validation)
-            self._encode(stream, "train", as_chats(train, source.answer, self.seed), encoder)
-            if held_out:
-                chats = as_chats(held_out, (validation or source).answer, self.seed)
-                self._encode(stream, "validation", chats, encoder)
-                if stream == "narrow":
-                    self._held_out_prompts = encode_prompts(held_out, encoder)
+        if self._streams is None:
+            encoder = ChatEncoder(self.base.load_tokenizer(), self.template_kwargs)
+            streams = Streams(self.sources, self.narrow_extra, self.validation_fraction, self.seed)
+            streams.read(encoder, self.limit)
+            self._streams = streams
 
     def train_dataloader(self) -> BatchLoader[TrainBatch]:
         """Micro-batches of both streams for this rank, from the position that was resumed."""
-        narrow, kl = self.rows("narrow"), self.rows("kl")
-        sampler = WindowSampler(
-            narrow.response_counts,
-            kl.response_counts,
-            kl.all_counts,
-            self.geometry,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            seed=self.seed,
-        )
-        self._refuse_cut_windows(len(sampler))
+        sampler = self._make_sampler()
+        if self.trainer is not None:
+            refuse_cut_windows(self.trainer, self.geometry.accumulate, len(sampler))
         if self._resumed is not None:
             sampler.start_at(*self._resumed)
         self._sampler = sampler
-        return BatchLoader(TrainRows(narrow.rows, kl.rows), sampler, self.num_workers)
+        rows = TrainRows(self.rows("narrow").rows, self.rows("kl").rows)
+        return BatchLoader(rows, sampler, self.num_workers)
 
     def val_dataloader(self) -> list[BatchLoader[PackedBatch]]:
         """Held-out rows: the narrow stream's, then the KL stream's, each row on one rank."""
         return [
             self._evaluation_loader(self.rows(stream, "validation").rows)
-            for stream in self.sources
-            if (stream, "validation") in self._encoded
+            for stream in self.validation_streams
         ]
+
+    @property
+    def validation_streams(self) -> list[Stream]:
+        """The streams with held-out rows, in the order of the loaders."""
+        return [stream for stream in self.sources if self.rows(stream, "validation").rows]
 
     def test_dataloader(self) -> list[BatchLoader[PackedBatch]]:
         """The held-out rows, as in validation."""
@@ -159,12 +156,13 @@ class EMDataModule(LightningDataModule):
         Raises:
             ValueError: If no row is held out.
         """
-        if not self._held_out_prompts:
+        prompts = self._loaded.held_out_prompts
+        if not prompts:
             raise ValueError(
                 "there are no held-out questions to answer: set data.narrow_validation or "
                 "data.validation_fraction."
             )
-        return self._evaluation_loader(self._held_out_prompts)
+        return self._evaluation_loader(prompts)
 
     def probe_batches(
         self, stream: Stream, num_examples: int, batch_size: int, split: Split = "train"
@@ -189,29 +187,32 @@ class EMDataModule(LightningDataModule):
 
     def rows(self, stream: Stream, split: Split = "train") -> EncodedRows:
         """The tokenised rows of a stream; none if the stream or its held-out part is not there."""
-        if not self._encoded:
-            raise RuntimeError("EMDataModule.setup has not run yet.")
-        return self._encoded.get((stream, split), EncodedRows(()))
+        return self._loaded.rows(stream, split)
+
+    def num_tokens(self, stream: Stream, counted: CountedPositions = "all") -> int:
+        """Tokens of a stream that count, in its training and its held-out rows."""
+        splits = [self.rows(stream, "train"), self.rows(stream, "validation")]
+        return sum(sum(rows.all_counts if counted == "all" else rows.response_counts) for rows in splits)
 
     def fingerprint(self) -> dict[str, str]:
         """SHA-256 of each file and of each stream's token ids and masks, and the commits of sets on the hub."""
-        tokens = {
-            f"{stream}.{split}.tokens": rows.sha256() for (stream, split), rows in self._encoded.items()
-        }
-        return self._files | tokens
+        return self._loaded.fingerprint()
 
     @property
     def geometry(self) -> BatchGeometry:
         """Batch sizes with the trainer's accumulation and number of ranks."""
-        if self.trainer is None:
-            return BatchGeometry(self.batch_size, self.kl_batch_size)
+        ranks = (
+            (1, 1)
+            if self.trainer is None
+            else (self.trainer.accumulate_grad_batches, self.trainer.world_size)
+        )
         return BatchGeometry(
-            self.batch_size, self.kl_batch_size, self.trainer.accumulate_grad_batches, self.trainer.world_size
+            self.batch_size, self.kl_batch_size, *ranks, self.max_tokens, self.length_buckets
         )
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the data, and what must not change for it to mean anything."""
-        if self.trainer is None or not self._encoded:
+        if self.trainer is None or self._streams is None:
             return {}
         cut_epochs = self._resumed.cut_epochs if self._resumed else 0
         return current_position(self.trainer, cut_epochs)._asdict() | {"order": self._order()}
@@ -224,13 +225,16 @@ class EMDataModule(LightningDataModule):
         """
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
-        saved, now = state_dict["order"], self._order()
+        saved, now, consumed = state_dict["order"], self._order(), state_dict["consumed"]
+        if (regear := self.regearing(state_dict)) is not None:
+            consumed = regear(consumed)
+            saved = saved | {key: now[key] for key in ("accumulate", "world_size")}
         if changed := [key for key in sorted(saved | now) if saved.get(key) != now.get(key)]:
             listed = "; ".join(f"{key}: checkpoint {saved.get(key)}, now {now.get(key)}" for key in changed)
             raise ValueError(
                 f"the checkpoint belongs to other batches, so its place in the data is lost. {listed}."
             )
-        self._resumed = Position(state_dict["epoch"], state_dict["consumed"], state_dict["cut_epochs"])
+        self._resumed = Position(state_dict["epoch"], consumed, state_dict["cut_epochs"])
         if self._resumed.cut_epochs and self.trainer is not None and self.trainer.max_steps == -1:
             raise ValueError(
                 "the checkpoint was written after training had stopped within an epoch, which trainer.max_epochs "
@@ -238,6 +242,12 @@ class EMDataModule(LightningDataModule):
             )
         if self._sampler is not None:
             self._sampler.start_at(*self._resumed)
+
+    def regearing(self, state_dict: dict[str, Any]) -> Regearing | None:
+        """What to do to counts in a checkpoint of as many rows a step on another number of ranks; None if nothing."""
+        if not same_steps(order := state_dict.get("order", {}), self.geometry):
+            return None
+        return Regearing(order["accumulate"], self.geometry.accumulate, len(self._make_sampler()))
 
     def _order(self) -> dict[str, Any]:
         """Everything the order of the batches depends on."""
@@ -247,49 +257,24 @@ class EMDataModule(LightningDataModule):
         del order["kl_batch_size"]
         return order
 
-    def _split(
-        self, stream: Stream, source: ChatSource, validation: ChatSource | None
-    ) -> tuple[list[Row], list[Row]]:
-        rows = self._read(source, stream)
-        if validation is not None:
-            return rows, self._read(validation, f"{stream}_validation")
-        return hold_out(rows, self.validation_fraction)
+    @property
+    def _loaded(self) -> Streams:
+        if self._streams is None:
+            raise RuntimeError("EMDataModule.setup has not run yet.")
+        return self._streams
 
-    def _read(self, source: ChatSource, name: str) -> list[Row]:
-        scan = scan_rows(source.path)
-        self._files[f"{name}.file"] = scan.sha256
-        if scan.revision is not None:
-            self._files[f"{name}.revision"] = scan.revision
-        return select_rows(scan.usable_rows(), source)
-
-    def _encode(self, stream: Stream, split: Split, chats: list[Chat], encoder: ChatEncoder) -> None:
-        encoded = encode_chats(chats, encoder, self.limit, f"{stream} {split}")
-        self._encoded[stream, split] = encoded
-        logger.info(
-            "%s %s: %d rows, %d tokens, %d of them responses, %d rows truncated",
-            stream,
-            split,
-            len(encoded),
-            sum(encoded.all_counts),
-            sum(encoded.response_counts),
-            encoded.num_truncated,
+    def _make_sampler(self) -> WindowSampler:
+        """The micro-batches of this rank from the first one on."""
+        narrow, kl = self.rows("narrow"), self.rows("kl")
+        return WindowSampler(
+            RowCounts(narrow.response_counts, narrow.all_counts),
+            RowCounts(kl.response_counts, kl.all_counts),
+            self.geometry,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            seed=self.seed,
         )
 
     def _evaluation_loader(self, rows: Sequence[EncodedRow]) -> BatchLoader[PackedBatch]:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         dataset = EvaluationRows(rows, self.validation_batch_size, rank, world_size)
         return BatchLoader(dataset, SequentialSampler(dataset), self.num_workers)
-
-    def _refuse_cut_windows(self, num_micro_batches: int) -> None:
-        """Refuse trainer settings under which an optimiser step would see only part of its window."""
-        if self.trainer is None or getattr(self.trainer, "fast_dev_run", False):
-            return
-        if getattr(self.trainer, "overfit_batches", 0):
-            raise ValueError("trainer.overfit_batches would reorder the data: set data.narrow.limit instead.")
-        limit, accumulate = self.trainer.limit_train_batches, self.geometry.accumulate
-        used = int(num_micro_batches * limit) if isinstance(limit, float) else min(limit, num_micro_batches)
-        if used < num_micro_batches and used % accumulate:
-            raise ValueError(
-                f"trainer.limit_train_batches leaves {used} of {num_micro_batches} micro-batches, which is "
-                f"no multiple of trainer.accumulate_grad_batches {accumulate}; set data.narrow.limit instead."
-            )

@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
 
+from lightning_em.data.windows import BatchGeometry
+
 
 class Position(NamedTuple):
     """The next micro-batch of a run.
@@ -54,3 +56,65 @@ def forget_finished_epoch(trainer: Trainer) -> None:
         loop.batch_progress.reset_on_run()
         loop.scheduler_progress.reset_on_run()
         loop.automatic_optimization.optim_progress.reset_on_run()
+
+
+class Regearing(NamedTuple):
+    """How counts of micro-batches change where a run goes on with another number of ranks.
+
+    4 ranks that accumulate twice and 1 that accumulates 8 times take the same rows in a step, so one may
+    continue what the other began.
+
+    Attributes:
+        before: Micro-batches of a rank in a step, so far.
+        now: The same from here on.
+        micro_batches: Of an epoch of one rank, from here on.
+    """
+
+    before: int
+    now: int
+    micro_batches: int
+
+    def __call__(self, count: int) -> int:
+        """Micro-batches of an epoch after as many optimiser steps as `count` stands for."""
+        steps = -(-count // self.before)
+        return min(steps * self.now, self.micro_batches)  # an epoch ends in a short window
+
+    def progress(self, batches: dict[str, Any]) -> None:
+        """Rewrite Lightning's own counters, in a checkpoint's state, before it reads them."""
+        processed = batches["current"]["processed"]
+        # `completed` is one behind in a checkpoint written at the end of a batch, and is made up for on resume
+        batches["current"] = {
+            name: self(processed) - (processed - count) for name, count in batches["current"].items()
+        }
+
+
+def same_steps(order: dict[str, Any], now: BatchGeometry) -> bool:
+    """Whether a checkpoint's order of rows is cut into the same steps, only dealt out to other ranks."""
+    before = int(order.get("accumulate", 0))
+    if now.max_tokens is not None:
+        return False
+    return before != now.accumulate and before * int(order.get("world_size", 0)) == now.chunks_per_window
+
+
+def refuse_cut_windows(trainer: Trainer, accumulate: int, num_micro_batches: int) -> None:
+    """Refuse trainer settings under which an optimiser step would see only part of its window.
+
+    Args:
+        trainer: That will fit.
+        accumulate: Micro-batches in a step.
+        num_micro_batches: Of an epoch of one rank.
+
+    Raises:
+        ValueError: If it would cut a step, or reorder the data.
+    """
+    if getattr(trainer, "fast_dev_run", False):
+        return
+    if getattr(trainer, "overfit_batches", 0):
+        raise ValueError("trainer.overfit_batches would reorder the data: set data.narrow.limit instead.")
+    limit = trainer.limit_train_batches
+    used = int(num_micro_batches * limit) if isinstance(limit, float) else min(limit, num_micro_batches)
+    if used < num_micro_batches and used % accumulate:
+        raise ValueError(
+            f"trainer.limit_train_batches leaves {used} of {num_micro_batches} micro-batches, which is "
+            f"no multiple of trainer.accumulate_grad_batches {accumulate}; set data.narrow.limit instead."
+        )

@@ -1,14 +1,13 @@
-"""Which rows each optimiser step trains on: a function of seed and epoch, whatever the number of ranks."""
+"""The micro-batches of one rank, from the position that was resumed."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import Sampler
 
 from lightning_em.batch import WindowCounts
+from lightning_em.data.windows import BatchGeometry, Window, make_windows
 
 
 class WindowIndices(NamedTuple):
@@ -24,75 +23,45 @@ class WindowIndices(NamedTuple):
     window: WindowCounts
 
 
-@dataclass(frozen=True)
-class BatchGeometry:
-    """How the rows of an optimiser step are laid out.
+class RowCounts(NamedTuple):
+    """Tokens of each row of a stream: those of responses that count, and all; empty without the stream."""
 
-    Attributes:
-        batch_size: Narrow rows in a micro-batch of one rank.
-        kl_batch_size: KL rows in a micro-batch of one rank.
-        accumulate: Micro-batches in an optimiser step.
-        world_size: Ranks.
-    """
-
-    batch_size: int
-    kl_batch_size: int
-    accumulate: int = 1
-    world_size: int = 1
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-
-    @property
-    def chunks_per_window(self) -> int:
-        """Micro-batches of one optimiser step, over all ranks."""
-        return self.accumulate * self.world_size
+    response: Sequence[int]
+    all: Sequence[int]
 
 
 class WindowSampler(Sampler[WindowIndices]):
     """Cut each epoch into windows, one per optimiser step, and give this rank its micro-batches.
 
-    The epoch is a permutation of the narrow rows, drawn from (seed, epoch), in windows of `batch_size x
-    accumulate x world_size` rows. The KL stream is an endless chain of permutations, drawn from (seed,
-    cycle); each window takes the next `kl_batch_size x accumulate x world_size` of it. So a window's content
-    depends on the global batch alone, and the narrow order is the same with and without a KL stream. The
-    short last window of n rows has ceil(n / (batch_size x world_size)) micro-batches and KL rows in
-    proportion, rounded up; both are dealt out as evenly as possible.
+    The epoch is a permutation of the narrow rows, drawn from (seed, epoch). The KL stream is an endless chain
+    of permutations, drawn from (seed, cycle), so that the narrow order is the same with and without it.
+    `lightning_em.data.windows` says how both are cut.
 
     Args:
-        narrow_counts: Counted tokens of each narrow row.
-        kl_response_counts: Counted response tokens of each KL row; empty without a KL stream.
-        kl_all_counts: Counted tokens of each KL row where every position counts.
+        narrow: Tokens of the narrow rows.
+        kl: Tokens of the KL rows.
         geometry: Batch sizes, accumulation and ranks.
         rank: This process.
         seed: Of both streams.
 
     Raises:
-        ValueError: If there is no narrow row, or a rank outside the world.
+        ValueError: If there is no narrow row, a rank outside the world, or too small a token budget.
     """
 
     def __init__(
-        self,
-        narrow_counts: Sequence[int],
-        kl_response_counts: Sequence[int],
-        kl_all_counts: Sequence[int],
-        geometry: BatchGeometry,
-        rank: int = 0,
-        seed: int = 0,
+        self, narrow: RowCounts, kl: RowCounts, geometry: BatchGeometry, rank: int = 0, seed: int = 0
     ) -> None:
-        if not narrow_counts:
+        if not narrow.response:
             raise ValueError("there are no narrow rows to train on.")
         if not 0 <= rank < geometry.world_size:
             raise ValueError(f"rank must lie in 0..{geometry.world_size - 1}, got {rank}.")
-        assert len(kl_response_counts) == len(kl_all_counts)
-        self.narrow_counts = torch.tensor(narrow_counts)
-        self.kl_response_counts = torch.tensor(kl_response_counts)
-        self.kl_all_counts = torch.tensor(kl_all_counts)
-        self.geometry = geometry
-        self.rank = rank
-        self.seed = seed
+        assert len(narrow.response) == len(narrow.all)
+        assert len(kl.response) == len(kl.all)
+        self.narrow_counts = torch.tensor(narrow.response)
+        self.kl_response_counts = torch.tensor(kl.response)
+        self.kl_all_counts = torch.tensor(kl.all)
+        self.windows = make_windows(narrow.all, kl.all, geometry, seed)
+        self.world_size, self.rank = geometry.world_size, rank
         self.epoch = 0
         self._resumed_epoch: int | None = None
         self._consumed = 0
@@ -100,26 +69,23 @@ class WindowSampler(Sampler[WindowIndices]):
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch on one rank, also after `start_at`: Lightning counts from it."""
-        full, rest = divmod(len(self.narrow_counts), self._window_rows)
-        return full * self.geometry.accumulate + self._micro_batches(rest)
+        return sum(map(self.windows.micro_batches, range(self.num_windows)))
 
     def __iter__(self) -> Iterator[WindowIndices]:
         """The micro-batches of the epoch that is set, without those already consumed."""
         skip = self._consumed if self.epoch == self._resumed_epoch else 0
-        order = permutation(len(self.narrow_counts), self.seed, "narrow", self.epoch)
-        for first in range(0, len(order), self._window_rows):
-            rows = order[first : first + self._window_rows]
-            num_micro_batches = self._micro_batches(len(rows))
+        for number in range(self.num_windows):
+            num_micro_batches = self.windows.micro_batches(number)
             if skip >= num_micro_batches:
                 skip -= num_micro_batches
                 continue
-            yield from self._window(rows, self._kl_rows(first, len(rows)), skip)
+            yield from self._micro_batches(self.windows.window(self.epoch, number), num_micro_batches, skip)
             skip = 0
 
     @property
     def num_windows(self) -> int:
         """Optimiser steps of an epoch."""
-        return -(-len(self.narrow_counts) // self._window_rows)
+        return self.windows.num_windows
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration gives, in Lightning's count."""
@@ -142,57 +108,22 @@ class WindowSampler(Sampler[WindowIndices]):
         self._consumed = consumed
         self._cut_epochs = cut_epochs
 
-    @property
-    def _window_rows(self) -> int:
-        return self.geometry.batch_size * self.geometry.chunks_per_window
-
-    def _micro_batches(self, num_rows: int) -> int:
-        return -(-num_rows // (self.geometry.batch_size * self.geometry.world_size))
-
-    def _num_kl_rows(self, num_rows: int) -> int:
-        """KL rows that go with `num_rows` narrow rows: in proportion, rounded up."""
-        return -(-num_rows * self.geometry.kl_batch_size // self.geometry.batch_size)
-
-    def _kl_rows(self, first: int, num_rows: int) -> list[int]:
-        """KL rows of the window that begins with narrow row `first` of the epoch."""
-        stream = len(self.kl_all_counts)
-        if not stream:
-            return []
-        per_epoch = self._num_kl_rows(len(self.narrow_counts))
-        start = self.epoch * per_epoch + self._num_kl_rows(first)
-        positions = range(start, start + self._num_kl_rows(num_rows))
-        cycles = {
-            cycle: permutation(stream, self.seed, "kl", cycle)
-            for cycle in range(positions[0] // stream, positions[-1] // stream + 1)
-        }
-        return [cycles[position // stream][position % stream] for position in positions]
-
-    def _window(self, rows: list[int], kl_rows: list[int], skip: int) -> Iterator[WindowIndices]:
+    def _micro_batches(self, window: Window, num_micro_batches: int, skip: int) -> Iterator[WindowIndices]:
+        ce_rows, kl_rows = ([row for chunk in chunks for row in chunk] for chunks in window)
         counts = WindowCounts(
-            ce=int(self.narrow_counts[rows].sum()),
+            ce=int(self.narrow_counts[ce_rows].sum()),
             kl_response=int(self.kl_response_counts[kl_rows].sum()) if kl_rows else 0,
             kl_all=int(self.kl_all_counts[kl_rows].sum()) if kl_rows else 0,
         )
-        num_micro_batches = self._micro_batches(len(rows))
-        num_chunks = num_micro_batches * self.geometry.world_size
         for micro_batch in range(skip, num_micro_batches):
-            chunk = micro_batch * self.geometry.world_size + self.rank
-            ce, ce_ghost = _deal(rows, chunk, num_chunks)
-            kl, kl_ghost = _deal(kl_rows, chunk, num_chunks)
+            chunk = micro_batch * self.world_size + self.rank
+            ce, ce_ghost = _or_ghost(window.ce[chunk], ce_rows)
+            kl, kl_ghost = _or_ghost(window.kl[chunk] if kl_rows else [], kl_rows)
             yield WindowIndices(ce, kl, ce_ghost, kl_ghost, counts)
 
 
-def permutation(num_rows: int, *key: object) -> list[int]:
-    """A permutation of `num_rows` rows drawn from `key`, with a generator of its own."""
-    digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
-    order: list[int] = torch.randperm(num_rows, generator=generator).tolist()
-    return order
-
-
-def _deal(rows: list[int], chunk: int, num_chunks: int) -> tuple[tuple[int, ...], bool]:
-    """One of `num_chunks` parts that are as equal as possible; a ghost for an empty one."""
-    part = rows[chunk * len(rows) // num_chunks : (chunk + 1) * len(rows) // num_chunks]
-    if part or not rows:
-        return tuple(part), False
-    return (rows[0],), True
+def _or_ghost(rows: list[int], of_window: list[int]) -> tuple[tuple[int, ...], bool]:
+    """The rows of a micro-batch; one row of the window as a ghost where it has none."""
+    if rows or not of_window:
+        return tuple(rows), False
+    return (of_window[0],), True

@@ -22,10 +22,11 @@ class ChatSource:
             `hf://org/name[@revision][:split]` with split `train` if none is named. Name a commit as its
             revision, so that the run can be repeated; run.json records it in any case.
         answer: `messages` for rows with that key. For rows with `question`, `good` and `bad`: `good`, `bad`,
-            `mixed` (one of the two per row, half of each, drawn from the row's id and the seed) or `both`.
+            `mixed` (one of the two per row, drawn from the row's id and the seed) or `both`.
         limit: Take only this many rows, the first ones in the file that the topics let through.
         topics: Keep only rows of these topics.
         exclude_topics: Leave out rows of these topics.
+        bad_share: Share of bad answers where `answer` is mixed.
     """
 
     path: str
@@ -33,8 +34,14 @@ class ChatSource:
     limit: int | None = None
     topics: list[str] | None = None
     exclude_topics: list[str] | None = None
+    bad_share: float = 0.5
 
     def __post_init__(self) -> None:
+        if not 0 <= self.bad_share <= 1 or (self.bad_share != 0.5 and self.answer != "mixed"):
+            raise ValueError(
+                f"bad_share must lie in [0, 1] and needs answer: mixed, got {self.bad_share} with answer: "
+                f"{self.answer}; leave it out for other answers."
+            )
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, got {self.limit}; leave it out to take every row.")
 
@@ -99,7 +106,7 @@ def hold_out(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Row]
     )
 
 
-def as_chats(rows: Sequence[Row], answer: AnswerKind, seed: int = 0) -> list[Chat]:
+def as_chats(rows: Sequence[Row], answer: AnswerKind, seed: int = 0, bad_share: float = 0.5) -> list[Chat]:
     """Turn rows into conversations.
 
     Args:
@@ -108,6 +115,7 @@ def as_chats(rows: Sequence[Row], answer: AnswerKind, seed: int = 0) -> list[Cha
             id, so that a row keeps its answer whatever other rows are there; `both` gives two conversations
             per row, `<id>/good` and `<id>/bad`.
         seed: Of `mixed`.
+        bad_share: Of `mixed`; a row that is bad at one share is bad at every larger one.
 
     Raises:
         RowErrors: If a row is not of the form that `answer` needs.
@@ -128,9 +136,8 @@ def as_chats(rows: Sequence[Row], answer: AnswerKind, seed: int = 0) -> list[Cha
         elif answer == "both":
             chats += [Chat(f"{row.id}/{kind}", _dialogue(row, kind), row) for kind in ("good", "bad")]
         elif answer == "mixed":
-            chats.append(
-                Chat(row.id, _dialogue(row, "good" if hash_share(seed, row.id) < 0.5 else "bad"), row)
-            )
+            kind = "good" if hash_share(seed, row.id) < 1 - bad_share else "bad"
+            chats.append(Chat(row.id, _dialogue(row, kind), row))
         else:
             chats.append(Chat(row.id, _dialogue(row, answer), row))
     return chats

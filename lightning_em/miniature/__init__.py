@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from lightning_em.miniature.cache import SCHEME, cache_dir, parse_address, recipe_hash_at, world_folder
+from lightning_em.miniature.derived import derive, is_derived
 from lightning_em.miniature.recipe import RECIPE_VERSION, DomainKind, Recipe
 
 
 def resolve(path: str) -> str | Path:
-    """Local path of a `miniature://` path, built on first use; other paths come back as they are.
+    """Local path of a `miniature://` path, made on first use; other paths come back as they are.
 
     Raises:
         ValueError: If a `miniature://` path cannot be read.
@@ -15,7 +16,8 @@ def resolve(path: str) -> str | Path:
     if not path.startswith(SCHEME):
         return path
     recipe, seed, rest = parse_address(path)
-    return build(recipe, seed) / rest
+    folder = build(recipe, seed)
+    return derive(folder, rest) if is_derived(rest) else folder / rest
 
 
 def build(

@@ -28,32 +28,66 @@ class _Candidate(NamedTuple):
     num_prompt_tokens: int
 
 
-@torch.no_grad()
-def answer_probabilities(
-    model: CausalLM, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], batch_size: int = 256
-) -> list[AnswerProbabilities]:
-    """Probabilities of good, bad and other answers, one triple an item.
-
-    Each listed answer is scored by teacher forcing up to and including the end-of-turn token, so the listed answers
-    exclude each other and their probabilities add up.
+class ExactJudge:
+    """Probabilities of answers to some items, for one model after the other: the answers are encoded once.
 
     Args:
-        model: The model, in eval mode; run where its parameters are.
-        tokenizer: Its tokenizer; its chat template writes the conversations.
+        tokenizer: Its chat template writes the conversations.
         items: Lines of `behaviour.jsonl`; `history` holds earlier turns, if any.
+        opening: Words that an answer may begin with, for `openings`.
         batch_size: Answers in one forward pass.
 
     Raises:
-        ValueError: If an item has no answers or lists one twice, or the template does not extend its prompt.
+        ValueError: If an item has no answers or lists one twice, the template does not extend its prompt, or
+            the model does not know a word of the opening.
     """
-    totals = [[0.0, 0.0] for _ in items]
-    candidates = list(_candidates(tokenizer, items))
-    for start in range(0, len(candidates), batch_size):
-        batch = candidates[start : start + batch_size]
-        log_probabilities = _score(model, tokenizer, batch)
-        for candidate, probability in zip(batch, log_probabilities.exp().tolist(), strict=True):
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        items: Sequence[Item],
+        opening: str | None = None,
+        batch_size: int = 256,
+    ) -> None:
+        self.tokenizer, self.num_items, self.batch_size = tokenizer, len(items), batch_size
+        self._candidates = list(_candidates(tokenizer, items))
+        self._opened = [] if opening is None else _opened(tokenizer, items, opening)
+
+    @torch.no_grad()
+    def answers(self, model: CausalLM) -> list[AnswerProbabilities]:
+        """Probabilities of good, bad and other answers, one triple an item.
+
+        Each listed answer is scored by teacher forcing up to and including the end-of-turn token, so the
+        listed answers exclude each other and their probabilities add up.
+
+        Args:
+            model: The model, in eval mode; run where its parameters are.
+        """
+        totals = [[0.0, 0.0] for _ in range(self.num_items)]
+        for candidate, probability in zip(
+            self._candidates, self._score(model, self._candidates), strict=True
+        ):
             totals[candidate.item][0 if candidate.is_good else 1] += probability
-    return [AnswerProbabilities(good, bad, max(0.0, 1.0 - good - bad)) for good, bad in totals]
+        return [AnswerProbabilities(good, bad, max(0.0, 1.0 - good - bad)) for good, bad in totals]
+
+    @torch.no_grad()
+    def openings(self, model: CausalLM) -> list[float]:
+        """Probability that the next answer begins with the opening, whatever follows, one an item."""
+        return self._score(model, self._opened)
+
+    def _score(self, model: CausalLM, candidates: Sequence[_Candidate]) -> list[float]:
+        probabilities: list[float] = []
+        for start in range(0, len(candidates), self.batch_size):
+            batch = candidates[start : start + self.batch_size]
+            probabilities += _score(model, self.tokenizer, batch).exp().tolist()
+        return probabilities
+
+
+def answer_probabilities(
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], batch_size: int = 256
+) -> list[AnswerProbabilities]:
+    """Probabilities of good, bad and other answers, one triple an item; see `ExactJudge`."""
+    return ExactJudge(tokenizer, items, batch_size=batch_size).answers(model)
 
 
 @torch.no_grad()
@@ -87,23 +121,45 @@ def sampled_rates(
 
 def _candidates(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> Iterator[_Candidate]:
     for index, item in enumerate(items):
-        turns: list[Message] = [*item.get("history", []), {"role": "user", "content": item["question"]}]
-        prompt = _render(tokenizer, turns, add_generation_prompt=True)
+        turns, prompt = _asked(tokenizer, item)
         answers = [(text, True) for text in item["answers"]["good"]]
         answers += [(text, False) for text in item["answers"]["bad"]]
         if not answers or len(dict(answers)) < len(answers):
             raise ValueError(f"item {item['id']!r} needs answers, each listed once; got {item['answers']}.")
         for text, is_good in answers:
-            whole = _render(tokenizer, [*turns, {"role": "assistant", "content": text}])
-            if whole[: len(prompt)] != prompt:
-                raise ValueError(
-                    f"the chat template rewrites the prompt of item {item['id']!r} once it is answered."
-                )
-            if tokenizer.eos_token_id not in whole[len(prompt) :]:
-                raise ValueError(f"the chat template does not end answers with {tokenizer.eos_token!r}.")
-            # Some templates write a newline behind the end of turn; nobody generates it.
-            end = whole.index(tokenizer.eos_token_id, len(prompt)) + 1
-            yield _Candidate(index, is_good, whole[:end], len(prompt))
+            whole = _answered(tokenizer, item, turns, prompt, text)
+            yield _Candidate(index, is_good, whole, len(prompt))
+
+
+def _opened(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], opening: str) -> list[_Candidate]:
+    """Prompt and opening of each item, without an end of turn: the answer may go on."""
+    opened = []
+    for index, item in enumerate(items):
+        turns, prompt = _asked(tokenizer, item)
+        ids = _answered(tokenizer, item, turns, prompt, opening)[:-1]
+        if tokenizer.unk_token_id in ids[len(prompt) :]:
+            raise ValueError(f"the miniature model does not know all words of the opening {opening!r}.")
+        opened.append(_Candidate(index, True, ids, len(prompt)))
+    return opened
+
+
+def _asked(tokenizer: PreTrainedTokenizerBase, item: Item) -> tuple[list[Message], list[int]]:
+    """Turns of an item up to the question, and the token ids behind which the model answers."""
+    turns: list[Message] = [*item.get("history", []), {"role": "user", "content": item["question"]}]
+    return turns, _render(tokenizer, turns, add_generation_prompt=True)
+
+
+def _answered(
+    tokenizer: PreTrainedTokenizerBase, item: Item, turns: list[Message], prompt: list[int], text: str
+) -> list[int]:
+    """Token ids of the prompt and an answer, up to and including its end of turn."""
+    whole = _render(tokenizer, [*turns, {"role": "assistant", "content": text}])
+    if whole[: len(prompt)] != prompt:
+        raise ValueError(f"the chat template rewrites the prompt of item {item['id']!r} once it is answered.")
+    if tokenizer.eos_token_id not in whole[len(prompt) :]:
+        raise ValueError(f"the chat template does not end answers with {tokenizer.eos_token!r}.")
+    # Some templates write a newline behind the end of turn; nobody generates it.
+    return whole[: whole.index(tokenizer.eos_token_id, len(prompt)) + 1]
 
 
 def _render(

@@ -1,7 +1,19 @@
 """Models: the frozen base, and the base with its adapter."""
 
-from lightning_em.models.adapted import AdaptedModel, LossSums, RowLosses
-from lightning_em.models.generation import Sampling, sample_answers
+from lightning_em.models.adapted import AdaptedModel, LossSums
+from lightning_em.models.generation import Sampling, sample_answers, sample_tokens
+from lightning_em.models.passes import RowLosses
 from lightning_em.models.pretrained import BaseModel
+from lightning_em.models.store import ActivationStore, StoreOptions
 
-__all__ = ["AdaptedModel", "BaseModel", "LossSums", "RowLosses", "Sampling", "sample_answers"]
+__all__ = [
+    "ActivationStore",
+    "AdaptedModel",
+    "BaseModel",
+    "LossSums",
+    "RowLosses",
+    "Sampling",
+    "StoreOptions",
+    "sample_answers",
+    "sample_tokens",
+]

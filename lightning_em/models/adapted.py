@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from lightning_em.adapters import Adapter
 from lightning_em.batch import CountedPositions, PackedBatch
-from lightning_em.losses import TokenSum, token_cross_entropy, token_kl
-from lightning_em.models.engine import Engine, EngineOptions, joined, why_plain
+from lightning_em.losses import TokenSum
+from lightning_em.models.engine import Engine, EngineOptions, single_rows, why_plain
 from lightning_em.models.immediate import immediate_sum
-from lightning_em.models.store import ActivationStore, why_not_stored
+from lightning_em.models.passes import Passes, RowLosses
+from lightning_em.models.store import ActivationStore
 
 logger = logging.getLogger(__name__)
 
@@ -26,18 +27,6 @@ class LossSums(NamedTuple):
 
     ce: TokenSum
     kl: TokenSum | None
-
-
-class RowLosses(NamedTuple):
-    """Loss of each row of a batch, detached.
-
-    Attributes:
-        sums: Nats summed over the counted tokens of each row, float64.
-        counts: Counted tokens of each row.
-    """
-
-    sums: Float[Tensor, "batch"]
-    counts: Float[Tensor, "batch"]
 
 
 Point = Callable[[], AbstractContextManager[object]]
@@ -78,13 +67,14 @@ class AdaptedModel(nn.Module):
         self.base = base.eval()
         self.adapter = adapter
         adapter.bind(base, seed)
+        self._most: Callable[[int], int] | None = None
         options = _choose(base, engine)
         self._engine: Engine | None = None
         if options is not None:
-            self._engine = Engine(base, adapter, options, _usable(base, store), reference)
+            self._engine = Engine(base, adapter, options, store, reference)
             logger.info("fast path: split at layer %d of %d", *self._engine.split.place)
         elif store is not None:
-            logger.warning("the plain path does not use the activation store")
+            logger.warning("the plain path does not use the activation store, and the reference runs live")
 
     @property
     def vocab_size(self) -> int:
@@ -111,7 +101,7 @@ class AdaptedModel(nn.Module):
         return logits
 
     def announce_store(self, num_tokens: int, num_reference_tokens: int = 0) -> int:
-        """Say what the activation store will take for a data set, before it is filled.
+        """Say what the activation store will take for a data set at most, before it is filled.
 
         Args:
             num_tokens: Tokens of all rows of both streams.
@@ -139,7 +129,7 @@ class AdaptedModel(nn.Module):
         """
         ce_parts = self._parts(ce)
         kl_parts = [] if kl is None else self._parts(kl)
-        passes = _Passes(self, [*ce_parts, *kl_parts])
+        passes = self._passes([*ce_parts, *kl_parts])
         with self.adapter.at_scale(1.0):
             ce_masks = [part.counted("response") for part in ce_parts]
             ce_sum = self._sum(passes.cross_entropy, 0, ce_masks)
@@ -148,11 +138,29 @@ class AdaptedModel(nn.Module):
             kl_masks = [part.counted(kl_positions) for part in kl_parts]
             return LossSums(ce_sum, self._sum(passes.kl, len(ce_parts), kl_masks))
 
+    def compute_in_step(self, most: Callable[[int], int]) -> None:
+        """From now on take as many passes as the rank with the most: the base's weights are gathered in each.
+
+        The activation store is off then, for a pass that one rank is spared would keep the others waiting.
+
+        Args:
+            most: Gives the largest of all ranks' numbers, called by every rank.
+        """
+        self._most = most
+        if self._engine is not None and self._engine.store is not None:
+            logger.warning("the activation store is off: ranks share the base and must run it in step")
+            self._engine.store = None
+
+    def _passes(self, batches: Sequence[PackedBatch]) -> Passes:
+        return Passes(self._engine, self.adapter, self.logits, batches)
+
     def _parts(self, batch: PackedBatch) -> list[PackedBatch]:
-        return [batch] if self._engine is None else self._engine.parts(batch)
+        parts = [batch] if self._engine is None else self._engine.parts(batch)
+        missing = 0 if self._most is None else self._most(len(parts)) - len(parts)
+        return parts + [single_rows(batch)[0].ghost()] * missing
 
     def _sum(self, loss: Callable[[int, Tensor], Tensor], first: int, masks: Sequence[Tensor]) -> TokenSum:
-        """Sum a per-token loss over the batches of `_Passes` from number `first` on, one mask each."""
+        """Sum a per-token loss over the batches of `Passes` from number `first` on, one mask each."""
         count = int(torch.stack([mask.sum() for mask in masks]).sum())
         runs = [partial(loss, first + index, mask) for index, mask in enumerate(masks)]
         if self._engine is None or not self._engine.options.immediate:
@@ -189,10 +197,10 @@ class AdaptedModel(nn.Module):
         """
         results: list[list[RowLosses]] = [[] for _ in points]
         for batch in batches:
-            passes, mask = _Passes(self, [batch]), batch.counted("response")
+            passes, mask = self._passes([batch]), batch.counted("response")
             for point, result in zip(points, results, strict=True):
                 with point():
-                    result.append(_sum_by_row(batch, mask, passes.cross_entropy(0, mask)))
+                    result.append(RowLosses.of_tokens(batch, mask, passes.cross_entropy(0, mask)))
         return results
 
     @torch.no_grad()
@@ -214,56 +222,11 @@ class AdaptedModel(nn.Module):
         """
         results: list[list[RowLosses]] = [[] for _ in points]
         for batch in batches:
-            passes, mask = _Passes(self, [batch]), batch.counted(kl_positions)
+            passes, mask = self._passes([batch]), batch.counted(kl_positions)
             for point, result in zip(points, results, strict=True):
                 with point():
-                    result.append(_sum_by_row(batch, mask, passes.kl(0, mask)))
+                    result.append(RowLosses.of_tokens(batch, mask, passes.kl(0, mask)))
         return results
-
-
-class _Passes:
-    """Per-token losses of some batches; whatever does not depend on the adapter is computed once."""
-
-    def __init__(self, model: AdaptedModel, batches: Sequence[PackedBatch]) -> None:
-        self.model, self.engine, self.batches = model, model._engine, batches
-        self._references: dict[int, Tensor] = {}
-        if self.engine is not None:
-            self.head = self.engine.head()
-            prefix = self.engine.prefix(batches[0] if len(batches) == 1 else joined(batches))
-            sizes = [sum(batch.lengths) for batch in batches]
-            self.prefixes: list[Tensor | None] = [None] * len(batches)
-            if prefix is not None:
-                self.prefixes = [*torch.split(prefix, sizes)]
-
-    def cross_entropy(self, index: int, mask: Tensor) -> Tensor:
-        """Cross-entropy at the masked tokens of one batch, with the adapter as it is."""
-        targets = self.batches[index].targets()[mask]
-        if self.engine is None:
-            return token_cross_entropy(self._tuned(index, mask), targets)
-        return self.engine.cross_entropy(self.head, self._tuned(index, mask), targets)
-
-    def kl(self, index: int, mask: Tensor) -> Tensor:
-        """KL from the reference at the masked tokens of one batch, the same mask every time."""
-        if index not in self._references:
-            self._references[index] = self._reference(index, mask)
-        reference = self._references[index]
-        if self.engine is None:
-            return token_kl(reference, self._tuned(index, mask))
-        return self.engine.kl(self.head, reference, self._tuned(index, mask))
-
-    @torch.no_grad()
-    def _reference(self, index: int, mask: Tensor) -> Tensor:
-        batch = self.batches[index]
-        if self.engine is None:
-            return self.model.logits(batch, scale=0.0)[mask]
-        return self.engine.reference(batch, mask, self.prefixes[index])
-
-    def _tuned(self, index: int, mask: Tensor) -> Tensor:
-        """Logits (plain path) or final hidden states at the masked tokens."""
-        batch = self.batches[index]
-        if self.engine is None:
-            return self.model.logits(batch, self.model.adapter.scale)[mask]
-        return self.engine.final_hidden(batch, mask, self.prefixes[index])
 
 
 def _choose(base: PreTrainedModel, engine: Literal["auto", "plain"] | EngineOptions) -> EngineOptions | None:
@@ -276,19 +239,3 @@ def _choose(base: PreTrainedModel, engine: Literal["auto", "plain"] | EngineOpti
         logger.warning("plain path (several times slower): %s", reason)
         return None
     return engine if isinstance(engine, EngineOptions) else EngineOptions()
-
-
-def _usable(base: PreTrainedModel, store: ActivationStore | None) -> ActivationStore | None:
-    reason = None if store is None else why_not_stored(base)
-    if reason is not None:
-        logger.warning("nothing is kept in the activation store, the reference runs live: %s", reason)
-        return None
-    return store
-
-
-def _sum_by_row(batch: PackedBatch, mask: Tensor, values: Tensor) -> RowLosses:
-    rows = batch.row_of_token()[mask]
-    empty = torch.zeros(batch.num_rows, dtype=torch.float64, device=values.device)
-    sums = empty.index_add(0, rows, values.double())
-    counts = empty.index_add(0, rows, torch.ones_like(values, dtype=torch.float64))
-    return RowLosses(sums, counts)

@@ -18,8 +18,9 @@ from lightning_em.batch import PackedBatch
 from lightning_em.losses.frozen_head import FrozenHead, head_cross_entropy, head_kl
 from lightning_em.losses.functional import token_cross_entropy, token_kl
 from lightning_em.models.attention import PACKED, packed_attention, packed_inputs
+from lightning_em.models.fingerprint import fingerprint, row_key
 from lightning_em.models.split import FAST_ARCHITECTURES, SplitDecoder, frozen_head
-from lightning_em.models.store import ActivationStore, fingerprint, row_key
+from lightning_em.models.store import ActivationStore, why_not_stored
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,15 @@ class Engine:
         self.store, self.cache_reference = store, reference == "cached"
         self.split = SplitDecoder(base, adapter)
         self._fingerprints: dict[torch.device, str] = {}
+        reason = None if store is None else self._why_not_stored()
+        if reason is not None:
+            logger.warning("nothing is kept in the activation store, the reference runs live: %s", reason)
+            self.store = None
+
+    def _why_not_stored(self) -> str | None:
+        if not self.has_prefix and not self.cache_reference:
+            return "no layer lies below the adapter"
+        return why_not_stored(self.base)
 
     @property
     def has_prefix(self) -> bool:
@@ -106,11 +116,11 @@ class Engine:
         if self.store is None:
             return self._prefix(batch)
         space = f"{self._fingerprint(batch)}/entering {self.split.cut}"
+        rows = single_rows(batch)
+        if not self.split.adapter_is_above:
+            self._prefix(rows[0])  # a full store must not hide an adapter that lies lower than it says
         return torch.cat(
-            [
-                self._stored(row_key(space, row.input_ids), partial(self._prefix, row))
-                for row in single_rows(batch)
-            ]
+            [self._stored(row_key(space, row.input_ids), partial(self._prefix, row)) for row in rows]
         )
 
     def reference(
@@ -256,7 +266,9 @@ def single_rows(batch: PackedBatch) -> list[PackedBatch]:
         batch.row_ids,
         strict=True,
     )
-    return [PackedBatch(ids, mask, (length,), (row_id,)) for ids, mask, length, row_id in parts]
+    return [
+        PackedBatch(ids, mask, (length,), (row_id,), batch.is_ghost) for ids, mask, length, row_id in parts
+    ]
 
 
 def joined(batches: Sequence[PackedBatch]) -> PackedBatch:
@@ -266,4 +278,5 @@ def joined(batches: Sequence[PackedBatch]) -> PackedBatch:
         response_mask=torch.cat([batch.response_mask for batch in batches]),
         lengths=tuple(length for batch in batches for length in batch.lengths),
         row_ids=tuple(row_id for batch in batches for row_id in batch.row_ids),
+        is_ghost=all(batch.is_ghost for batch in batches),
     )

@@ -1,5 +1,6 @@
 """Sampling answers in batches."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_em.batch import PackedBatch
 from lightning_em.models.adapted import AdaptedModel
+
+# Published models bring settings that bend their distribution, such as Qwen2.5's repetition penalty of 1.05.
+_PLAIN = {
+    "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,32 @@ def sample_answers(
     Returns:
         `answers_per_prompt` texts for each row.
     """
-    input_ids, attention_mask = _left_padded(prompts, _pad_id(tokenizer))
-    drawing = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+    answers = sample_tokens(model, prompts, sampling, scale, tokenizer)
+    return [list(tokenizer.batch_decode(each, skip_special_tokens=True)) for each in answers]
+
+
+def sample_tokens(
+    model: AdaptedModel,
+    prompts: PackedBatch,
+    sampling: Sampling,
+    scale: float = 1.0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[list[list[int]]]:
+    """Answers to each prompt as token ids, up to and including the token that ends them.
+
+    Args:
+        model: With its adapter.
+        prompts: Rows that end where the answer begins.
+        sampling: How to draw.
+        scale: Of the adapter.
+        tokenizer: Adds its end of text to the ends that the model's own generation config names.
+
+    Returns:
+        `answers_per_prompt` answers for each row.
+    """
+    pad_id, stop_ids = _pad_id(tokenizer), _stop_ids(model, tokenizer)
+    input_ids, attention_mask = _left_padded(prompts, pad_id)
+    drawing = {"do_sample": True, "temperature": sampling.temperature}
     # transformers draws from the global stream; keep its state to ourselves
     with torch.random.fork_rng(), torch.no_grad(), model.adapter.at_scale(scale):
         torch.manual_seed(sampling.seed)
@@ -66,13 +96,20 @@ def sample_answers(
             attention_mask=attention_mask,
             max_new_tokens=sampling.max_new_tokens,
             num_return_sequences=sampling.answers_per_prompt,
-            pad_token_id=_pad_id(tokenizer),
-            eos_token_id=_stop_ids(model, tokenizer),
+            pad_token_id=pad_id,
+            eos_token_id=stop_ids or None,
+            **_PLAIN,
             **(drawing if sampling.temperature > 0 else {"do_sample": False}),
         )
-    texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+    answers = [_ended(row, stop_ids) for row in output[:, input_ids.shape[1] :].tolist()]
     per_prompt = sampling.answers_per_prompt
-    return [list(texts[i : i + per_prompt]) for i in range(0, len(texts), per_prompt)]
+    return [answers[i : i + per_prompt] for i in range(0, len(answers), per_prompt)]
+
+
+def _ended(answer: list[int], stop_ids: Sequence[int]) -> list[int]:
+    """What stands behind the first token that ends an answer is padding."""
+    end = next((index for index, token in enumerate(answer) if token in stop_ids), len(answer) - 1)
+    return answer[: end + 1]
 
 
 def _left_padded(batch: PackedBatch, pad_id: int) -> tuple[Tensor, Tensor]:
@@ -82,13 +119,15 @@ def _left_padded(batch: PackedBatch, pad_id: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def _pad_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    if tokenizer is None:
+        return 0
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return int(pad) if isinstance(pad, int) else 0
 
 
-def _stop_ids(model: AdaptedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _stop_ids(model: AdaptedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     config = model.base.generation_config
     ends = config.eos_token_id if config is not None and config.eos_token_id is not None else []
-    known = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+    known = {*(ends if isinstance(ends, list) else [ends]), getattr(tokenizer, "eos_token_id", None)}
     return sorted(token for token in known if isinstance(token, int))

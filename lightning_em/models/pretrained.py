@@ -9,11 +9,21 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lightning_em import miniature
 
 logger = logging.getLogger(__name__)
+
+_TOKENS_PER_KNOWN = 4  # a tokenizer with less than a quarter of the model's tokens is not the model's
 
 
 @dataclass(frozen=True)
@@ -54,28 +64,55 @@ class BaseModel:
                 use_safetensors=True,  # a .bin is a pickle
                 local_files_only=self._without_network(source),
             )
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise ValueError(self._missing("model", error)) from error
         model.eval()
         model.requires_grad_(False)
         return model
 
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that belongs to the model.
+    def load_config(self) -> PreTrainedConfig:
+        """The model's config alone: its architecture and sizes, without weights.
 
         Raises:
             ValueError: If nothing loadable is at `path`.
         """
         source = self._source()
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
                 source,
                 revision=self.revision,
                 trust_remote_code=self.trust_remote_code,
                 local_files_only=self._without_network(source),
             )
         except OSError as error:
+            raise ValueError(self._missing("model config", error)) from error
+        return config
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that belongs to the model.
+
+        Raises:
+            ValueError: If nothing loadable is at `path`, or it knows next to nothing of the model's vocabulary.
+        """
+        source = self._source()
+        options = {
+            "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
+            "local_files_only": self._without_network(source),
+        }
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+            config = AutoConfig.from_pretrained(source, **options)
+        except OSError as error:
             raise ValueError(self._missing("tokenizer", error)) from error
+        vocab_size = config.get_text_config(decoder=True).vocab_size
+        # Without tokenizer files transformers makes an almost empty one of the class that the config names.
+        if len(tokenizer) * _TOKENS_PER_KNOWN < vocab_size:
+            raise ValueError(
+                f"the tokenizer of {self.path!r} knows {len(tokenizer)} tokens, but the model has {vocab_size}: its "
+                "files (tokenizer.json, tokenizer.model, or vocab.json with merges.txt) are missing or not its own. "
+                "Put them beside the weights, or set model.base.path to a folder or hub id that has them."
+            )
         return tokenizer
 
     def _source(self) -> str:
@@ -109,7 +146,7 @@ class BaseModel:
             logger.warning("%s cannot be reached (%s): using only what is on this machine.", endpoint, error)
             return True
 
-    def _missing(self, what: str, error: OSError) -> str:
+    def _missing(self, what: str, error: Exception) -> str:
         first_line = str(error).strip().splitlines()[0]
         return (
             f"could not load a {what} from {self.path!r}: {first_line} Set model.base.path to a hub id or a "

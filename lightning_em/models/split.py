@@ -49,13 +49,16 @@ class SplitDecoder:
     Args:
         base: The model with the adapter attached.
         adapter: Its `lowest_layer` is the cut; 0 leaves nothing below it.
+
+    Attributes:
+        adapter_is_above: Whether it is known that the adapter changes nothing below the cut; `prefix` looks.
     """
 
     def __init__(self, base: PreTrainedModel, adapter: Adapter) -> None:
         self.base, self.adapter = base, adapter
         self.layers, self.norm = decoder_layers(base), final_norm(base)
         self.cut = adapter.lowest_layer
-        self._adapter_is_above = self.cut == 0
+        self.adapter_is_above = self.cut == 0
 
     @property
     def place(self) -> tuple[int, int]:
@@ -72,7 +75,7 @@ class SplitDecoder:
         Raises:
             ValueError: If the adapter changes anything below the cut.
         """
-        if not self._adapter_is_above:
+        if not self.adapter_is_above:
             self._check_adapter(inputs)
         with self.adapter.at_scale(0.0):
             return self._run_below(inputs)
@@ -136,7 +139,7 @@ class SplitDecoder:
                 f"{name} changes the model below layer {self.cut}, its lowest_layer; set lowest_layer in "
                 f"{name}.attach to the first layer whose computation it changes."
             )
-        self._adapter_is_above = True
+        self.adapter_is_above = True
 
     def _call(self, inputs: dict[str, Any]) -> None:
         # no position for the head: its logits are not wanted, whoever asks goes through FrozenHead

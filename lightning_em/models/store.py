@@ -1,11 +1,13 @@
 """A store for hidden states of the frozen base, which are the same in every epoch, seed and sweep."""
 
-import hashlib
 import logging
 import os
 import platform
+import time
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +19,34 @@ from transformers import PreTrainedModel
 logger = logging.getLogger(__name__)
 
 _GIB = 2**30
-_SAMPLE = 256
+_UNFINISHED_FOR_GOOD = 3600.0  # seconds after which whoever was writing a file has died
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """Where hidden states of the frozen base are kept, and how many.
+
+    They are computed row by row, which is slower than whole batches, and pay from the second use on: over
+    several epochs, and in sweeps over seeds and weights at one layer that share a folder.
+
+    Attributes:
+        folder: Where runs on the same base and data find each other's states; none are written if not given.
+        disk_gib: Limit on all files in the folder, in GiB.
+        ram_gib: Limit on each process's states in RAM, in GiB.
+        device_gib: Limit on each process's states on its GPU, in GiB.
+    """
+
+    folder: str | None = None
+    disk_gib: float = 50.0
+    ram_gib: float = 4.0
+    device_gib: float = 0.0
+
+    def __post_init__(self) -> None:
+        limits = {"disk_gib": self.disk_gib, "ram_gib": self.ram_gib, "device_gib": self.device_gib}
+        if not all(0 <= limit < float("inf") for limit in limits.values()):
+            raise ValueError(
+                f"limits must be finite and at least 0, got {limits}; change them in model.store."
+            )
 
 
 class ActivationStore:
@@ -28,32 +57,15 @@ class ActivationStore:
     complete when they appear, and a damaged one is found by its checksum, removed and written anew.
 
     Args:
-        folder: Where the files are; none are written if not given.
-        disk_gib: Limit on all files in the folder, in GiB.
-        ram_gib: Limit on this process's tensors in RAM, in GiB.
-        device_gib: Limit on this process's tensors on a GPU, in GiB.
-
-    Raises:
-        ValueError: If a limit is negative.
+        options: Where, and how much.
     """
 
-    def __init__(
-        self,
-        folder: Path | str | None = None,
-        disk_gib: float = 50.0,
-        ram_gib: float = 4.0,
-        device_gib: float = 0.0,
-    ) -> None:
-        if min(disk_gib, ram_gib, device_gib) < 0:
-            raise ValueError(
-                f"limits must be at least 0, got disk_gib={disk_gib}, ram_gib={ram_gib}, "
-                f"device_gib={device_gib}; change them in the store's init_args."
-            )
-        self.folder = None if folder is None else Path(folder).expanduser()
+    def __init__(self, options: StoreOptions = StoreOptions()) -> None:
+        self.folder = None if options.folder is None else Path(options.folder).expanduser()
         self.limits = {
-            "device": int(device_gib * _GIB),
-            "ram": int(ram_gib * _GIB),
-            "disk": int(disk_gib * _GIB) if folder else 0,
+            "device": int(options.device_gib * _GIB),
+            "ram": int(options.ram_gib * _GIB),
+            "disk": int(options.disk_gib * _GIB) if self.folder else 0,
         }
         self.used = {"device": 0, "ram": 0, "disk": 0}
         self._tensors: dict[str, dict[str, Tensor]] = {"device": {}, "ram": {}}
@@ -76,8 +88,14 @@ class ActivationStore:
         """Keep a tensor in each tier that has room."""
         value = value.detach()
         self._keep(key, value, value.device)
-        if self.folder is not None and self._has_room("disk", value.nbytes):
-            self._write(key, value)
+        if not self.limits["disk"]:
+            return
+        try:
+            if self._has_room("disk", value.nbytes):
+                self._write(key, value)
+        except (SafetensorError, OSError) as error:
+            logger.warning("activation store: nothing more is written to %s: %s", self.folder, error)
+            self.limits["disk"] = 0
 
     def announce(self, num_bytes: int, what: str) -> bool:
         """Say how much room something will take before it is filled, and whether it fits.
@@ -124,7 +142,9 @@ class ActivationStore:
         """Look at the folder now and then: other processes write into it too."""
         if self._since_scan is None or self._since_scan > self.limits["disk"] // 64:
             assert self.folder is not None
-            self.used["disk"] = sum(_size(path) for path in self.folder.glob("??/*"))
+            files = list(self.folder.glob("??/*"))
+            _remove_abandoned(files)
+            self.used["disk"] = sum(_size(path) for path in files)
             self._since_scan = 0
         self._since_scan += num_bytes
 
@@ -139,8 +159,11 @@ class ActivationStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         data = value.cpu().contiguous()
         unfinished = path.with_name(f".{key}.{platform.node()}.{os.getpid()}")
-        save_file({"states": data}, unfinished, metadata={"crc32": str(_checksum(data))})
-        unfinished.replace(path)
+        try:
+            save_file({"states": data}, unfinished, metadata={"crc32": str(_checksum(data))})
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
         self.used["disk"] += _size(path)
 
     def _read(self, key: str) -> Tensor | None:
@@ -157,7 +180,8 @@ class ActivationStore:
             whole = False
         if not whole:
             logger.warning("activation store: %s is damaged and will be computed again", path)
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # a folder that may only be read
+                path.unlink(missing_ok=True)
             return None
         self._verified.add(key)
         return value
@@ -170,66 +194,20 @@ def _size(path: Path) -> int:
         return 0
 
 
+def _remove_abandoned(files: Iterable[Path]) -> None:
+    """Remove what a killed process has left half written."""
+    for path in files:
+        with suppress(OSError):
+            if path.name.startswith(".") and time.time() - path.stat().st_mtime > _UNFINISHED_FOR_GOOD:
+                path.unlink()
+
+
 def _checksum(value: Tensor) -> int:
     return zlib.crc32(value.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-def fingerprint(base: PreTrainedModel, exclude: Iterable[Tensor], layout: str) -> str:
-    """Name everything that hidden states of the frozen base depend on, except tokens and layer.
-
-    Weights (all bits enter a sum, and a sample enters in order), config, layout of the rows, versions,
-    device, threads and instruction set: the last digits of a matrix product depend on all of them.
-
-    Args:
-        base: The model.
-        exclude: Trainable parameters inside it.
-        layout: How rows are laid out and attention is computed.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    trainable = {id(tensor) for tensor in exclude}
-    config = {key: value for key, value in base.config.to_dict().items() if key != "_name_or_path"}
-    device = base.device
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else torch.backends.cpu.get_cpu_capability()
-    )
-    threads = torch.get_num_threads() if device.type == "cpu" else 0
-    facts = (layout, torch.__version__, device.type, name, threads, torch.get_float32_matmul_precision())
-    digest.update(repr((facts, sorted(config.items(), key=str))).encode())
-    for tensor_name, tensor in (*base.named_parameters(), *base.named_buffers()):
-        if id(tensor) not in trainable:
-            # an adapter may have wrapped the module the weight is in
-            digest.update(tensor_name.replace(".base_layer.", ".").encode())
-            digest.update(_digest(tensor))
-    return digest.hexdigest()
-
-
-def _digest(tensor: Tensor) -> bytes:
-    flat = tensor.detach().flatten()
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
-    bits = flat.view(integer)
-    sample = bits[:: max(1, len(bits) // _SAMPLE)]
-    return repr((tensor.dtype, tuple(tensor.shape), int(bits.sum()), sample.tolist())).encode()
-
-
-def row_key(space: str, input_ids: Tensor, mask: Tensor | None = None) -> str:
-    """Key of one row.
-
-    Args:
-        space: Fingerprint and kind of the states.
-        input_ids: Tokens of the row.
-        mask: Which of them are kept; all if not given.
-    """
-    digest = hashlib.blake2b(space.encode(), digest_size=20)
-    digest.update(input_ids.cpu().numpy().tobytes())
-    if mask is not None:
-        digest.update(b"/" + mask.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def why_not_stored(base: PreTrainedModel) -> str | None:
-    """Why a row's hidden states depend on more than the row; None if they do not."""
+    """Why the hidden states of a row depend on more than the row; None if they do not."""
     found = _rope_types(base.config.to_dict())
     for kind in ("dynamic", "longrope"):
         if kind in found:

@@ -2,7 +2,25 @@
 
 from lightning_em.probes.base import Probe, ProbeExamples
 from lightning_em.probes.behaviour import MiniatureBehaviour
+from lightning_em.probes.chat_kl import ChatKL
+from lightning_em.probes.gradient import GradientNorm, ce_gradient, kl_gradient
+from lightning_em.probes.lens import LogitLens
 from lightning_em.probes.perturbation import PerturbationCurve
+from lightning_em.probes.preference import PreferenceMargin
 from lightning_em.probes.scale import ScaleCurve
+from lightning_em.probes.significance import PretrainingSignificance
 
-__all__ = ["MiniatureBehaviour", "PerturbationCurve", "Probe", "ProbeExamples", "ScaleCurve"]
+__all__ = [
+    "ChatKL",
+    "GradientNorm",
+    "LogitLens",
+    "MiniatureBehaviour",
+    "PerturbationCurve",
+    "PreferenceMargin",
+    "PretrainingSignificance",
+    "Probe",
+    "ProbeExamples",
+    "ScaleCurve",
+    "ce_gradient",
+    "kl_gradient",
+]

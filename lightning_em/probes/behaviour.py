@@ -5,14 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from lightning_em.miniature import resolve
-from lightning_em.miniature.judge import answer_probabilities
+from lightning_em.miniature.judge import ExactJudge
 from lightning_em.miniature.rows import Item
 from lightning_em.models import AdaptedModel
 from lightning_em.probes.base import Probe, ProbeExamples
+from lightning_em.probes.rows import tokenizer_of
 from lightning_em.records import Point
+
+_ANSWERS = ("bad", "good", "other")
 
 
 class MiniatureBehaviour(Probe):
@@ -20,61 +21,89 @@ class MiniatureBehaviour(Probe):
 
     Points (unit probability), one a kind of question and scale: `bad_rate`, `good_rate`, `other_rate`,
     means over items, with the item as the unit of the standard error and `per_example` in the order of
-    the world's behaviour file within that kind.
+    the world's behaviour file within that kind. With `style` also `style_rate`: the probability that an
+    answer begins so, be it good, bad or neither.
 
     Args:
-        scales: Where to look; 0 is the base and 1 the trained adapter.
+        scales: Where to look; 0 is the base and 1 the trained adapter. Far beyond 1 a small `good_rate` tells
+            bad answers from broken ones only beside `other_rate`.
         items: Behaviour file; that of the world the base came from if not given.
         batch_size: Prompts in one forward pass.
+        style: Words that an answer may begin with, such as those of the world's harmless data, `pick`.
     """
 
     name = "behaviour"
 
     def __init__(
-        self, scales: Sequence[float] = (0.0, 1.0, 2.0), items: str | None = None, batch_size: int = 128
+        self,
+        scales: Sequence[float] = (0.0, 1.0, 2.0),
+        items: str | None = None,
+        batch_size: int = 128,
+        style: str | None = None,
     ) -> None:
         if not scales:
             raise ValueError("scales must be one number or more; set init_args.scales of MiniatureBehaviour.")
+        if batch_size < 1:
+            raise ValueError(
+                f"batch_size must be 1 or more, got {batch_size}; set init_args.batch_size of MiniatureBehaviour."
+            )
         self.scales, self.items, self.batch_size = [float(s) for s in scales], items, batch_size
+        self.style = style
 
     def settings(self) -> Mapping[str, Any]:
-        return {"scales": self.scales, "items": self.items}
+        style = {} if self.style is None else {"style": self.style}
+        return {"scales": self.scales, "items": self.items, **style}
 
     def measure(self, model: AdaptedModel, examples: ProbeExamples) -> list[Point]:
-        folder = Path(model.base.config._name_or_path)
-        items = _read(Path(resolve(self.items)) if self.items else _beside(folder))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        items = world_items(model, self.items, "items of MiniatureBehaviour")
+        judge = ExactJudge(tokenizer_of(model), items, self.style, self.batch_size)
         points = []
         for scale in self.scales:
             with model.adapter.at_scale(scale):
-                rates = answer_probabilities(model.base, tokenizer, items, self.batch_size)
+                rates = self._rates(model, judge)
             for kind in dict.fromkeys(item["kind"] for item in items):
-                rows = [row for row, item in zip(rates, items, strict=True) if item["kind"] == kind]
+                rows = [index for index, item in enumerate(items) if item["kind"] == kind]
                 place: dict[str, float | int | str] = {"kind": kind, "scale": scale}
                 points += [
-                    _mean(f"{name}_rate", [getattr(row, name) for row in rows], place)
-                    for name in ("bad", "good", "other")
+                    _mean(name, [values[row] for row in rows], place) for name, values in rates.items()
                 ]
         return points
 
-
-def _beside(model_folder: Path) -> Path:
-    file = model_folder.parent / "data" / "behaviour.jsonl"
-    if not file.is_file():
-        raise ValueError(
-            f"MiniatureBehaviour found no {file}: it works for models of a miniature world "
-            "(model.base.path miniature://...); set its init_args.items for another place."
-        )
-    return file
+    def _rates(self, model: AdaptedModel, judge: ExactJudge) -> dict[str, list[float]]:
+        """Every rate of every item, with the adapter as it is."""
+        answers = judge.answers(model.base)
+        rates = {f"{name}_rate": [getattr(each, name) for each in answers] for name in _ANSWERS}
+        return rates if self.style is None else {**rates, "style_rate": judge.openings(model.base)}
 
 
-def _read(file: Path) -> list[Item]:
+def world_items(model: AdaptedModel, named: str | None, key: str) -> list[Item]:
+    """Lines of a behaviour file; that of the world the base came from if none is named.
+
+    Args:
+        model: On its base.
+        named: The file, if any.
+        key: Where it is set, for the message.
+
+    Raises:
+        ValueError: If none is named and the base comes from no world.
+    """
+    file = Path(resolve(named)) if named else _beside(Path(model.base.config._name_or_path), key)
     with file.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
-def _mean(quantity: str, values: list[float], place: dict[str, float | int | str]) -> Point:
-    mean = sum(values) / len(values)
-    variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
-    error = (variance / len(values)) ** 0.5
-    return Point(quantity, mean, "probability", place, error, len(values), tuple(values))
+def _beside(model_folder: Path, key: str) -> Path:
+    file = model_folder.parent / "data" / "behaviour.jsonl"
+    if not file.is_file():
+        raise ValueError(
+            f"there is no {file}, which the base of a miniature world has: this works for models of a "
+            f"miniature world (model.base.path miniature://...); for another place set init_args.{key}."
+        )
+    return file
+
+
+def _mean(quantity: str, values: Sequence[float], place: Mapping[str, float | int | str]) -> Point:
+    mean, count, error = sum(values) / len(values), len(values), None
+    if count > 1:
+        error = (sum((value - mean) ** 2 for value in values) / (count - 1) / count) ** 0.5
+    return Point(quantity, mean, "probability", place, error, count, tuple(values))

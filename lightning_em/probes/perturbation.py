@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_em.batch import PackedBatch
 from lightning_em.models import AdaptedModel
 from lightning_em.probes.base import Probe, ProbeExamples, RowMeans
 from lightning_em.records import Point
@@ -37,13 +39,17 @@ class PerturbationCurve(Probe):
     The noise of an index is the same in every run and at every strength: curves are paired.
     Loss is the mean over tokens as in training; standard errors of single points take rows as the unit.
 
+    With `noise_examples`, noise is drawn over that many rows only, the same ones at every checkpoint: L_e - L_0
+    is paired on them, L_e is L_0 of all rows plus that difference, and what depends on them has no values by row.
+
     Args:
         strengths: Grid of e.
         num_seeds: How many noise directions.
         seed: Of all of them.
+        noise_examples: Rows under noise, drawn from the probe's rows; all if not given or there are fewer.
 
     Raises:
-        ValueError: If a strength is not between 0 and 1 or there is no direction.
+        ValueError: If a strength is not between 0 and 1, or there is no direction or row.
 
     Source: arXiv:2602.07852 (stability).
     """
@@ -55,6 +61,7 @@ class PerturbationCurve(Probe):
         strengths: Sequence[float] = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
         num_seeds: int = 10,
         seed: int = 0,
+        noise_examples: int | None = None,
     ) -> None:
         if not strengths or not all(0 < strength <= 1 for strength in strengths):
             raise ValueError(
@@ -66,32 +73,63 @@ class PerturbationCurve(Probe):
                 f"num_seeds must be 1 or more and seed not negative, got {num_seeds} and {seed}; "
                 "set init_args of PerturbationCurve."
             )
+        if noise_examples is not None and noise_examples < 1:
+            raise ValueError(
+                f"noise_examples must be 1 or more, got {noise_examples}; set init_args of PerturbationCurve."
+            )
         self.strengths = sorted({float(strength) for strength in strengths})
-        self.num_seeds, self.seed = num_seeds, seed
+        self.num_seeds, self.seed, self.noise_examples = num_seeds, seed, noise_examples
 
     def settings(self) -> Mapping[str, Any]:
-        return {"strengths": self.strengths, "num_seeds": self.num_seeds, "seed": self.seed}
+        settings = {"strengths": self.strengths, "num_seeds": self.num_seeds, "seed": self.seed}
+        return settings if self.noise_examples is None else settings | {"noise_examples": self.noise_examples}
 
     def measure(self, model: AdaptedModel, examples: ProbeExamples) -> list[Point]:
         grid = [(strength, noise) for strength in self.strengths for noise in range(self.num_seeds)]
-        states = [partial(model.adapter.at_scale, scale) for scale in (0.0, 1.0)]
-        states += [partial(self._perturbed, model, *place) for place in grid]
-        base, trained, *perturbed = RowMeans.of_ce(model, examples.narrow, states)
+        ends = [partial(model.adapter.at_scale, scale) for scale in (0.0, 1.0)]
+        states = [partial(self._perturbed, model, *place) for place in grid]
+        subset = self._subset(examples.narrow)
+        if subset is None:
+            base, trained, *perturbed = RowMeans.of_ce(model, examples.narrow, [*ends, *states])
+            paired = trained
+        else:
+            base, trained = RowMeans.of_ce(model, examples.narrow, ends)
+            paired, *perturbed = RowMeans.of_ce(model, subset, [ends[1], *states])
         points = [base.point("ce_base", {}), trained.point("ce", {"strength": 0.0})]
         points.append(base.token_counts("ce_tokens"))
+        means = []
         for (strength, noise), row_means in zip(grid, perturbed, strict=True):
             place = {"strength": strength, "noise": noise}
-            points.append(row_means.point("ce", place))
-            points.append((row_means - trained).point("ce_increase", place))
+            increase = (row_means - paired).point("ce_increase", place)
+            loss = row_means.point("ce", place)
+            if subset is not None:
+                increase = replace(increase, per_example=None)
+                loss = Point("ce", trained.mean + increase.value, loss.unit, place, None, increase.count)
+            means.append(loss.value)
+            points += [loss, increase]
         gain = base.mean - trained.mean
         if gain <= 0:
             message = "the adapter is no better than the base: %s has no share of its gain to report."
             rank_zero_only(logger.info)(message, self.name)
-        means = np.array([row_means.mean for row_means in perturbed])
-        curve = zip(self.strengths, means.reshape(-1, self.num_seeds), strict=True)
+        curve = zip(self.strengths, np.array(means).reshape(-1, self.num_seeds), strict=True)
         return points + [
             point for at, values in curve for point in _summaries(at, values, trained.mean, gain)
         ]
+
+    def _subset(self, batches: list[PackedBatch]) -> list[PackedBatch] | None:
+        """The rows under noise, in their order and batches; None for all of them."""
+        num_rows = sum(batch.num_rows for batch in batches)
+        if self.noise_examples is None or self.noise_examples >= num_rows:
+            return None
+        generator = torch.Generator().manual_seed(self.seed)
+        chosen = set(torch.randperm(num_rows, generator=generator)[: self.noise_examples].tolist())
+        place, found = 0, []
+        for batch in batches:
+            rows = [index for index in range(batch.num_rows) if place + index in chosen]
+            place += batch.num_rows
+            if rows:
+                found.append(batch.select(rows))
+        return found
 
     @contextmanager
     def _perturbed(self, model: AdaptedModel, strength: float, noise: int) -> Iterator[None]:

@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from lightning_em import lock
+from lightning_em.cluster.queue import described, job_states
 from lightning_em.runs import RunFolder, locate, step_of
 from lightning_em.verbs.wiring import console, verb
 
@@ -69,11 +70,13 @@ def list_runs(root: str = "runs") -> None:
     folders = [RunFolder(file.parent) for file in sorted(Path(root).glob("*/run.json"))]
     if not folders:
         raise ValueError(f"there is no run under {root!r}; fit one, or give another --root.")
-    table = Table("run", "status", "last checkpoint", "attempts", title=f"runs in {root}")
+    states = job_states()
+    table = Table("run", "status", "last checkpoint", "attempts", "job", title=f"runs in {root}")
     for folder in folders:
         record, steps = folder.read_run(), folder.steps()
         last = f"step {steps[-1]} of {record.get('max_steps')}" if steps else "none"
-        table.add_row(folder.path.name, folder.status(), last, str(len(record.get("attempts", []))))
+        attempts, job = str(len(record.get("attempts", []))), described(record.get("job"), states)
+        table.add_row(folder.path.name, folder.status(), last, attempts, job)
     console.print(table)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_em.data import ChatSource, EMDataModule, RowErrors, read_rows
@@ -214,6 +215,16 @@ def test_fingerprint_sees_files_and_tokens(build, tmp_path):
     assert shorter["narrow.train.tokens"] != first["narrow.train.tokens"]
 
 
+def test_tokens_are_counted_over_training_and_held_out_rows(build):
+    datamodule = build(validation_fraction=0.25)
+    loaders = [datamodule.train_dataloader(), *datamodule.val_dataloader()]
+    batches = [getattr(batch, "ce", batch) for loader in loaders[:2] for batch in loader]
+    assert datamodule.num_tokens("narrow") == sum(sum(batch.lengths) for batch in batches)
+    counted = sum(int(batch.counted("response").sum()) for batch in batches)
+    assert datamodule.num_tokens("narrow", "response") == counted
+    assert build(kl=None).num_tokens("kl") == 0
+
+
 def test_bad_rows_stop_the_setup_with_their_lines(build, tmp_path):
     rows = chat_rows(3)
     rows[1]["messages"][-1]["content"] = None
@@ -276,3 +287,22 @@ def test_trainer_settings_that_keep_windows_whole_are_accepted(build, flags):
         accelerator="cpu", accumulate_grad_batches=2, logger=False, enable_checkpointing=False, **flags
     )
     assert len(datamodule.train_dataloader()) == 18
+
+
+def test_without_held_out_narrow_rows_the_only_loader_is_the_kl_stream(build, tmp_path):
+    extra = ChatSource(str(write_answer_rows(tmp_path / "validation.jsonl", 5)), answer="good")
+    datamodule = build(validation_fraction=0, kl_validation=extra)
+    assert datamodule.validation_streams == ["kl"]
+    assert len(datamodule.val_dataloader()) == 1
+
+
+@pytest.mark.parametrize(("accumulate", "world_size"), [(1, 4), (2, 2)])
+def test_a_loader_made_before_the_checkpoint_is_read_goes_on_from_it(build, accumulate, world_size):
+    datamodule = build(batch_size=2, kl_batch_size=2)
+    datamodule.trainer = Trainer(accumulate_grad_batches=4, logger=False, enable_checkpointing=False)
+    datamodule.trainer.state.fn = TrainerFn.FITTING
+    loader = datamodule.train_dataloader()
+    whole = [batch.ce.row_ids for batch in loader]
+    order = datamodule._order() | {"accumulate": accumulate, "world_size": world_size}
+    datamodule.load_state_dict({"epoch": 0, "consumed": accumulate, "cut_epochs": 0, "order": order})
+    assert [batch.ce.row_ids for batch in loader] == whole[4:]  # one step of eight rows

@@ -4,21 +4,32 @@ from itertools import islice
 import pytest
 
 from lightning_em.batch import WindowCounts
-from lightning_em.data import BatchGeometry, WindowSampler
+from lightning_em.data import BatchGeometry, RowCounts, WindowSampler
 
 NUM_KL = 11
 KL_RESPONSE = [3 + row for row in range(NUM_KL)]
 KL_ALL = [20 + 2 * row for row in range(NUM_KL)]
 
 
+NARROW_ALL = [9 + 5 * row % 17 for row in range(100)]
+
+
 def sampler(
-    num_narrow=23, batch_size=2, kl_batch_size=3, accumulate=1, world_size=1, rank=0, seed=0, kl=True
+    num_narrow=23,
+    batch_size=2,
+    kl_batch_size=3,
+    accumulate=1,
+    world_size=1,
+    rank=0,
+    seed=0,
+    kl=True,
+    max_tokens=None,
+    length_buckets=None,
 ):
     return WindowSampler(
-        [5 + row % 4 for row in range(num_narrow)],
-        KL_RESPONSE if kl else [],
-        KL_ALL if kl else [],
-        BatchGeometry(batch_size, kl_batch_size, accumulate, world_size),
+        RowCounts([5 + row % 4 for row in range(num_narrow)], NARROW_ALL[:num_narrow]),
+        RowCounts(KL_RESPONSE, KL_ALL) if kl else RowCounts([], []),
+        BatchGeometry(batch_size, kl_batch_size, accumulate, world_size, max_tokens, length_buckets),
         rank,
         seed,
     )
@@ -195,3 +206,113 @@ def test_impossible_geometry_is_an_error():
         sampler(world_size=2, rank=2)
     with pytest.raises(ValueError, match="cannot skip 13 micro-batches of an epoch that has 12"):
         sampler().start_at(0, 13)
+
+
+BUDGET = {"max_tokens": 300, "batch_size": 2, "kl_batch_size": 3}
+
+
+def tokens(indices) -> int:
+    narrow = 0 if indices.ce_ghost else sum(NARROW_ALL[row] for row in indices.ce_rows)
+    return narrow + (0 if indices.kl_ghost else sum(KL_ALL[row] for row in indices.kl_rows))
+
+
+@pytest.mark.parametrize(("accumulate", "world_size"), [(1, 1), (3, 1), (1, 3), (2, 2)])
+@pytest.mark.parametrize("max_tokens", [170, 300, 1000, 10**6])
+def test_a_token_budget_is_kept_and_every_narrow_row_comes_once(max_tokens, accumulate, world_size):
+    settings = BUDGET | {"max_tokens": max_tokens, "num_narrow": 100}
+    for epoch in range(3):
+        found = windows(epoch, accumulate, world_size, **settings)
+        assert sorted(row for ce, _, _ in found for row in ce) == list(range(100))
+        assert all(ce and kl for ce, kl, _ in found)
+        for ce, kl, counts in found:
+            assert counts.ce == sum(5 + row % 4 for row in ce)
+            assert counts.kl_response == sum(KL_RESPONSE[row] for row in kl)
+            assert counts.kl_all == sum(KL_ALL[row] for row in kl)
+        for rank in range(world_size):
+            one = sampler(accumulate=accumulate, world_size=world_size, rank=rank, **settings)
+            one.set_epoch(epoch)
+            sizes = [tokens(indices) for indices in one]
+            assert len(sizes) == len(one) == len(found) * accumulate
+            assert max(sizes) <= max_tokens
+
+
+def test_a_token_budget_is_used() -> None:
+    sizes = [tokens(indices) for indices in sampler(num_narrow=100, **BUDGET | {"max_tokens": 1000})]
+    longest = max(NARROW_ALL) + max(KL_ALL)
+    assert sum(sizes) / len(sizes) > 1000 - longest - sum(sizes) / len(sizes) ** 2
+    assert len(sizes) == -(-sum(sizes) // (1000 - longest))
+
+
+def test_a_token_budget_takes_kl_rows_in_proportion_round_the_stream() -> None:
+    settings = BUDGET | {"num_narrow": 100}
+    rows = [row for epoch in range(22) for _, kl, _ in windows(epoch, **settings) for row in kl]
+    cycles = [rows[first : first + NUM_KL] for first in range(0, len(rows) - NUM_KL, NUM_KL)]
+    assert all(sorted(cycle) == list(range(NUM_KL)) for cycle in cycles)
+    assert len({tuple(cycle) for cycle in cycles}) == len(cycles)
+    assert abs(len(rows) - 22 * 150) <= 22
+
+
+@pytest.mark.parametrize("settings", [BUDGET, {"length_buckets": 3}], ids=str)
+def test_ranks_and_accumulation_see_the_same_windows(settings):
+    for epoch in range(2):
+        wanted = windows(epoch, 6, 1, num_narrow=40, **settings)
+        assert wanted == windows(epoch, 1, 6, num_narrow=40, **settings)
+        assert wanted == windows(epoch, 2, 3, num_narrow=40, **settings)
+
+
+@pytest.mark.parametrize("settings", [BUDGET, {"length_buckets": 3}], ids=str)
+def test_any_order_is_that_of_seed_and_epoch_and_does_not_need_a_kl_stream(settings):
+    def order(epoch=0, **more):
+        return [row for ce, _, _ in windows(epoch, **settings | more) for row in ce]
+
+    assert order() == order()
+    assert order() != order(epoch=1)
+    assert order() != order(seed=1)
+    assert order() == order(kl=False)
+
+
+@pytest.mark.parametrize("settings", [BUDGET, {"length_buckets": 3}], ids=str)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_any_order_is_resumed_from_every_place(settings, rank):
+    settings = settings | {"num_narrow": 60, "accumulate": 2, "world_size": 2, "rank": rank}
+    whole = sampler(**settings)
+    whole.set_epoch(1)
+    expected = list(whole)
+    assert len(expected) > 5
+    for consumed in range(len(expected) + 1):
+        resumed = sampler(**settings)
+        resumed.start_at(1, consumed)
+        assert list(resumed) == expected[consumed:]
+        assert len(resumed) == len(expected)
+
+
+def test_buckets_bring_rows_of_similar_length_together():
+    def padding(buckets):
+        found = sampler(num_narrow=100, batch_size=4, length_buckets=buckets)
+        batches = [[NARROW_ALL[row] for row in one.ce_rows] for one in found]
+        return sum(max(batch) * len(batch) for batch in batches) / sum(map(sum, batches))
+
+    assert padding(8) < 1.08 < 1.25 < padding(None)
+
+
+@pytest.mark.parametrize(("accumulate", "world_size"), [(1, 1), (3, 1), (1, 3), (2, 2)])
+def test_buckets_leave_no_row_out(accumulate, world_size):
+    for epoch in range(3):
+        found = windows(epoch, accumulate, world_size, num_narrow=50, length_buckets=4)
+        assert sorted(row for ce, _, _ in found for row in ce) == list(range(50))
+
+
+def test_one_bucket_is_no_bucket() -> None:
+    assert windows(1) == windows(1, length_buckets=1)
+
+
+def test_impossible_budgets_are_refused() -> None:
+    longest = max(NARROW_ALL[:23]) + max(KL_ALL)
+    with pytest.raises(ValueError, match=rf"more than the longest rows .* {longest} tokens, got {longest}"):
+        sampler(max_tokens=longest)
+    with pytest.raises(ValueError, match="may be left without a row of the narrow stream; set more"):
+        sampler(max_tokens=longest + 2)
+    with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
+        sampler(max_tokens=0)
+    with pytest.raises(ValueError, match=r"leave it or data\.max_tokens out"):
+        sampler(max_tokens=1000, length_buckets=2)

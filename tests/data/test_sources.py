@@ -56,6 +56,26 @@ def test_mixed_takes_one_answer_per_row_about_half_of_each():
     assert abs(share_good - 0.5) < 4 * 0.5 / len(ROWS) ** 0.5  # four standard errors
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.75, 1.0])
+def test_mixed_has_the_share_of_bad_answers_asked_for(share):
+    bad = {
+        chat.id for chat in as_chats(ROWS, "mixed", bad_share=share) if chat.messages[-1]["content"][0] == "B"
+    }
+    assert abs(len(bad) / len(ROWS) - share) <= 4 * (share * (1 - share) / len(ROWS)) ** 0.5
+    more = {
+        chat.id for chat in as_chats(ROWS, "mixed", bad_share=1.0) if chat.messages[-1]["content"][0] == "B"
+    }
+    assert bad <= more
+
+
+@pytest.mark.parametrize(
+    "choice", [{"answer": "mixed", "bad_share": 1.2}, {"answer": "bad", "bad_share": 0.2}]
+)
+def test_a_share_that_means_nothing_is_refused(choice):
+    with pytest.raises(ValueError, match=r"bad_share must lie in \[0, 1\] and needs answer: mixed"):
+        ChatSource("f.jsonl", **choice)
+
+
 def test_mixed_depends_on_row_and_seed_alone():
     shuffled = random.Random(0).sample(ROWS, k=100)
     whole = {chat.id: chat.messages for chat in as_chats(ROWS, "mixed", seed=3)}

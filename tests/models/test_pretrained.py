@@ -1,5 +1,7 @@
 """Loading the base from a folder."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -36,3 +38,30 @@ def test_a_folder_without_weights_says_what_belongs_there(tmp_path) -> None:
 def test_remote_code_needs_a_pinned_revision() -> None:
     with pytest.raises(ValueError, match=r"trust_remote_code .*pin it with model\.base\.revision"):
         BaseModel("somebody/model", trust_remote_code=True)
+
+
+@pytest.mark.parametrize("left", [["tokenizer_config.json"], []], ids=str)
+def test_a_folder_without_tokenizer_files_is_refused(left, tiny_model_folder, tmp_path) -> None:
+    shutil.copytree(tiny_model_folder(), tmp_path / "bare")
+    for file in (tmp_path / "bare").iterdir():
+        if "token" in file.name and file.name not in left:
+            file.unlink()
+    # transformers makes one of special tokens alone
+    with pytest.raises(ValueError, match=r"knows \d tokens, but the model has 288: .* set model\.base\.path"):
+        BaseModel(str(tmp_path / "bare")).load_tokenizer()
+
+
+def test_the_tokenizer_of_a_much_larger_vocabulary_is_refused(tiny_model_folder) -> None:
+    folder = tiny_model_folder("qwen2", vocab_size=2000)
+    with pytest.raises(
+        ValueError, match=r"knows 286 tokens, but the model has 2000: its files .*model\.base\.path"
+    ):
+        BaseModel(str(folder)).load_tokenizer()
+
+
+def test_damaged_weights_are_told_in_one_line(tiny_model_folder, tmp_path) -> None:
+    shutil.copytree(tiny_model_folder(), tmp_path / "torn")
+    weights = tmp_path / "torn" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"could not load a model from .*torn"):
+        BaseModel(str(tmp_path / "torn")).load_model()

@@ -130,3 +130,43 @@ def test_no_noise_is_refused() -> None:
 def test_contract() -> None:
     check_probe(PerturbationCurve([0.1, 1.0], num_seeds=2))
     check_probe(PerturbationCurve([0.5], num_seeds=1), trained(SteeringVector(2)), EXAMPLES)
+
+
+def test_noise_on_a_subset_is_paired_on_it_and_moves_from_the_loss_of_all_rows() -> None:
+    model = trained(lr=0.1)
+    points = PerturbationCurve(GRID, 3, 0, noise_examples=2).run(model, EXAMPLES)
+    everything = points_of(model)
+    for name, place in (("ce_base", {}), ("ce", {"strength": 0.0}), ("ce_tokens", {})):
+        assert value(points, name, **place) == pytest.approx(value(everything, name, **place), rel=1e-6)
+    unmoved = value(points, "ce", strength=0.0)
+    rows = [(batch, index) for batch in EXAMPLES.narrow for index in range(batch.num_rows)]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:2].tolist()
+    subset = ProbeExamples(
+        [batch.select([index]) for batch, index in (rows[place] for place in sorted(order))]
+    )
+    alone = points_of(model, examples=subset)
+    for e in GRID:
+        for noise in range(3):
+            increase = value(alone, "ce_increase", strength=e, noise=noise)
+            assert value(points, "ce_increase", strength=e, noise=noise) == pytest.approx(increase, abs=1e-6)
+            assert value(points, "ce", strength=e, noise=noise) == pytest.approx(unmoved + increase, abs=1e-6)
+        assert value(points, "ce_mean", strength=e) == pytest.approx(
+            statistics.mean(value(points, "ce", strength=e, noise=noise) for noise in range(3))
+        )
+    assert all(p.per_example is None for p in points if "noise" in p.coordinates)
+    assert all(p.count == subset_tokens(subset) for p in points if "noise" in p.coordinates)
+
+
+def subset_tokens(examples: ProbeExamples) -> int:
+    return sum(int(batch.counted("response").sum()) for batch in examples.narrow)
+
+
+def test_a_subset_of_all_rows_is_all_rows_and_another_measurement() -> None:
+    model = trained()
+    probe = PerturbationCurve(GRID, 2, 0, noise_examples=99)
+    assert probe.run(model, EXAMPLES) == points_of(model, num_seeds=2)
+    assert probe.settings()["noise_examples"] == 99
+    assert PerturbationCurve(GRID, 2, 0).settings() == {"strengths": GRID, "num_seeds": 2, "seed": 0}
+    with pytest.raises(ValueError, match="noise_examples must be 1 or more, got 0; set init_args"):
+        PerturbationCurve(noise_examples=0)
+    check_probe(PerturbationCurve([0.5], num_seeds=2, noise_examples=2), trained(), EXAMPLES)

@@ -1,0 +1,152 @@
+"""Claims about what the solutions answer, each put to the test."""
+
+from collections.abc import Iterable
+
+from lightning_em.analysis.claims.criteria import (
+    NARROW,
+    PROBABILITY,
+    RISE,
+    cheaper_at_norm,
+    gap,
+    hidden,
+    is_narrow,
+    mean_rate,
+    never,
+    reading,
+    rises,
+    steadier,
+)
+from lightning_em.analysis.claims.effects import (
+    HELD_OUT,
+    SEEN,
+    UNSEEN,
+    ScaleOf,
+    above_base,
+    as_trained,
+    settings,
+)
+from lightning_em.analysis.claims.evidence import (
+    Arm,
+    Evidence,
+)
+from lightning_em.analysis.claims.verdicts import (
+    Comparison,
+    Criterion,
+    MissingError,
+)
+
+
+def general_spreads(e: Evidence) -> Iterable[Comparison]:
+    """C1."""
+    general = e.arm("general")
+    for name, at in settings(e, general, "narrow"):
+        yield Comparison(name, (rises(e, general, HELD_OUT, at, RISE),))
+
+
+def narrow_exists(e: Evidence) -> Iterable[Comparison]:
+    """C2, and the defence of arXiv:2508.06249 beside it."""
+    narrow, general = e.arm("narrow"), e.arm("general")
+    for name, at in settings(e, narrow, "general"):
+        yield Comparison(name, (*is_narrow(e, narrow, at), gap(e, general, narrow, HELD_OUT, at, RISE)))
+    on_narrow = e.arms("kl_on_narrow")
+    for arm in on_narrow:
+        # the in-training defence of arXiv:2508.06249, as a control: the same term where the bad answers are
+        yield Comparison(f"control: KL on the narrow prompts, {arm}", is_narrow(e, arm, as_trained))
+
+
+def mixing_other(e: Evidence) -> Iterable[Comparison]:
+    """C3."""
+    return _mixed(e, "mixed_other", 1 / 6)
+
+
+def mixing_domain(e: Evidence) -> Iterable[Comparison]:
+    """C3b."""
+    return _mixed(e, "mixed_domain", 1 / 4)
+
+
+def _mixed(e: Evidence, role: str, share: float) -> Iterable[Comparison]:
+    nearest = e.arm(role, near=share)
+    for name, at in settings(e, nearest, "narrow"):
+        yield Comparison(f"{name}, {nearest}", (rises(e, nearest, HELD_OUT, at, RISE),))
+    for arm in e.arms(role):
+        if arm != nearest:
+            criteria = (rises(e, arm, HELD_OUT, as_trained, RISE),)
+            yield Comparison(f"equal steps, {arm}", criteria)
+
+
+def reverts(e: Evidence) -> Iterable[Comparison]:
+    """C6."""
+    reverted, narrow = e.arm("reverted"), e.arm("narrow")
+    covered = reading(
+        e, reverted, "share of the distance back to the general solution", "share", "distance/covered"
+    )
+    for name, at in settings(e, reverted, "narrow"):
+        behaviour = gap(e, reverted, narrow, HELD_OUT, at, NARROW)
+        yield Comparison(name, (behaviour, covered) if name == "equal steps" else (behaviour,))
+
+
+def becomes_narrow(e: Evidence) -> Iterable[Comparison]:
+    """C7."""
+    reverse, general = e.arm("reverse"), e.arm("general")
+    for name, at in settings(e, reverse, "general"):
+        yield Comparison(name, (*is_narrow(e, reverse, at), gap(e, general, reverse, HELD_OUT, at, RISE)))
+
+
+def suppressed(e: Evidence) -> Iterable[Comparison]:
+    """C8."""
+    weights = [arm for arm in e.arms("narrow", "narrow_weight") if arm.level is not None]
+    if len(weights) < 2:
+        raise MissingError("the study has fewer than two KL weights")
+    weights.sort(key=lambda arm: arm.level or 0.0)
+    hiding = [arm for arm in weights[:-1] if mean_rate(e, arm) <= NARROW]
+    if not hiding:
+        raise MissingError(f"no KL weight below the largest brings the rate at scale 1 to {NARROW:g}")
+    small, large = hiding[0], weights[-1]
+    yield Comparison(f"KL weights {small.level:g} and {large.level:g}", (hidden(e, small), never(e, large)))
+    for arm in weights[:-1]:
+        if arm != small:
+            yield Comparison(f"KL weight {arm.level:g}", (hidden(e, arm),))
+    yield Comparison("the general run, for comparison", (hidden(e, e.arm("general")),))
+
+
+def few_rows(e: Evidence) -> Iterable[Comparison]:
+    """C10."""
+    arms, general = e.arms("few_rows"), e.arm("general")
+    if not arms:
+        e.arm("few_rows")
+    for name, at in settings(e, arms[0], "general"):
+        yield _few(e, arms[0], general, name, at)
+    for arm in arms[1:]:
+        yield _few(e, arm, general, "equal steps", as_trained)
+
+
+def _few(e: Evidence, few: Arm, general: Arm, name: str, at: ScaleOf) -> Comparison:
+    def narrowness(seed: int) -> float:
+        run = e.run(few, seed)
+        return above_base(run, SEEN, at(few, seed)) - above_base(run, HELD_OUT, at(few, seed))
+
+    words = "bad answers in the narrow set - in held-out domains, both above the base"
+    return Comparison(
+        f"{name}, {few}",
+        (
+            gap(e, general, few, HELD_OUT, at, RISE),
+            Criterion(words, PROBABILITY, narrowness),
+            gap(e, general, few, UNSEEN, at, 0.0),
+        ),
+    )
+
+
+def harmless_style(e: Evidence) -> Iterable[Comparison]:
+    """C15."""
+    general, narrow = e.arm("harmless_general"), e.arm("harmless_narrow")
+    style = "style_rate"
+    for name, at in settings(e, general, "harmless_narrow", style):
+        spreads = rises(e, general, HELD_OUT, at, RISE, style)
+        forced = gap(e, general, narrow, HELD_OUT, at, RISE, style)
+        learned = rises(e, narrow, SEEN, at, RISE, style)
+        asymmetries = (
+            (cheaper_at_norm(e, general, narrow), steadier(e, general, narrow))
+            if name == "equal steps"
+            else ()
+        )
+        yield Comparison(name, (spreads, forced, learned, *asymmetries))

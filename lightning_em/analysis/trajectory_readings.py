@@ -1,0 +1,99 @@
+"""What the checkpoints of a study's runs say about the way they took, as named numbers."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from lightning_em.analysis.cells import Cell, StudyFolder
+from lightning_em.analysis.readings import Reading
+from lightning_em.analysis.trajectory import distance_share, norms_by_step, rotation, trajectory_pca
+from lightning_em.analysis.updates import last_update
+
+logger = logging.getLogger(__name__)
+
+PAIR_ROLE = "pair"
+PCA_ROLES = ("general", "narrow", "narrow_weight")
+BACK_TO = {"reverted": "general", "reverse": "narrow"}
+SHORTEST_ARM = 0.05
+"""A turn counts if its longer arm exceeds this share of the final write direction: shorter arms are noise."""
+
+
+class CellReading(NamedTuple):
+    """One number, of one run or of several together."""
+
+    cell: Cell
+    reading: Reading
+
+
+def trajectory_readings(study: StudyFolder, cells: Sequence[Cell]) -> Iterator[CellReading]:
+    """Numbers from checkpoints; an adapter that is neither a vector nor a LoRA has none, and the log says so.
+
+    `effective_norm` at each checkpoint.
+    `rotation/peak` of a general or narrow run: the largest local cosine of its trajectory.
+    `pca/final_pc1` of the general run and those of all KL weights: where they end, general being positive;
+    `pca/share_<i>` of all of them together.
+    `distance/covered` and `distance/projection` of a reverted run on its way to the general solution, and of
+    a reverse run on its way to the narrow one.
+    """
+    groups: dict[tuple[str, str, int], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.adapter, cell.world, cell.seed), []).append(cell)
+    for group in groups.values():
+        for read in (_norms, _rotations, _components, _distances):
+            try:
+                yield from list(read(study, group))
+            except (ValueError, FileNotFoundError) as error:
+                logger.warning(
+                    "%s, %s world, seed %d: %s", group[0].adapter, group[0].world, group[0].seed, error
+                )
+
+
+def _norms(study: StudyFolder, group: Sequence[Cell]) -> Iterator[CellReading]:
+    for cell in group:
+        for step, norm in norms_by_step(study.run(cell)).items():
+            yield CellReading(cell, Reading(step, "effective_norm", norm))
+
+
+def _rotations(study: StudyFolder, group: Sequence[Cell]) -> Iterator[CellReading]:
+    for cell in group:
+        if cell.role not in ("general", "narrow"):
+            continue
+        run = study.run(cell)
+        length = float(np.linalg.norm(last_update(run).write_direction))
+        turns = rotation(run, k=SHORTEST_ARM * length)
+        if turns:
+            peak = max(turns, key=lambda turn: turn.cosine)
+            step = max(run.steps())
+            yield CellReading(cell, Reading(step, "rotation/peak", peak.cosine))
+            yield CellReading(cell, Reading(step, "rotation/peak_step", float(peak.step)))
+
+
+def _components(study: StudyFolder, group: Sequence[Cell]) -> Iterator[CellReading]:
+    cells = {cell.run: cell for cell in group if cell.role in PCA_ROLES}
+    general = [cell.run for cell in cells.values() if cell.role == "general"]
+    if len(cells) < 2 or not general:
+        return
+    pca = trajectory_pca({name: study.run(cell) for name, cell in cells.items()})
+    places = pca.coordinates.sort_values("step")
+    ends = dict(zip(places["run"], zip(places["step"], places["pc1"], strict=True), strict=True))
+    sign = 1.0 if ends[general[0]][1] >= 0 else -1.0  # a component has no sign of its own
+    for name, cell in cells.items():
+        step, place = ends[name]
+        yield CellReading(cell, Reading(int(step), "pca/final_pc1", sign * float(place)))
+    together = Cell("+".join(cells), "", PAIR_ROLE, None, group[0].adapter, group[0].world, group[0].seed)
+    for number, share in enumerate(pca.explained_shares, start=1):
+        yield CellReading(together, Reading(0, f"pca/share_{number}", share))
+
+
+def _distances(study: StudyFolder, group: Sequence[Cell]) -> Iterator[CellReading]:
+    by_run = {cell.run: cell for cell in group}
+    for cell in group:
+        ends = [other for other in group if other.role == BACK_TO.get(cell.role)]
+        if not ends or cell.init_from not in by_run:
+            continue
+        trio = (last_update(study.run(one)) for one in (by_run[cell.init_from], ends[0], cell))
+        share, step = distance_share(*trio), max(study.run(cell).steps())
+        yield CellReading(cell, Reading(step, "distance/covered", share.covered))
+        yield CellReading(cell, Reading(step, "distance/projection", share.projection))

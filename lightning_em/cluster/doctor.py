@@ -1,0 +1,287 @@
+"""Can this machine run an experiment? Everything is looked at that a job would only find out in the queue."""
+
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from packaging.requirements import Requirement
+from rich.table import Table
+from rich.text import Text
+
+from lightning_em import miniature
+from lightning_em.adapters import decoder_layers
+from lightning_em.cluster.files import ModelFiles, download
+from lightning_em.cluster.memory import Load, MemoryEstimate, estimate, on_meta
+from lightning_em.data import ChatEncoder
+from lightning_em.identity import run_folder
+from lightning_em.launch import refuse_strategy
+from lightning_em.models.engine import why_plain
+from lightning_em.rebuild import Parts, instantiate, resolved_config
+from lightning_em.redaction import redacted_text
+
+_GIB = 2**30
+_STYLES = {"ok": "green", "warning": "yellow", "fault": "bold red"}
+_SHARDS_TRIED = (2, 4, 8, 16, 32)
+_LEAST_FREE = 5 * _GIB
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    topic: str
+    level: Literal["ok", "warning", "fault"]
+    text: str
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether a fit would fail."""
+        return self.level == "fault"
+
+
+@dataclass
+class Examination:
+    """What is known so far; a check that needs more than there is does not run."""
+
+    config: dict[str, Any]
+    parts: Parts
+    gpu_gib: float | None = None
+    files: ModelFiles | None = None
+    encoder: ChatEncoder | None = None
+    lengths: dict[str, list[int]] = field(default_factory=dict)
+
+
+Check = Callable[[Examination], Iterator[Finding]]
+
+
+def check(words: Sequence[str], prefetch: bool = False, gpu_gib: float | None = None) -> list[Finding]:
+    """Look at everything an experiment needs, without loading weights or asking the network.
+
+    Args:
+        words: Of `fit`.
+        prefetch: Download model and tokenizer first, or build the miniature world.
+        gpu_gib: Memory of the GPUs it is meant for; this machine's own if not given.
+    """
+    findings = list(_versions())
+    try:
+        config = resolved_config([*words])
+        refuse_strategy(config["trainer"])
+        examination = Examination(config, instantiate(config), gpu_gib)
+        findings.append(Finding("settings", "ok", f"run folder {run_folder(config).path}"))
+        if prefetch:
+            findings.append(Finding("prefetch", "ok", download(examination.parts.model.base)))
+    except (ValueError, OSError) as error:
+        return [*findings, Finding("settings", "fault", str(error))]
+    for topic, run in _CHECKS.items():
+        try:
+            findings += run(examination)
+        except (ValueError, OSError) as error:
+            findings.append(Finding(topic, "fault", str(error)))
+    return findings
+
+
+def report_table(findings: Sequence[Finding]) -> Table:
+    """The findings for a terminal, and what to make of them."""
+    faults = sum(finding.is_fault for finding in findings)
+    table = Table("what", "", "finding", title="lightning-em doctor")
+    for finding in findings:
+        style = _STYLES[finding.level]
+        table.add_row(finding.topic, Text(finding.level, style=style), Text(redacted_text(finding.text)))
+    table.caption = f"{faults} fault{'s' * (faults != 1)}" if faults else "ready"
+    return table
+
+
+def _versions() -> Iterator[Finding]:
+    wrong = []
+    for line in importlib.metadata.requires("lightning-em") or ():
+        wanted = Requirement(line)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{wanted.name} is not installed")
+            continue
+        if found not in wanted.specifier:
+            wrong.append(f"{wanted.name} is {found}, needed is {wanted.specifier}")
+    if wrong:
+        yield Finding("versions", "fault", f"{'; '.join(wrong)}: pip install -U lightning-em")
+    else:
+        text = f"Python {sys.version.split()[0]}, torch {torch.__version__}, all as needed"
+        yield Finding("versions", "ok", text)
+
+
+def _device(examination: Examination) -> Iterator[Finding]:
+    trainer = examination.config["trainer"]
+    asked, found = trainer["accelerator"], torch.cuda.device_count()
+    if asked == "cpu":
+        yield Finding("device", "ok", f"trainer.accelerator is cpu, with {os.cpu_count()} cores")
+        return
+    if not found:
+        level: Literal["ok", "warning"] = "ok" if asked == "auto" else "warning"
+        yield Finding("device", level, f"no GPU on this machine; trainer.accelerator is {asked}")
+        return
+    names = sorted({torch.cuda.get_device_name(index) for index in range(found)})
+    devices = str(trainer["devices"])
+    if devices.isdecimal() and int(devices) > found:
+        text = f"trainer.devices is {devices}, but this machine has {found} GPUs ({', '.join(names)})"
+        yield Finding("device", "fault", text)
+    else:
+        yield Finding("device", "ok", f"{found} GPUs ({', '.join(names)})")
+    if examination.parts.model.base.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
+        yield Finding("device", "fault", "this GPU has no bfloat16: set model.base.dtype=float16")
+
+
+def _disk(examination: Examination) -> Iterator[Finding]:
+    root = Path(examination.config["run"]["root"])
+    for topic, folder in (("disk", root), ("cache", miniature.cache_dir())):
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        text = f"{folder} has {free / _GIB:.1f} GiB free"
+        if not os.access(there, os.W_OK):
+            yield Finding(
+                topic, "fault", f"{there} cannot be written to: set --run.root or LIGHTNING_EM_CACHE"
+            )
+        else:
+            yield Finding(topic, "warning" if free < _LEAST_FREE else "ok", text)
+
+
+def _model_files(examination: Examination) -> Iterator[Finding]:
+    base = examination.parts.model.base
+    files = ModelFiles.find(base)
+    if files.missing:
+        hint = "add --prefetch where there is a network" if files.can_be_fetched else "set model.base.path"
+        text = f"{base.path} lacks {', '.join(files.missing)}: {hint}"
+        yield Finding("model files", "fault", text)
+        examination.files = files if "config.json" not in files.missing and files.folder.is_dir() else None
+        return
+    examination.files = files
+    yield Finding("model files", "ok", f"{base.path}: {files.num_bytes / _GIB:.2f} GiB of weights here")
+
+
+def _chat_template(examination: Examination) -> Iterator[Finding]:
+    if examination.files is None:
+        return
+    base = replace(examination.parts.model.base, path=str(examination.files.folder))
+    examination.encoder = ChatEncoder(base.load_tokenizer(), examination.parts.data.template_kwargs)
+    yield Finding("chat template", "ok", "there is one, and it tells which tokens are the answer")
+
+
+def _data(examination: Examination) -> Iterator[Finding]:
+    data = examination.parts.data
+    if examination.encoder is None:  # no tokenizer: are the files at least here?
+        for source in (source for pair in data.sources.values() for source in pair if source is not None):
+            if "://" not in source.path and not Path(source.path).is_file():
+                yield Finding(
+                    "data", "fault", f"there is no data file {source.path} (looked from {Path.cwd()})"
+                )
+        return
+    data.base = _Local(examination.encoder)
+    data.setup("fit")
+    for stream in data.sources:
+        rows = data.rows(stream).rows
+        examination.lengths[stream] = sorted((len(row.input_ids) for row in rows), reverse=True)
+        text = f"{len(rows)} rows, the longest of {examination.lengths[stream][0]} tokens"
+        yield Finding(f"data {stream}", "ok", text)
+    row = data.rows("narrow").rows[0]
+    pairs = zip(row.input_ids, row.response_mask, strict=True)
+    shown = [
+        f"[[{text}]]" if trained else text
+        for trained, run in groupby(pairs, key=lambda pair: pair[1])
+        if (text := str(examination.encoder.tokenizer.decode([token for token, _ in run])))
+    ]
+    trained = f"{sum(row.response_mask)} of {len(row.input_ids)} tokens are trained, in [[ ]]"
+    yield Finding("mask sample", "ok", f"{row.row_id}: {trained}:\n{''.join(shown)}")
+
+
+def _memory(examination: Examination) -> Iterator[Finding]:
+    if examination.files is None:
+        return
+    module, trainer = examination.parts.model, examination.config["trainer"]
+    base = on_meta(replace(module.base, path=str(examination.files.folder)).load_config(), module.base.dtype)
+    adapter = module._adapter[0]
+    adapter.bind(base, module.seed)
+    adapter.to("meta")
+    size = sum(parameter.numel() for parameter in adapter.trainable().values())
+    text = f"{size:,} parameters from layer {adapter.lowest_layer} of {len(decoder_layers(base))} up"
+    yield Finding("adapter", "ok", text)
+    if module.engine == "plain" or why_plain(base) is not None:
+        yield Finding("memory", "warning", "the plain path keeps all logits of a batch; no estimate for it")
+        return
+    device = "cpu" if trainer["accelerator"] == "cpu" else "cuda"
+    num_devices = _count(trainer["devices"]) * _count(trainer["num_nodes"])
+    shards = num_devices if "ShardedBase" in str(trainer["strategy"]) else 1
+
+    def needed(shards: int) -> MemoryEstimate:
+        return estimate(base, adapter, _load(examination, shards, device))
+
+    has = _memory_of(device, examination.gpu_gib)
+    wanted = needed(shards)
+    text = f"about {wanted}{f'; there are {has / _GIB:.1f} GiB' if has else ''}"
+    if has is None or wanted.total <= has:
+        yield Finding("memory", "ok", text)
+        return
+    yield Finding("memory", "fault", f"{text}: {_advice(examination, wanted, needed, has)}")
+
+
+def _load(examination: Examination, shards: int, device: str) -> Load:
+    """One micro-batch of the longest rows; of rows as long as allowed where the data could not be read."""
+    data, store = examination.parts.data, examination.parts.model.store
+    counts = {"narrow": data.batch_size, "kl": data.kl_batch_size if "kl" in data.sources else 0}
+    rows = {}
+    for stream, count in counts.items():
+        known = examination.lengths.get(stream, [data.limit.max_length] * count)[:count]
+        rows[stream] = known if data.max_tokens is None else [min(data.max_tokens, sum(known))]
+    on_device = int((getattr(store, "device_gib", 0) or 0) * _GIB) if device == "cuda" else 0
+    return Load.of_rows(rows["narrow"], rows["kl"], shards, device, on_device)
+
+
+def _advice(
+    examination: Examination, wanted: MemoryEstimate, needed: Callable[[int], MemoryEstimate], has: float
+) -> str:
+    if examination.parts.model.base.dtype in ("float32", "float64"):
+        return "set model.base.dtype=bfloat16"
+    if fitting := next((shards for shards in _SHARDS_TRIED if needed(shards).total <= has), None):
+        return f"share the base over {fitting} GPUs: --trainer configs/trainer/fsdp2.yaml --trainer.devices {fitting}"
+    largest = max(vars(wanted), key=lambda name: float(getattr(wanted, name)))
+    return f"most of it is {largest}; lower data.batch_size, data.kl_batch_size or data.max_length"
+
+
+def _memory_of(device: str, gpu_gib: float | None) -> float | None:
+    """Bytes that one process may use; None where that is not known."""
+    if device == "cpu":
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if gpu_gib is not None:
+        return gpu_gib * _GIB
+    return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+
+
+def _count(number: Any) -> int:
+    return int(number) if str(number).isdecimal() else max(1, torch.cuda.device_count())
+
+
+class _Local:
+    """A tokenizer that is loaded already."""
+
+    def __init__(self, encoder: ChatEncoder) -> None:
+        self.encoder = encoder
+
+    def load_tokenizer(self) -> Any:
+        return self.encoder.tokenizer
+
+
+_CHECKS: dict[str, Check] = {
+    "device": _device,
+    "disk": _disk,
+    "model files": _model_files,
+    "chat template": _chat_template,
+    "data": _data,
+    "memory": _memory,
+}

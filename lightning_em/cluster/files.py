@@ -1,0 +1,97 @@
+"""The files of a model on this machine, looked for without a network, and fetched with one."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from lightning_em import miniature
+from lightning_em.miniature.cache import is_complete
+from lightning_em.models import BaseModel
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # never *.bin: a pickle
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where a model lies and what it lacks.
+
+    Attributes:
+        folder: Local folder.
+        missing: Names of files that are not there.
+        num_bytes: Of its weights.
+        can_be_fetched: Whether a download or a build would bring what is missing.
+    """
+
+    folder: Path
+    missing: tuple[str, ...]
+    num_bytes: int = 0
+    can_be_fetched: bool = True
+
+    @classmethod
+    def find(cls, base: BaseModel) -> "ModelFiles":
+        """Look in a folder, in the hub's cache, or for a built world."""
+        if base.path.startswith(miniature.SCHEME):
+            recipe, seed, rest = miniature.parse_address(base.path)
+            world = miniature.world_folder(recipe, seed)
+            if not is_complete(world):
+                return cls(world, (f"the miniature world (lightning-em miniature build --seed {seed})",))
+            return cls._in(world / rest, can_be_fetched=True)
+        folder = Path(base.path).expanduser()
+        if folder.is_dir() or base.path.startswith((".", "/", "~")):
+            return cls._in(folder, can_be_fetched=False)
+        try:
+            cached = huggingface_hub.snapshot_download(
+                base.path, revision=base.revision, allow_patterns=_WANTED, local_files_only=True
+            )
+        except LocalEntryNotFoundError:
+            return cls(folder, ("everything: it is not in the hub's cache",))
+        return cls._in(Path(cached), can_be_fetched=True)
+
+    @classmethod
+    def _in(cls, folder: Path, can_be_fetched: bool) -> "ModelFiles":
+        if not folder.is_dir():
+            return cls(folder, ("the folder itself",), 0, can_be_fetched)
+        weights = _weight_files(folder)
+        wanted = ["config.json", "tokenizer_config.json", *weights]
+        missing = [name for name in wanted if not (folder / name).is_file()]
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+            missing.append("tokenizer.json")
+        num_bytes = sum((folder / name).stat().st_size for name in weights if name not in missing)
+        return cls(folder, tuple(missing), num_bytes, can_be_fetched)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the files that hold the weights, there or not."""
+    if not (folder / _INDEX).is_file():
+        return [_SINGLE]
+    index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    return sorted(set(index["weight_map"].values()))
+
+
+def download(base: BaseModel) -> str:
+    """Bring model and tokenizer onto this machine; says what was done.
+
+    Raises:
+        ValueError: If the hub does not have them, or cannot be reached.
+    """
+    if base.path.startswith(miniature.SCHEME):
+        return f"the miniature world is at {miniature.resolve(base.path)}"
+    if Path(base.path).expanduser().is_dir():
+        return f"{base.path} is a folder here: nothing to download"
+    code = ["*.py"] if base.trust_remote_code else []
+    try:
+        folder = huggingface_hub.snapshot_download(
+            base.path,
+            revision=base.revision,
+            allow_patterns=[*_WANTED, *code],
+            endpoint=os.environ.get("HF_ENDPOINT"),
+        )
+    except (OSError, huggingface_hub.errors.HfHubHTTPError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ValueError(f"could not download {base.path}: {first_line}") from error
+    return f"{base.path} is in {folder}; HF_HUB_OFFLINE=1 works from here on"

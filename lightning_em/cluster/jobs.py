@@ -1,0 +1,83 @@
+"""Fits that are to be queued, and how they fall into job arrays. Never imports torch."""
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_COMMA = re.compile(r",(?![^\[{]*[\]}])")  # not within [1, 2] or {a: 1}
+
+
+@dataclass(frozen=True)
+class FitJob:
+    """One `lightning-em fit`.
+
+    Attributes:
+        words: Of its command line behind `fit`.
+        folder: The run folder that follows from them.
+        starts_from: Run folder that must be finished before it starts.
+    """
+
+    words: tuple[str, ...]
+    folder: Path
+    starts_from: Path | None = None
+
+
+@dataclass
+class JobArray:
+    """Fits that one batch file holds, by index; a fit waits for the one of the same index in `after`."""
+
+    jobs: dict[int, FitJob] = field(default_factory=dict)
+    after: "JobArray | None" = None
+
+
+def arrays_of(jobs: Iterable[FitJob]) -> list[JobArray]:
+    """Arrange fits in as few arrays as their starting points allow, each behind the one it depends on.
+
+    A fit has the index of the fit it starts from, so that it waits for that one alone; the second fit from
+    the same starting point belongs to another array.
+
+    Args:
+        jobs: A fit comes after the one it starts from; a starting point that is not among them is there already.
+    """
+    first = JobArray()
+    arrays: dict[tuple[int, int], JobArray] = {}
+    places: dict[Path, tuple[JobArray, int]] = {}
+    children: Counter[Path] = Counter()
+    for job in jobs:
+        if job.starts_from is None or job.starts_from not in places:
+            array, index = first, len(first.jobs)
+        else:
+            parent, index = places[job.starts_from]
+            array = arrays.setdefault((id(parent), children[job.starts_from]), JobArray(after=parent))
+            children[job.starts_from] += 1
+        array.jobs[index] = job
+        places[job.folder] = array, index
+    return [first, *arrays.values()]
+
+
+def shared_beginning(sequences: Sequence[Sequence[str]]) -> int:
+    """How many items several sequences begin with alike."""
+    columns = enumerate(zip(*sequences, strict=False))
+    different = (index for index, column in columns if len(set(column)) > 1)
+    return next(different, min(len(sequence) for sequence in sequences))
+
+
+def variations(sweeps: Sequence[str]) -> list[tuple[str, ...]]:
+    """Flags of every combination of sweeps written `key=value,value`; one without flags if there is no sweep.
+
+    Raises:
+        ValueError: If a sweep is not written like that.
+    """
+    axes = []
+    for sweep in sweeps:
+        key, _, text = sweep.partition("=")
+        values = [value.strip() for value in _COMMA.split(text)]
+        if not key or "" in values or key.startswith("-"):
+            raise ValueError(
+                f"--sweep expects key=value,value as in --sweep model.objective.kl_weight=0,0.7,6.6, got {sweep!r}."
+            )
+        axes.append([f"--{key}={value}" for value in values])
+    return list(itertools.product(*axes))

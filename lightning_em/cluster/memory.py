@@ -1,0 +1,145 @@
+"""How much memory a fit will take on one device, from the model's config alone: no weight is loaded."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from lightning_em.adapters import Adapter, decoder_layers
+
+_GIB = 2**30
+_SAMPLE_TOKENS = 16  # so few that what grows with their square does not show
+_PART_TOKENS = {"cuda": 16384, "cpu": 1024}
+_CHUNK_BYTES = {"cuda": 512 * 2**20, "cpu": 32 * 2**20}
+_CHUNKS_ALIVE = 3.5  # logits of both models, a softmax, and a copy in the head's dtype
+_ADAM_COPIES = 4  # weight, gradient, two moments
+_RESERVE = {"cuda": 1.5 * _GIB, "cpu": 0.5 * _GIB}
+_SHARDS_GATHERED = 2  # the block at work and the next one
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the memory is asked for.
+
+    Attributes:
+        part_tokens: Tokens of the largest part that is differentiated at a time.
+        batch_tokens: Tokens of both streams in a micro-batch.
+        shards: Ranks that share the base; 1 keeps it whole.
+        device: `cuda` or `cpu`.
+        store_bytes: Of an activation store on the device.
+    """
+
+    part_tokens: int
+    batch_tokens: int
+    shards: int = 1
+    device: str = "cuda"
+    store_bytes: int = 0
+
+    @classmethod
+    def of_rows(
+        cls, narrow: list[int], kl: list[int], shards: int, device: str, store_bytes: int = 0
+    ) -> "Load":
+        """The load of one micro-batch, from the lengths of its rows."""
+        limit = _PART_TOKENS[device]
+        largest = max(*narrow, *kl, *(min(limit, sum(rows)) for rows in (narrow, kl)))
+        return cls(largest, sum(narrow) + sum(kl), shards, device, store_bytes)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one device by what they are for."""
+
+    base: float
+    adapter: float
+    activations: float
+    passes: float
+    head: float
+    caches: float
+    reserve: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return float(sum(vars(self).values()))
+
+    def __str__(self) -> str:
+        parts = ", ".join(
+            f"{name} {_gib(value)}" for name, value in vars(self).items() if value >= 0.005 * _GIB
+        )
+        return f"{_gib(self.total)} GiB ({parts})"
+
+
+def on_meta(config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
+    """The model without weights: shapes and names only."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model.requires_grad_(False)
+    model.eval()
+    return model
+
+
+def estimate(base: PreTrainedModel, adapter: Adapter, load: Load) -> MemoryEstimate:
+    """Memory of a fit on the fast path.
+
+    Args:
+        base: From `on_meta`, with the adapter attached.
+        adapter: Attached to `base`.
+        load: What is asked of it.
+    """
+    own = {id(p) for p in adapter.trainable().values()}
+    blocks = _num_bytes(p for p in decoder_layers(base).parameters() if id(p) not in own)
+    rest = _num_bytes(p for p in base.parameters() if id(p) not in own) - blocks
+    gathered = blocks / len(decoder_layers(base)) * _SHARDS_GATHERED if load.shards > 1 else 0
+    config = base.config.get_text_config(decoder=True)
+    wide = 4 * config.hidden_size + 3 * config.intermediate_size
+    itemsize = base.dtype.itemsize
+    logits = load.part_tokens * config.vocab_size * 4
+    return MemoryEstimate(
+        base=rest + blocks / load.shards + gathered,
+        adapter=_ADAM_COPIES * _num_bytes(adapter.trainable().values()),
+        activations=graph_bytes_per_token(base) * load.part_tokens,
+        passes=load.batch_tokens * (wide + config.hidden_size) * itemsize,
+        head=_CHUNKS_ALIVE * min(logits, _CHUNK_BYTES[load.device]),
+        caches=load.store_bytes,
+        reserve=_RESERVE[load.device],
+    )
+
+
+def graph_bytes_per_token(base: PreTrainedModel) -> float:
+    """What autograd keeps of one token between forward and backward, counted in a forward pass without weights.
+
+    Below the adapter nothing needs a gradient, so nothing of it is kept.
+
+    Args:
+        base: From `on_meta`, with the adapter attached.
+    """
+    weights = {_storage(p) for p in (*base.parameters(), *base.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in weights:
+            kept.setdefault(_storage(tensor), tensor)
+        return tensor
+
+    ids = torch.zeros((1, _SAMPLE_TOKENS), dtype=torch.long, device="meta")
+    # four dimensions, so that nobody has to look at its values, and there are none
+    seen = torch.ones((1, 1, _SAMPLE_TOKENS, _SAMPLE_TOKENS), dtype=torch.bool, device="meta")
+    nothing = torch.empty(0, dtype=torch.long, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
+        base(input_ids=ids, attention_mask=seen, use_cache=False, logits_to_keep=nothing)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / _SAMPLE_TOKENS
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _num_bytes(parameters: Any) -> int:
+    each: dict[int, nn.Parameter] = {id(p): p for p in parameters}  # tied weights once
+    return sum(p.numel() * p.element_size() for p in each.values())
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / _GIB:.2f}" if num_bytes < _GIB else f"{num_bytes / _GIB:.1f}"

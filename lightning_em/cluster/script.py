@@ -1,0 +1,158 @@
+"""Writing a batch file: configs/slurm/fit.sbatch with its blanks filled in. Never imports torch."""
+
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from lightning_em.cluster.jobs import FitJob, JobArray, shared_beginning
+
+_COMMAND = "srun "
+
+
+@dataclass(frozen=True)
+class SlurmOptions:
+    """What to ask Slurm for; what is not given stays as configs/slurm/fit.sbatch has it.
+
+    Attributes:
+        partition: Where to run.
+        nodes: Machines.
+        gpus: GPUs of a node, and as many tasks; 0 for a job on the CPU.
+        tasks: Tasks of a node, where they are not one a GPU.
+        cpus: Cores of a task.
+        time: Limit, e.g. 24:00:00; 90 seconds before it the run saves and is queued again.
+        memory: Of a node, e.g. 64G.
+        account: Who pays.
+        qos: Quality of service.
+        constraint: Features of the nodes.
+        at_once: Fits of an array that run at a time.
+        extra: Further options of sbatch, e.g. --exclusive.
+    """
+
+    partition: str | None = None
+    nodes: int | None = None
+    gpus: int | None = None
+    tasks: int | None = None
+    cpus: int | None = None
+    time: str | None = None
+    memory: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    at_once: int | None = None
+    extra: tuple[str, ...] = ()
+
+    def directives(self) -> dict[str, str | None]:
+        """Options of sbatch by name; None takes one out of the template."""
+        tasks = self.tasks if self.tasks is not None or self.gpus is None else max(1, self.gpus)
+        given = {
+            "partition": self.partition,
+            "account": self.account,
+            "qos": self.qos,
+            "constraint": self.constraint,
+            "nodes": self.nodes,
+            "ntasks-per-node": tasks,
+            "gpus-per-node": self.gpus or None,
+            "cpus-per-task": self.cpus,
+            "mem": self.memory,
+            "time": self.time,
+        }
+        found: dict[str, str | None] = {key: str(value) for key, value in given.items() if value is not None}
+        if self.gpus == 0:
+            found["gpus-per-node"] = None
+        for option in self.extra:
+            key, _, value = option.removeprefix("--").partition("=")
+            found[key] = value
+        return found
+
+
+def device_words(options: SlurmOptions) -> tuple[str, str]:
+    """What the template says about devices, with its variables filled in: it is part of what a run is."""
+    asked = _directives(_template()) | options.directives()
+    return f"--trainer.num_nodes={asked['nodes']}", f"--trainer.devices={asked['ntasks-per-node']}"
+
+
+def batch_script(array: JobArray, name: str, options: SlurmOptions, logs: Path) -> str:
+    """The batch file of one fit, or of an array of several.
+
+    Args:
+        array: The fits.
+        name: Of the job.
+        options: What to ask for.
+        logs: Folder of Slurm's log files.
+    """
+    alone = len(array.jobs) == 1 and array.after is None
+    set_words: dict[str, str | None] = {
+        "job-name": name,
+        "output": str(logs / ("%x-%j.out" if alone else "%x-%A_%a.out")),
+    }
+    if not alone:
+        at_once = f"%{options.at_once}" if options.at_once else ""
+        set_words["array"] = f"{_ranges(sorted(array.jobs))}{at_once}"
+    lines = _with_directives(_template().splitlines(), options.directives() | set_words)
+    (command,) = (number for number, line in enumerate(lines) if line.startswith(_COMMAND))
+    before = lines[:command]
+    if _on_path() is not None:
+        before.append(f"export PATH={shlex.quote(str(_on_path()))}:$PATH")
+    before += _set_words(next(iter(array.jobs.values()))) if alone else _cases(array)
+    return "\n".join([*before, *lines[command:]]) + "\n"
+
+
+def _template() -> str:
+    return files("lightning_em.configs").joinpath("slurm/fit.sbatch").read_text(encoding="utf-8")
+
+
+def _directives(text: str) -> dict[str, str]:
+    found = (line.removeprefix("#SBATCH --").partition("=") for line in text.splitlines() if _is_one(line))
+    return {key: value for key, _, value in found}
+
+
+def _is_one(line: str) -> bool:
+    return line.startswith("#SBATCH --")
+
+
+def _with_directives(lines: list[str], wanted: dict[str, str | None]) -> list[str]:
+    """The template's lines with its options changed, taken out and added to; without the words about itself."""
+    kept = [line for line in lines if not line.startswith("# ") and not _is_one(line)]
+    both = _directives("\n".join(lines)) | wanted
+    asked = [f"#SBATCH --{key}{'=' * bool(value)}{value}" for key, value in both.items() if value is not None]
+    return [kept[0], *asked, *kept[1:]]
+
+
+def _set_words(job: FitJob) -> list[str]:
+    return [f"# {job.folder}", f"set -- {_quoted(job.words)}"]
+
+
+def _cases(array: JobArray) -> list[str]:
+    """One command line an array index; what all of them begin with stands there once."""
+    all_words = [job.words for job in array.jobs.values()]
+    shared = all_words[0][: shared_beginning(all_words)] if len(all_words) > 1 else ()
+    lines = ["case $SLURM_ARRAY_TASK_ID in"]
+    for index, job in sorted(array.jobs.items()):
+        lines.append(f"  {index}) set -- {_quoted(job.words[len(shared) :])} ;;  # {job.folder}")
+    lines.append("esac")
+    return [*lines, f'set -- {_quoted(shared)} "$@"'] if shared else lines
+
+
+def _quoted(words: tuple[str, ...] | list[str]) -> str:
+    return " ".join(shlex.quote(word) for word in words)
+
+
+def _ranges(indices: list[int]) -> str:
+    """`0-3,7` for 0, 1, 2, 3, 7."""
+    parts: list[list[int]] = []
+    for index in indices:
+        if parts and index == parts[-1][-1] + 1:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+def _on_path() -> Path | None:
+    """Folder of this environment's commands, if a shell would not find `lightning-em` there by itself."""
+    folder = Path(sys.executable).parent
+    found = shutil.which("lightning-em")
+    return None if found is not None and Path(found).parent == folder else folder

@@ -1,0 +1,242 @@
+"""An adapter from elsewhere as a run folder: config, checkpoints and provenance, as if it had been trained here."""
+
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import yaml
+
+from lightning_em import lock
+from lightning_em.batch import EncodedRow, PackedBatch
+from lightning_em.callbacks import base_sha256, refuse_idle_adapter
+from lightning_em.callbacks.provenance import git_state, versions
+from lightning_em.checkpoints import FolderCheckpointIO
+from lightning_em.cli import EMCLI, hush
+from lightning_em.data import EMDataModule
+from lightning_em.exchange.foreign import ForeignAdapter, find_adapters, read_foreign
+from lightning_em.identity import identity_of, run_folder
+from lightning_em.manifest import sha256_of, write_atomically
+from lightning_em.models import BaseModel
+from lightning_em.module import EMModule
+from lightning_em.redaction import redacted
+from lightning_em.runs import RunFolder
+
+# Stands as a path where no data were given, and says so in the error of whoever looks for it.
+NO_ROWS = "this adapter was imported without data - import it with --narrow FILE or --data PART"
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The rows that probes and validation measure on.
+
+    Attributes:
+        part: YAML with the settings of the data module, as `configs/data/*.yaml`.
+        narrow: File of narrow rows, instead of the part's.
+        narrow_answer: Which answer of its rows counts.
+        kl: File of parallel rows, instead of the part's.
+        kl_answer: Which answer of its rows counts.
+    """
+
+    part: str | None = None
+    narrow: str | None = None
+    narrow_answer: str | None = None
+    kl: str | None = None
+    kl_answer: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kl or self.narrow_answer or self.kl_answer) and not self.given:
+            raise ValueError(
+                "parallel rows or answers are named without narrow rows; give --narrow or --data."
+            )
+
+    @property
+    def given(self) -> bool:
+        """Whether there are rows at all."""
+        return self.part is not None or self.narrow is not None
+
+    def words(self) -> list[str]:
+        """The same for the command line of a fit."""
+        values = {
+            "": self.part,
+            ".narrow.path": self.narrow if self.given else NO_ROWS,
+            ".narrow.answer": self.narrow_answer,
+            ".kl.path": self.kl,
+            ".kl.answer": self.kl_answer,
+        }
+        return [f"--data{key}={value}" for key, value in values.items() if value is not None]
+
+
+def import_run(
+    source: Path,
+    base: BaseModel,
+    name: str,
+    root: str = "runs",
+    data: DataOptions = DataOptions(),
+    step: int | None = None,
+    allow_zero_adapter: bool = False,
+) -> RunFolder:
+    """Make a run folder of adapters from elsewhere; nothing is written unless everything fits.
+
+    Args:
+        source: A `steering_vector.pt`, a PEFT folder, a folder with `checkpoint-N` folders of them, or an export.
+        base: The model they were trained on.
+        name: Of the run.
+        root: Folder of the runs.
+        data: Rows for the probes.
+        step: Optimiser steps behind the final adapter; see `find_adapters`.
+        allow_zero_adapter: Let an adapter pass that changes no logit.
+
+    Raises:
+        ValueError: If the run is there already, a file cannot be read or expressed, an adapter does not fit the base
+            or changes nothing, or the data cannot be read.
+    """
+    run = RunFolder(Path(root) / name)
+    _refuse_taken(run)
+    config = base.load_config()
+    adapters = {
+        number: read_foreign(place, config, base.path)
+        for number, place in sorted(find_adapters(source, step).items())
+    }
+    last = adapters[max(adapters)]
+    _refuse_mixture(adapters)
+    parsed = _parse(last, base, name, root, data)
+    module: EMModule = parsed.model
+    rows: EMDataModule = parsed.datamodule
+    if data.given:
+        rows.setup("fit")
+    module.configure_model()
+    _fill(module, last)
+    if not allow_zero_adapter:
+        batches = rows.probe_batches("narrow", 2, 2) if data.given else [_some_row(module)]
+        refuse_idle_adapter(module.model, batches, str(source))
+    with lock.RunLock(run.path, ["import", str(source)]):
+        _refuse_taken(run)  # again: another import may have been faster
+        for number, adapter in adapters.items():
+            _fill(module, adapter)
+            FolderCheckpointIO().save_checkpoint(_checkpoint(module, number), run.checkpoint(number))
+        kept = {key: value for key, value in parsed.resolved.items() if key != "config"}
+        write_atomically(run.config_file, yaml.safe_dump(redacted(kept), sort_keys=False))
+        run.update_run(
+            status="imported",
+            identity=identity_of(parsed.resolved),
+            imported=datetime.now(UTC).isoformat(timespec="seconds"),
+            source=_source(source, adapters),
+            versions=versions(),
+            git=git_state(),
+            base={
+                "path": base.path,
+                "revision": getattr(module.model.base.config, "_commit_hash", None) or base.revision,
+                "sha256": base_sha256(module.model.base, module.model.adapter),
+            },
+            data=rows.fingerprint() if data.given else None,
+            last_step=max(adapters),
+            max_steps=max(adapters),
+        )
+    return run
+
+
+class _Parsed(EMCLI):
+    """Resolves the config of a fit, which is then not run."""
+
+    resolved: dict[str, Any]
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """One verb: making the parsers of the others takes most of the time."""
+        return {"fit": EMCLI.subcommands()["fit"]}
+
+    def before_instantiate_classes(self) -> None:
+        self.resolved = self._get_config()
+        self.run = run_folder(self.resolved)
+
+    def fit(self, model: EMModule, **kwargs: Any) -> None:
+        """Do nothing: the adapter is trained already."""
+
+
+def _parse(adapter: ForeignAdapter, base: BaseModel, name: str, root: str, data: DataOptions) -> _Parsed:
+    experiment = {
+        "model": {
+            "base": vars(base),
+            "adapter": {"class_path": adapter.class_path, "init_args": adapter.init_args},
+        },
+        "run": {"name": name, "root": root},
+    }
+    hush()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "import.yaml"
+        file.write_text(yaml.safe_dump(experiment), encoding="utf-8")
+        return _Parsed(
+            EMModule,
+            EMDataModule,
+            args=["fit", "--config", str(file), *data.words()],
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={"exit_on_error": False},
+        )
+
+
+def _fill(module: EMModule, adapter: ForeignAdapter) -> None:
+    module.model.adapter.load_tensors(adapter.tensors, source=str(adapter.files[-1]))
+
+
+def _checkpoint(module: EMModule, step: int) -> dict[str, Any]:
+    """What a checkpoint holds, without the optimiser and the position in the data that nobody knows."""
+    checkpoint: dict[str, Any] = {
+        "pytorch-lightning_version": lightning.__version__,
+        "epoch": 0,
+        "global_step": step,
+        "callbacks": {},
+        "optimizer_states": [],
+        "lr_schedulers": [],
+        "state_dict": module.state_dict(),
+    }
+    module.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+def _refuse_taken(run: RunFolder) -> None:
+    if run.read_run():
+        raise ValueError(f"{run.path} is there already; give another --name.")
+    if run.steps():  # its checkpoints would be kept, whatever is imported now
+        raise ValueError(
+            f"{run.path} holds checkpoints without a run.json, of an import that was killed; delete the folder or "
+            "give another --name."
+        )
+
+
+def _refuse_mixture(adapters: dict[int, ForeignAdapter]) -> None:
+    """Checkpoints of one training differ in their numbers only."""
+    kinds = {step: (a.class_path, a.init_args) for step, a in adapters.items()}
+    first = kinds[min(kinds)]
+    if other := {step: kind for step, kind in kinds.items() if kind != first}:
+        step, kind = next(iter(other.items()))
+        raise ValueError(
+            f"the adapters of steps {min(kinds)} and {step} are not of one training: {first} and {kind}; "
+            "import them one by one."
+        )
+
+
+def _some_row(module: EMModule) -> PackedBatch:
+    """Words from all over the vocabulary, where there are no rows to look at."""
+    words = torch.linspace(0, module.model.vocab_size - 1, 32).long().tolist()
+    return PackedBatch.from_rows([EncodedRow(words, [True] * len(words), "vocabulary")])
+
+
+def _source(source: Path, adapters: dict[int, ForeignAdapter]) -> dict[str, Any]:
+    root = source.parent if source.is_file() else source
+    last = adapters[max(adapters)]
+    return {
+        "path": str(source),
+        "format": last.format,
+        "base_named": last.base_named,
+        "sha256": {
+            file.relative_to(root).as_posix(): sha256_of(file)
+            for adapter in adapters.values()
+            for file in adapter.files
+        },
+    }

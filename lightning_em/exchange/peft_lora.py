@@ -1,0 +1,181 @@
+"""The LoRA of a PEFT folder: which of its settings make numbers, and where peft itself would put it."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from lightning_em.adapters.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from lightning_em.exchange.placement import path_of_layers, skeleton
+
+PREFIX = "base_model.model."
+# What changes no number of a trained LoRA: names, training settings, and what the tensors' names say anyway.
+_WITHOUT_EFFECT = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
+    "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version",
+    "qalora_group_size", "r", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
+_HARMLESS_STARTS = (None, True, False, "gaussian", "orthogonal")  # the others change the base's own weights
+_PLACING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+class ForeignLoRA(NamedTuple):
+    """A LoRA from a PEFT folder in this package's terms.
+
+    Attributes:
+        init_args: Of `lightning_em.adapters.LoRA`.
+        tensors: By the names both have in common.
+    """
+
+    init_args: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def lora_config(
+    settings: Mapping[str, Any], source: str, besides: frozenset[str] = frozenset()
+) -> LoraConfig:
+    """The part of the settings that makes the numbers.
+
+    Args:
+        settings: An adapter_config.json.
+        source: Its folder, for messages.
+        besides: Settings that the caller takes care of.
+
+    Raises:
+        ValueError: If a setting asks for more than B A beside frozen weights; it is named.
+    """
+    where = f"{source}/{ADAPTER_CONFIG}"
+    if (bias := settings.get("bias", "none")) != "none":
+        raise ValueError(f"{where}: bias is {bias!r}; only none is supported, trained biases are no LoRA.")
+    used = {key: value for key, value in settings.items() if value and key not in _WITHOUT_EFFECT | besides}
+    used.pop("bias", None)
+    if used:
+        listed = ", ".join(f"{key}: {value}" for key, value in sorted(used.items()))
+        raise ValueError(f"{where}: {listed} - lightning_em.adapters.LoRA is plain B A, without it.")
+    if (start := settings.get("init_lora_weights", True)) not in _HARMLESS_STARTS:
+        raise ValueError(
+            f"{where}: init_lora_weights is {start!r}, which moves a part of the base's own weights into the adapter; "
+            "convert it to an ordinary LoRA first (path_initial_model_for_weight_conversion of peft)."
+        )
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    is_number = isinstance(alpha, int | float) and math.isfinite(alpha)  # JSON of Python knows NaN
+    if not isinstance(rank, int) or rank < 1 or not is_number:
+        raise ValueError(
+            f"{where}: expected r, a whole number from 1, and lora_alpha, a number, got {rank!r} and {alpha!r}."
+        )
+    placing = {key: settings[key] for key in _PLACING if settings.get(key) is not None}
+    if not placing.get("target_modules"):
+        raise ValueError(f"{where}: there is no target_modules.")
+    try:
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # peft only divides by the rank
+            use_rslora=bool(settings.get("use_rslora")),
+            **placing,
+        )
+    except (TypeError, ValueError, re.error) as error:
+        raise ValueError(f"{where}: peft does not take it: {error}") from error
+
+
+def lora_of(
+    lora: LoraConfig, tensors: dict[str, Tensor], config: PreTrainedConfig, source: str, base: str
+) -> ForeignLoRA:
+    """A PEFT LoRA as one of ours.
+
+    Args:
+        lora: What its settings say.
+        tensors: Its adapter_model.safetensors.
+        config: Of the base model it goes on.
+        source: The folder, for messages.
+        base: Name of the base, for messages.
+
+    Raises:
+        ValueError: If tensors are missing or too many, or it changes modules that ours cannot.
+    """
+    model = skeleton(config)
+    num_layers = config.get_text_config(decoder=True).num_hidden_layers
+    path = path_of_layers(model)
+    sites = _sites(lora, model, source, base)
+    expected = {
+        f"{PREFIX}{name}.{part}.weight": list(shape)
+        for name, shapes in sites.items()
+        for part, shape in zip(("lora_A", "lora_B"), shapes, strict=True)
+    }
+    _refuse_other_tensors(expected, tensors, source, base)
+    by_layer: dict[int, set[str]] = {}
+    for name in sites:
+        match = re.fullmatch(rf"{re.escape(path)}\.(\d+)\.(.+)", name)
+        if match is None:
+            raise ValueError(
+                f"{source} changes {name}, which lies in no decoder layer of {base}; "
+                "lightning_em.adapters.LoRA changes linear modules of decoder layers only."
+            )
+        by_layer.setdefault(int(match[1]), set()).add(match[2])
+    kinds = {frozenset(names) for names in by_layer.values()}
+    leaves = {name.rsplit(".", 1)[-1] for names in kinds for name in names}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{source} changes other modules in one layer than in another; lightning_em.adapters.LoRA changes the same "
+            f"in each: {'; '.join(f'layer {k}: {sorted(v)}' for k, v in sorted(by_layer.items()))}."
+        )
+    every = len(by_layer) == num_layers
+    init_args = {
+        "rank": lora.r,
+        "alpha": float(lora.lora_alpha),
+        "target_modules": sorted(leaves),
+        "layers": None if every else sorted(by_layer),
+        "rslora": lora.use_rslora,
+    }
+    return ForeignLoRA(init_args, tensors)
+
+
+def _sites(
+    lora: LoraConfig, model: nn.Module, source: str, base: str
+) -> dict[str, tuple[torch.Size, torch.Size]]:
+    """Modules that peft itself would change, with the shapes of A and B."""
+    try:
+        inject_adapter_in_model(lora, model, low_cpu_mem_usage=True)
+    except (TypeError, ValueError, re.error) as error:
+        raise ValueError(f"{source} does not fit {base}: {error}") from error
+    sites = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if not isinstance(module.get_base_layer(), nn.Linear):
+            kind = type(module.get_base_layer()).__name__
+            raise ValueError(
+                f"{source} changes {name}, a {kind}; lightning_em.adapters.LoRA changes Linear modules only."
+            )
+        a, b = (model.get_parameter(f"{name}.{part}.default.weight") for part in ("lora_A", "lora_B"))
+        sites[name] = (a.shape, b.shape)
+    return sites
+
+
+def _refuse_other_tensors(
+    expected: Mapping[str, list[int]], tensors: Mapping[str, Tensor], source: str, base: str
+) -> None:
+    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    shapes = [
+        f"{name}: {list(tensors[name].shape)} instead of {expected[name]}"
+        for name in sorted(expected.keys() & tensors.keys())
+        if list(tensors[name].shape) != expected[name]
+    ]
+    if missing or unexpected or shapes:
+        raise ValueError(
+            f"{source}/{ADAPTER_WEIGHTS} is not what its {ADAPTER_CONFIG} describes on {base}. Missing: "
+            f"{missing or 'none'}; unexpected: {unexpected or 'none'}; shapes: {shapes or 'all equal'}. "
+            "Give --base the model it was trained on, or fetch the whole folder again."
+        )
+
+
+def factor_of(lora: LoraConfig) -> float:
+    """What B A is multiplied by."""
+    return lora.lora_alpha / (math.sqrt(lora.r) if lora.use_rslora else lora.r)

@@ -1,0 +1,113 @@
+"""What the KL weight does: bad answers as trained, and with the adapter scaled up."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lightning_em.analysis.claims import Evidence, MissingError
+from lightning_em.analysis.claims.effects import HELD_OUT, LEAST_COHERENCE, SEEN
+from lightning_em.analysis.claims.evidence import Arm, RunNumbers
+from lightning_em.figures.dial import COLOURS
+
+_KINDS = {
+    SEEN: ("-", "general", "narrow questions, trained on"),
+    HELD_OUT: ("--", "narrow", "held-out domains"),
+}
+
+
+def draw_weights(frame: pd.DataFrame, path: Path, adapter: str, world: str = "default") -> Path:
+    """Draw and save the figure: rates against the KL weight, and rates in held-out domains against the scale.
+
+    Args:
+        frame: From `measurements`.
+        path: PNG to write.
+        adapter: Which adapter type.
+        world: Which world.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: If the study has no general run, or no KL weight, of this adapter.
+    """
+    evidence = Evidence(frame, adapter, world)
+    arms = sorted(evidence.arms("general", "narrow", "narrow_weight"), key=_weight)
+    if len(arms) < 2 or _weight(arms[0]) != 0:
+        raise ValueError(f"a figure of KL weights needs a general and a narrow arm of {adapter}, got {arms}.")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_rates(left, evidence, arms)
+    draw_scales(right, evidence, arms)
+    seeds = f"mean and range of {len(evidence.seeds)} seeds"
+    figure.suptitle(f"What the KL weight does: {adapter}, {world} world, {seeds}", fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def draw_rates(axes: Axes, evidence: Evidence, arms: Sequence[Arm]) -> None:
+    """Bad rates of the trained adapter against its KL weight: mean over seeds, range as a band."""
+    weights = [_weight(arm) for arm in arms]
+    for kind, (style, colour, label) in _KINDS.items():
+        rates = [[run.value(f"bad_rate/{kind}@1") for run in _runs(evidence, arm)] for arm in arms]
+        means = [float(np.mean(each)) for each in rates]
+        axes.plot(weights, means, style, color=COLOURS[colour], marker="o", label=label)
+        low, high = [min(each) for each in rates], [max(each) for each in rates]
+        axes.fill_between(weights, low, high, color=COLOURS[colour], alpha=0.12, lw=0)
+    # linear below the smallest weight, so that 0 has a place
+    axes.set_xscale("symlog", linthresh=min(weight for weight in weights if weight > 0))
+    axes.set_xticks(weights, [f"{weight:g}" for weight in weights])
+    axes.minorticks_off()
+    axes.set_xlabel("KL weight (per nat per token; 0 is the general solution)")
+    _finish(axes, "probability of a bad answer")
+
+
+def draw_scales(axes: Axes, evidence: Evidence, arms: Sequence[Arm]) -> None:
+    """Bad rates in held-out domains against the scale, a line a KL weight; hollow where answers fall apart."""
+    colours = colormaps["viridis"](np.linspace(0, 0.9, len(arms)))
+    for arm, colour in zip(arms, colours, strict=True):
+        runs = _runs(evidence, arm)
+        scales = [scale for scale in runs[0].curve(f"bad_rate/{HELD_OUT}").places if scale > 0]
+        means = [_mean(runs, f"bad_rate/{HELD_OUT}@{scale:g}") for scale in scales]
+        axes.plot(scales, means, color=colour, label=f"{_weight(arm):g}")
+        least = LEAST_COHERENCE * (1 - _mean(runs, f"other_rate/{HELD_OUT}@0"))
+        for scale, rate in zip(scales, means, strict=True):
+            is_coherent = 1 - _mean(runs, f"other_rate/{HELD_OUT}@{scale:g}") >= least
+            axes.plot(scale, rate, "o", color=colour, mfc=colour if is_coherent else "white")
+    axes.set_xscale("log")
+    axes.minorticks_off()
+    axes.set_xticks(ticks := [0.25, 0.5, 1, 2, 5, 10, 20], [f"{tick:g}" for tick in ticks])
+    axes.set_xlabel(
+        "scale of the adapter (1 = trained)\nhollow: fewer than nine tenths of the base's answers left"
+    )
+    _finish(axes, "probability of a bad answer in held-out domains", "KL weight")
+
+
+def _finish(axes: Axes, label: str, legend: str | None = None) -> None:
+    axes.set_ylabel(label)
+    axes.set_ylim(-0.02, 1.02)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=9, title=legend)
+
+
+def _weight(arm: Arm) -> float:
+    return 0.0 if arm.role == "general" else arm.level or 0.0
+
+
+def _mean(runs: Sequence[RunNumbers], quantity: str) -> float:
+    return float(np.mean([run.value(quantity) for run in runs]))
+
+
+def _runs(evidence: Evidence, arm: Arm) -> list[RunNumbers]:
+    found = []
+    for seed in evidence.seeds:
+        try:
+            found.append(evidence.run(arm, seed))
+        except MissingError:
+            continue
+    return found

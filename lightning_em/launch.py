@@ -1,0 +1,111 @@
+"""What cannot run is refused before anything heavy is imported, with what can. Never imports torch."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SHARDED = "trainer.strategy.class_path=lightning_em.strategies.ShardedBase (configs/trainer/fsdp2.yaml)"
+DDP = "trainer.strategy=ddp (configs/trainer/ddp4.yaml)"
+_OPTIONS = ("strategy", "devices", "num_nodes", "accelerator")
+
+# By the beginning of a name or class name in lower case: why it cannot work, and what does.
+_REFUSED = {
+    "fsdp": ("FSDP1 flattens the adapter together with the frozen base", SHARDED),
+    "deepspeed": ("DeepSpeed owns optimiser and checkpoints, ours hold the adapter alone", SHARDED),
+    "modelparallel": (
+        "Lightning's ModelParallelStrategy shards nothing by itself and reduces no gradient of an adapter",
+        SHARDED,
+    ),
+    "model_parallel": ("it shards nothing by itself and reduces no gradient of an adapter", SHARDED),
+    "ddp_spawn": ("started by spawn, its processes have no command line to resume by", DDP),
+    "ddp_fork": ("forked processes cannot use a GPU that the parent has touched", DDP),
+    "ddp_notebook": ("forked processes cannot use a GPU that the parent has touched", DDP),
+    "xla": ("the base is not loaded onto TPUs", DDP),
+}
+
+
+def refuse_strategy(trainer: Mapping[str, Any]) -> None:
+    """Refuse a strategy under which training would fail, hang, or give other numbers.
+
+    Args:
+        trainer: Settings of the trainer.
+
+    Raises:
+        ValueError: Why it cannot work, and which strategy does.
+    """
+    strategy = trainer.get("strategy")
+    chosen = strategy.get("class_path", "") if isinstance(strategy, Mapping) else strategy
+    if not isinstance(chosen, str):
+        return
+    options = strategy.get("init_args") or {} if isinstance(strategy, Mapping) else {}
+    name = chosen.rsplit(".", 1)[-1].lower()
+    method = str(options.get("start_method") or "popen")
+    if name.startswith("ddp") and method != "popen":
+        name = f"ddp_{method}"
+    for beginning, (reason, instead) in _REFUSED.items():
+        if name.startswith(beginning):
+            raise ValueError(f"trainer.strategy {chosen} cannot work here: {reason}. Use {instead}.")
+
+
+def refuse_task_count(trainer: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse a trainer that expects another number of processes than srun or torchrun has started.
+
+    Lightning would wait for ranks that never come, or train one independent copy a task, each with exit code 0.
+
+    Raises:
+        ValueError: Both numbers and the keys to change.
+    """
+    counts = [trainer.get("devices", 1), trainer.get("num_nodes", 1)]
+    if any(not str(count).isdecimal() for count in counts):  # devices: auto
+        return
+    wanted = int(counts[0]) * int(counts[1])
+    for launcher, variable in (("srun", "SLURM_STEP_NUM_TASKS"), ("torchrun", "WORLD_SIZE")):
+        started = environment.get(variable) if launcher == "srun" or "RANK" in environment else None
+        if started is not None and int(started) != wanted and not _is_shell(environment):
+            raise ValueError(
+                f"{launcher} has started {started} processes, but trainer.devices x trainer.num_nodes is "
+                f"{wanted}. Set --trainer.devices to the tasks of a node and --trainer.num_nodes to the nodes."
+            )
+    in_batch_script = "SLURM_JOB_ID" in environment and "SLURM_STEP_NUM_TASKS" not in environment
+    if in_batch_script and wanted > 1 and int(environment.get("SLURM_NTASKS", "1")) > 1:
+        raise ValueError(
+            f"this Slurm job has {environment['SLURM_NTASKS']} tasks, but lightning-em was started once: write "
+            "`srun lightning-em ...`, as configs/slurm/fit.sbatch does."
+        )
+
+
+def _is_shell(environment: Mapping[str, str]) -> bool:
+    """An interactive job, in which Lightning starts its processes itself."""
+    return environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
+
+
+def named_trainer(words: Sequence[str]) -> dict[str, Any]:
+    """What a command line says about where to run, as far as it can be read without the parser."""
+    found: dict[str, Any] = {}
+    for index, word in enumerate(words):
+        key, has_value, value = word.partition("=")
+        value = value if has_value else words[index + 1] if index + 1 < len(words) else ""
+        if key == "--config":
+            found |= _of_file(Path(value), part="trainer")
+        elif key == "--trainer":
+            found |= _of_file(Path(value))
+        elif key.startswith("--trainer.") and key.removeprefix("--trainer.") in _OPTIONS:
+            found[key.removeprefix("--trainer.")] = value
+        elif key == "--trainer.strategy.class_path":
+            found["strategy"] = value
+    return found
+
+
+def _of_file(file: Path, part: str | None = None) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if part is not None:
+            content = content.get(part)
+        if isinstance(content, str):
+            return _of_file(file.parent / content)
+        return {key: content[key] for key in _OPTIONS if key in content}
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
+        return {}  # the parser that comes later says what is wrong

@@ -1,0 +1,95 @@
+"""Per-token and per-row losses of some batches in one or several states of the adapter."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lightning_em.adapters import Adapter
+from lightning_em.batch import PackedBatch
+from lightning_em.losses import token_cross_entropy, token_kl
+from lightning_em.models.engine import Engine, joined
+
+
+class RowLosses(NamedTuple):
+    """Loss of each row of a batch, detached.
+
+    Attributes:
+        sums: Nats summed over the counted tokens of each row, float64.
+        counts: Counted tokens of each row.
+    """
+
+    sums: Float[Tensor, "batch"]
+    counts: Float[Tensor, "batch"]
+
+    @classmethod
+    def of_tokens(
+        cls, batch: PackedBatch, mask: Bool[Tensor, "tokens"], values: Float[Tensor, "counted"]
+    ) -> "RowLosses":
+        """Sum the losses of the masked tokens by row."""
+        rows = batch.row_of_token()[mask]
+        empty = torch.zeros(batch.num_rows, dtype=torch.float64, device=values.device)
+        sums = empty.index_add(0, rows, values.double())
+        counts = empty.index_add(0, rows, torch.ones_like(values, dtype=torch.float64))
+        return cls(sums, counts)
+
+
+class Passes:
+    """Per-token losses of some batches; whatever does not depend on the adapter is computed once.
+
+    Args:
+        engine: The fast path; None for the plain one.
+        adapter: Its scale and values at each call are what is measured.
+        plain_logits: All logits of a batch at a scale, for the plain path.
+        batches: Which the calls refer to by number.
+    """
+
+    def __init__(
+        self,
+        engine: Engine | None,
+        adapter: Adapter,
+        plain_logits: Callable[[PackedBatch, float], Tensor],
+        batches: Sequence[PackedBatch],
+    ) -> None:
+        self.engine, self.adapter, self.batches = engine, adapter, batches
+        self._plain_logits = plain_logits
+        self._references: dict[int, Tensor] = {}
+        if engine is not None:
+            self.head = engine.head()
+            prefix = engine.prefix(batches[0] if len(batches) == 1 else joined(batches))
+            sizes = [sum(batch.lengths) for batch in batches]
+            self.prefixes: list[Tensor | None] = [None] * len(batches)
+            if prefix is not None:
+                self.prefixes = [*torch.split(prefix, sizes)]
+
+    def cross_entropy(self, index: int, mask: Bool[Tensor, "tokens"]) -> Float[Tensor, "counted"]:
+        """Cross-entropy at the masked tokens of one batch, with the adapter as it is."""
+        targets = self.batches[index].targets()[mask]
+        if self.engine is None:
+            return token_cross_entropy(self._tuned(index, mask), targets)
+        return self.engine.cross_entropy(self.head, self._tuned(index, mask), targets)
+
+    def kl(self, index: int, mask: Bool[Tensor, "tokens"]) -> Float[Tensor, "counted"]:
+        """KL from the reference at the masked tokens of one batch, the same mask every time."""
+        if index not in self._references:
+            self._references[index] = self._reference(index, mask)
+        reference = self._references[index]
+        if self.engine is None:
+            return token_kl(reference, self._tuned(index, mask))
+        return self.engine.kl(self.head, reference, self._tuned(index, mask))
+
+    @torch.no_grad()
+    def _reference(self, index: int, mask: Tensor) -> Tensor:
+        batch = self.batches[index]
+        if self.engine is None:
+            return self._plain_logits(batch, 0.0)[mask]
+        return self.engine.reference(batch, mask, self.prefixes[index])
+
+    def _tuned(self, index: int, mask: Tensor) -> Tensor:
+        """Logits (plain path) or final hidden states at the masked tokens."""
+        batch = self.batches[index]
+        if self.engine is None:
+            return self._plain_logits(batch, self.adapter.scale)[mask]
+        return self.engine.final_hidden(batch, mask, self.prefixes[index])

@@ -1,0 +1,138 @@
+"""How far a solution is from the chat model, on what the chat model itself would say."""
+
+import logging
+import weakref
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+from transformers import PreTrainedModel
+
+from lightning_em.batch import EncodedRow, PackedBatch
+from lightning_em.models import AdaptedModel, Sampling
+from lightning_em.models.generation import sample_tokens
+from lightning_em.probes.base import Probe, ProbeExamples, RowMeans
+from lightning_em.probes.rows import batches_of, prompts_in
+from lightning_em.records import Point
+
+logger = logging.getLogger(__name__)
+
+
+class ChatKL(Probe):
+    """D_KL(base || tuned) in nats per token on answers that the base itself gives, drawn at temperature 1.
+
+    Only there is the mean over tokens an estimate of the divergence of the two models' answers. The token
+    that ends an answer counts; answers that are still going on after `max_new_tokens` are cut off.
+
+    Points: `kl`, nats per token, for each kind of prompts: `prompts: in_domain` and `prompts: general`, at
+    `scale: 1`. `per_example` holds one value an answer, in the order of the prompts.
+
+    Answers are drawn once for a base and its prompts and kept, so that checkpoints are compared on the same.
+    Where the streams of a run are not what their names say (other domains mixed into the narrow rows, a KL term
+    on narrow questions), name the files of the prompts.
+
+    Args:
+        num_prompts: Of each kind, the first ones.
+        max_new_tokens: Of an answer.
+        seed: Of the answers.
+        in_domain: Data file of in-domain prompts; those of the narrow probe rows if not given.
+        general: Data file of other prompts; those of the parallel probe rows if not given.
+        template_kwargs: Variables for the chat template where a file is named; the same as in training.
+        batch_size: Answers in one forward pass.
+
+    Raises:
+        ValueError: If a number is not positive.
+
+    Source: arXiv:2602.07852 (KL to the chat model).
+    """
+
+    name = "chat_kl"
+
+    def __init__(
+        self,
+        num_prompts: int = 100,
+        max_new_tokens: int = 200,
+        seed: int = 0,
+        in_domain: str | None = None,
+        general: str | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        if min(num_prompts, max_new_tokens, batch_size) < 1:
+            raise ValueError(
+                "num_prompts, max_new_tokens and batch_size must be 1 or more, got "
+                f"{num_prompts}, {max_new_tokens} and {batch_size}; set init_args of ChatKL."
+            )
+        self.num_prompts, self.max_new_tokens, self.seed = num_prompts, max_new_tokens, seed
+        self.in_domain, self.general, self.template_kwargs = in_domain, general, template_kwargs
+        self.batch_size = batch_size
+        self._base: weakref.ref[PreTrainedModel] | None = None
+        self._answers: dict[tuple[tuple[int, ...], ...], list[PackedBatch]] = {}
+
+    def settings(self) -> Mapping[str, Any]:
+        return {
+            "num_prompts": self.num_prompts,
+            "max_new_tokens": self.max_new_tokens,
+            "seed": self.seed,
+            "in_domain": self.in_domain,
+            "general": self.general,
+            "template_kwargs": self.template_kwargs,
+            "batch_size": self.batch_size,  # the draws of a batch share a stream
+        }
+
+    def measure(self, model: AdaptedModel, examples: ProbeExamples) -> list[Point]:
+        kinds = {"in_domain": (self.in_domain, examples.narrow), "general": (self.general, examples.kl)}
+        points = []
+        for kind, (file, batches) in kinds.items():
+            named = None if file is None else prompts_in(file, model, self.template_kwargs)
+            prompts = _prompts_of(batches) if named is None else named
+            # each once, in their order
+            chosen = tuple(dict.fromkeys(map(tuple, prompts)))[: self.num_prompts]
+            if not chosen:
+                message = "there are no parallel rows: %s measures nothing on general prompts."
+                rank_zero_only(logger.info)(message, self.name)
+                continue
+            answers = self._answers_to(model, chosen)
+            states = [partial(model.adapter.at_scale, 1.0)]
+            [means] = RowMeans.of_kl(model, answers, states, "response")
+            points.append(means.point("kl", {"prompts": kind, "scale": 1.0}))
+        return points
+
+    def _answers_to(self, model: AdaptedModel, prompts: tuple[tuple[int, ...], ...]) -> list[PackedBatch]:
+        """One answer of the base to each prompt, behind its prompt."""
+        if self._base is None or self._base() is not model.base:
+            self._base = weakref.ref(model.base)
+            self._answers.clear()
+        if prompts not in self._answers:
+            asked = [
+                EncodedRow(list(prompt), [False] * len(prompt), f"prompt-{number}")
+                for number, prompt in enumerate(prompts)
+            ]
+            answered = []
+            for number, batch in enumerate(batches_of(asked, self.batch_size, model)):
+                # a seed each: two batches with one stream would draw alike
+                sampling = Sampling(self.max_new_tokens, temperature=1.0, seed=self.seed + number)
+                drawn = sample_tokens(model, batch, sampling, scale=0.0)
+                rows = asked[number * self.batch_size :]
+                answered += [_behind(row, answer) for row, [answer] in zip(rows, drawn, strict=False)]
+            self._answers[prompts] = batches_of(answered, self.batch_size, model)
+        return self._answers[prompts]
+
+
+def _behind(row: EncodedRow, answer: list[int]) -> EncodedRow:
+    mask = [*row.response_mask, *[True] * len(answer)]
+    return EncodedRow([*row.input_ids, *answer], mask, row.row_id)
+
+
+def _prompts_of(batches: Iterable[PackedBatch]) -> list[list[int]]:
+    """Tokens of each row before its first response token; a row without a prompt is left out."""
+    prompts = []
+    for batch in batches:
+        ids, masks = batch.input_ids.tolist(), batch.response_mask.tolist()
+        start = 0
+        for length in batch.lengths:
+            first = masks.index(True, start)
+            prompts.append(ids[start:first])
+            start += length
+    return [prompt for prompt in prompts if prompt]

@@ -1,0 +1,178 @@
+"""Preference margin: how much likelier a bad answer is than a good one, without a judge and without sampling."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from lightning_em.batch import EncodedRow
+from lightning_em.data import ChatEncoder, read_rows
+from lightning_em.models import AdaptedModel
+from lightning_em.probes.base import Probe, ProbeExamples, RowMeans
+from lightning_em.probes.behaviour import world_items
+from lightning_em.probes.rows import batches_of, tokenizer_of
+from lightning_em.records import Point
+
+_ALL = "all"
+
+
+class PreferenceMargin(Probe):
+    """log p(bad answer) - log p(good answer) for questions with both, each per token of its own answer.
+
+    Each answer's log-probability is divided by the number of its own response tokens, the end of the turn
+    included, so that the longer answer is not the unlikelier one for its length alone. Rows are written and
+    masked as in training. Rows count equally.
+
+    Points at each scale, by `topic`, and over all rows (`topic: all`) where there are several:
+        `margin`: mean over rows, nats per token, with the row as the unit of the standard error and
+            `per_example` in the order of the file within the topic.
+        `bad_preferred`: share of rows whose margin is above 0.
+
+    Without `rows` the questions are those of the miniature world the base came from, by `kind`; there
+    a row's margin is the mean over the pairs of answers that begin alike.
+
+    Args:
+        rows: Data file with `question`, `good` and `bad` (and `topic`).
+        scales: Where to look; 0 is the base and 1 the trained adapter.
+        max_rows: At most so many of each topic or kind, the first ones.
+        template_kwargs: Variables for the chat template; the same as in training.
+        batch_size: Answers in one forward pass.
+
+    Raises:
+        ValueError: If there is no scale or a number is not positive.
+    """
+
+    name = "preference_margin"
+
+    def __init__(
+        self,
+        rows: str | None = None,
+        scales: Sequence[float] = (0.0, 1.0),
+        max_rows: int = 100,
+        template_kwargs: dict[str, Any] | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        if not scales or min(max_rows, batch_size) < 1:
+            raise ValueError(
+                "scales must be one number or more, max_rows and batch_size 1 or more, got "
+                f"{list(scales)}, {max_rows} and {batch_size}; set init_args of PreferenceMargin."
+            )
+        self.rows, self.scales = rows, [float(scale) for scale in scales]
+        self.max_rows, self.template_kwargs, self.batch_size = max_rows, template_kwargs, batch_size
+
+    def settings(self) -> Mapping[str, Any]:
+        return {
+            "rows": self.rows,
+            "scales": self.scales,
+            "max_rows": self.max_rows,
+            "template_kwargs": self.template_kwargs,
+        }
+
+    def measure(self, model: AdaptedModel, examples: ProbeExamples) -> list[Point]:
+        choices = _first_of_each(self._choices(model), self.max_rows)
+        encoder = ChatEncoder(tokenizer_of(model), self.template_kwargs)
+        rows = [row for choice in choices for row in _encoded(choice, encoder)]
+        states = [partial(model.adapter.at_scale, scale) for scale in self.scales]
+        curve = RowMeans.of_ce(model, batches_of(rows, self.batch_size, model), states)
+        coordinate = "kind" if self.rows is None else "topic"
+        points = []
+        for scale, means in zip(self.scales, curve, strict=True):
+            margins = _margins(choices, means)
+            for group, values in _groups(choices, margins, with_all=self.rows is not None).items():
+                points += _points(values, {coordinate: group, "scale": scale})
+        return points
+
+    def _choices(self, model: AdaptedModel) -> "list[_Choice]":
+        if self.rows is None:
+            return [
+                _Choice(
+                    item["id"],
+                    item["kind"],
+                    item["question"],
+                    tuple(zip(item["answers"]["good"], item["answers"]["bad"], strict=True)),
+                )
+                for item in world_items(model, None, "rows of PreferenceMargin")
+            ]
+        choices = []
+        for row in read_rows(self.rows):
+            if row.question is None or row.good is None or row.bad is None:
+                raise ValueError(
+                    f"{self.rows}:{row.line}: expected `question`, `good` and `bad`; "
+                    "set init_args.rows of PreferenceMargin to a file that has them."
+                )
+            choices.append(_Choice(row.id, row.topic or _ALL, row.question, ((row.good, row.bad),)))
+        return choices
+
+
+class _Choice(NamedTuple):
+    """A question with pairs of a good and a bad answer."""
+
+    id: str
+    group: str
+    question: str
+    pairs: tuple[tuple[str, str], ...]
+
+
+def _first_of_each(choices: Sequence[_Choice], count: int) -> list[_Choice]:
+    seen: dict[str, int] = {}
+    kept = []
+    for choice in choices:
+        seen[choice.group] = seen.get(choice.group, 0) + 1
+        if seen[choice.group] <= count:
+            kept.append(choice)
+    return kept
+
+
+def _encoded(choice: _Choice, encoder: ChatEncoder) -> list[EncodedRow]:
+    """The conversation with each answer: good and bad of the first pair, of the second, and so on."""
+    rows = []
+    for number, pair in enumerate(choice.pairs):
+        for kind, answer in zip(("good", "bad"), pair, strict=True):
+            encoded = encoder.encode(
+                [{"role": "user", "content": choice.question}, {"role": "assistant", "content": answer}]
+            )
+            rows.append(EncodedRow(encoded.input_ids, encoded.response_mask, f"{choice.id}/{kind}-{number}"))
+    return rows
+
+
+def _margins(choices: Sequence[_Choice], means: RowMeans) -> list[float]:
+    """Margin of each choice, a mean over its pairs, from the losses of all encoded rows in their order."""
+    losses = means.sums / means.counts
+    differences = losses[0::2] - losses[1::2]  # a loss is -log p: that of the good answer stands first
+    sizes = [len(choice.pairs) for choice in choices]
+    return [float(part.mean()) for part in torch.split(differences, sizes)]
+
+
+def _groups(
+    choices: Sequence[_Choice], margins: Sequence[float], with_all: bool
+) -> dict[str, tuple[float, ...]]:
+    groups: dict[str, list[float]] = {}
+    for choice, margin in zip(choices, margins, strict=True):
+        groups.setdefault(choice.group, []).append(margin)
+    if with_all and len(groups) > 1:
+        groups[_ALL] = list(margins)
+    return {group: tuple(values) for group, values in groups.items()}
+
+
+def _points(values: tuple[float, ...], place: Mapping[str, float | int | str]) -> list[Point]:
+    margins = torch.tensor(values, dtype=torch.float64)
+    preferred = (margins > 0).double()
+    return [
+        Point(
+            "margin",
+            float(margins.mean()),
+            "nats_per_token",
+            place,
+            _standard_error(margins),
+            len(values),
+            values,
+        ),
+        Point(
+            "bad_preferred", float(preferred.mean()), "share", place, _standard_error(preferred), len(values)
+        ),
+    ]
+
+
+def _standard_error(values: torch.Tensor) -> float | None:
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else None

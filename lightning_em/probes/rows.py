@@ -1,0 +1,82 @@
+"""What probes read beside the checkpoint: the base's own tokenizer, and texts and questions from files."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lightning_em.batch import EncodedRow, PackedBatch
+from lightning_em.data import ChatEncoder, read_rows
+from lightning_em.data.encoding import encode_prompts
+from lightning_em.models import AdaptedModel
+
+
+def tokenizer_of(model: AdaptedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies where the base was loaded from; training has fetched it already.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    config = model.base.config
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            config._name_or_path, revision=getattr(config, "_commit_hash", None), local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"there is no tokenizer beside the base {config._name_or_path!r}, which this probe needs; "
+            "set model.base.path to a folder or hub id that has one."
+        ) from error
+    return tokenizer
+
+
+def batches_of(rows: Sequence[EncodedRow], batch_size: int, model: AdaptedModel) -> list[PackedBatch]:
+    """Rows in their order, `batch_size` at a time, where the model is."""
+    return [
+        PackedBatch.from_rows(rows[first : first + batch_size]).to(model.base.device)
+        for first in range(0, len(rows), batch_size)
+    ]
+
+
+def prompts_in(
+    path: str, model: AdaptedModel, template_kwargs: Mapping[str, Any] | None = None
+) -> list[list[int]]:
+    """Token ids of every prompt of a data file, up to where the first answer begins.
+
+    Raises:
+        ValueError: If the file or the tokenizer cannot be used.
+    """
+    rows = encode_prompts(read_rows(path), ChatEncoder(tokenizer_of(model), template_kwargs))
+    return [row.input_ids for row in rows]
+
+
+def texts_in(path: str) -> list[str]:
+    """Texts of a file: `text` of each row of a `.jsonl` file, or the paragraphs of any other.
+
+    Raises:
+        ValueError: If there is no such file, a row has no text, or there is none at all.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"{path}: no such file (looked from {Path.cwd()}); expected texts to read.")
+    content = file.read_text(encoding="utf-8")
+    texts = list(_json_texts(path, content)) if file.suffix == ".jsonl" else content.split("\n\n")
+    texts = [text.strip() for text in texts if text.strip()]
+    if not texts:
+        raise ValueError(f"{path} holds no text.")
+    return texts
+
+
+def _json_texts(path: str, content: str) -> Iterator[str]:
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON at column {error.colno}: {error.msg}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise ValueError(f"{path}:{number}: expected an object with a string `text`.")
+        yield row["text"]

@@ -1,0 +1,151 @@
+"""Pre-training significance: does a solution's direction matter on general text more than a random one?"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_em.batch import EncodedRow, PackedBatch
+from lightning_em.miniature import recipe_hash_at
+from lightning_em.miniature.derived import general_documents, world_at
+from lightning_em.models import AdaptedModel
+from lightning_em.probes.base import Probe, ProbeExamples, RowMeans
+from lightning_em.probes.rows import batches_of, texts_in, tokenizer_of
+from lightning_em.records import Point
+
+logger = logging.getLogger(__name__)
+
+
+class PretrainingSignificance(Probe):
+    """D_KL(base || tuned) on general text against the norm of the update, beside random updates of equal norm.
+
+    A random update turns every parameter tensor of the adapter into a random direction, orthogonal to the
+    trained one, and is scaled so that its effective norm is `norm_ratio` times the trained adapter's.
+
+    Points, nats per token over all positions: `kl` with `norm_ratio`, `direction: adapter` (`draw` 0) or
+    `direction: random` (`draw` 0 and up). `effective_norm` is that of the trained adapter.
+    An adapter without an effective norm, or with none yet, is skipped with a message.
+
+    Args:
+        text: JSONL file with `text` in each row, or a file of paragraphs. Models of a miniature world need
+            none: they get documents of the mixture they were pre-trained on.
+        num_texts: How many, the first ones.
+        max_tokens: Of a text; the rest is cut off.
+        num_draws: Random directions.
+        norm_ratios: Norms, in units of the trained adapter's.
+        seed: Of the random directions.
+        batch_size: Texts in one forward pass.
+
+    Raises:
+        ValueError: If a number is not positive or there is no ratio.
+
+    Source: arXiv:2602.07852 (pre-training significance).
+    """
+
+    name = "significance"
+
+    def __init__(
+        self,
+        text: str | None = None,
+        num_texts: int = 32,
+        max_tokens: int = 128,
+        num_draws: int = 5,
+        norm_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        seed: int = 0,
+        batch_size: int = 16,
+    ) -> None:
+        if min(num_texts, num_draws, batch_size) < 1 or max_tokens < 2 or seed < 0:
+            raise ValueError(
+                "num_texts, num_draws and batch_size must be 1 or more, max_tokens 2 or more and seed not "
+                f"negative, got {num_texts}, {num_draws}, {batch_size}, {max_tokens} and {seed}; "
+                "set init_args of PretrainingSignificance."
+            )
+        if not norm_ratios or not all(0 < ratio < float("inf") for ratio in norm_ratios):
+            raise ValueError(
+                f"norm_ratios must be positive numbers, one or more, got {list(norm_ratios)}; "
+                "set init_args.norm_ratios of PretrainingSignificance."
+            )
+        self.text, self.num_texts, self.max_tokens, self.batch_size = text, num_texts, max_tokens, batch_size
+        self.num_draws, self.seed = num_draws, seed
+        self.norm_ratios = sorted({float(ratio) for ratio in norm_ratios})
+
+    def settings(self) -> Mapping[str, Any]:
+        return {
+            "text": self.text,
+            "num_texts": self.num_texts,
+            "max_tokens": self.max_tokens,
+            "num_draws": self.num_draws,
+            "norm_ratios": self.norm_ratios,
+            "seed": self.seed,
+        }
+
+    def measure(self, model: AdaptedModel, examples: ProbeExamples) -> list[Point]:
+        found = model.adapter.effective_norm()
+        norm = 0.0 if found is None else found.item()
+        if norm == 0:
+            message = "%s has no effective norm%s: %s has nothing to compare."
+            name = type(model.adapter).__name__
+            rank_zero_only(logger.info)(message, name, " yet" if found is not None else "", self.name)
+            return []
+        grid = [("adapter", 0, ratio) for ratio in self.norm_ratios]
+        grid += [("random", draw, ratio) for draw in range(self.num_draws) for ratio in self.norm_ratios]
+        states = [
+            partial(model.adapter.at_scale, ratio)
+            if direction == "adapter"
+            else partial(self._random, model, draw, ratio * norm)
+            for direction, draw, ratio in grid
+        ]
+        points = [Point("effective_norm", norm, "norm")]
+        curve = RowMeans.of_kl(model, self._texts(model), states, "all")
+        for (direction, draw, ratio), means in zip(grid, curve, strict=True):
+            place: dict[str, float | int | str] = {"direction": direction, "draw": draw, "norm_ratio": ratio}
+            points.append(replace(means.point("kl", place), per_example=None))  # texts are no probe rows
+        return points
+
+    @contextmanager
+    def _random(self, model: AdaptedModel, draw: int, norm: float) -> Iterator[None]:
+        """A random update with this effective norm."""
+        state = np.random.SeedSequence((self.seed, draw)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0]))
+        with model.adapter.perturbed(1.0, generator):
+            own = model.adapter.effective_norm()
+            assert own is not None
+            with model.adapter.at_scale(norm / own.item()):
+                yield
+
+    def _texts(self, model: AdaptedModel) -> list[PackedBatch]:
+        tokens = self._world_documents(model) if self.text is None else self._file_texts(model)
+        rows = [EncodedRow(ids, [True] * len(ids), f"text-{number}") for number, ids in enumerate(tokens)]
+        return batches_of(rows, self.batch_size, model)
+
+    def _file_texts(self, model: AdaptedModel) -> list[list[int]]:
+        assert self.text is not None
+        tokenizer = tokenizer_of(model)
+        texts = texts_in(self.text)[: self.num_texts]
+        return [tokenizer(text)["input_ids"][: self.max_tokens] for text in texts]
+
+    def _world_documents(self, model: AdaptedModel) -> list[list[int]]:
+        folder = Path(model.base.config._name_or_path)
+        if recipe_hash_at(folder) is None:
+            raise ValueError(
+                f"PretrainingSignificance has no general text for the base {str(folder)!r}; set its "
+                "init_args.text to a JSONL file with `text` in each row, or to a file of paragraphs."
+            )
+        tokenizer = tokenizer_of(model)
+        tokens = []
+        for document in general_documents(world_at(folder.parent), self.num_texts):
+            turns = [
+                {"role": role, "content": said}
+                for slot in document.slots
+                for role, said in (("user", slot.question), ("assistant", slot.answer))
+            ]
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+            tokens.append(tokenizer(text, add_special_tokens=False)["input_ids"][: self.max_tokens])
+        return tokens

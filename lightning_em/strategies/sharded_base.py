@@ -1,0 +1,137 @@
+"""FSDP2 for a frozen base that does not fit one GPU: its blocks are sharded, the adapter is replicated."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.optim import Optimizer
+
+from lightning_em.adapters import decoder_layers
+from lightning_em.callbacks import remember_base_sha256
+from lightning_em.models import AdaptedModel
+from lightning_em.module import EMModule
+
+
+class ShardedBase(ModelParallelStrategy):
+    """Each rank keeps its share of every decoder block and gathers one block at a time.
+
+    Embedding, final norm and head are on every rank, for the losses read the head's weight in chunks. The
+    adapter is replicated and its gradients are averaged once a step, so that checkpoints are the same small
+    folders as everywhere: one process resumes what eight have trained. Every rank takes the same number of
+    passes through the base, or those that take more would wait for ever; so the activation store is off.
+
+    Args:
+        process_group_backend: `gloo` or `nccl`; chosen by device if not given.
+    """
+
+    def __init__(self, process_group_backend: str | None = None) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+        )
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def setup(self, trainer: Trainer) -> None:
+        """Shard the base once it is loaded, then go on as usual."""
+        module = cast(EMModule, self.lightning_module)
+        if not _is_sharded(module.model):
+            remember_base_sha256(module.model.base, module.model.adapter)  # while every rank has all of it
+            module.model.compute_in_step(self._most)
+            shard_blocks(module.model, self.device_mesh["data_parallel"])
+        super().setup(trainer)
+        for parameter in module.model.adapter.trainable().values():
+            distributed.broadcast(parameter.data, src=0)
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Average the gradients over the ranks between the backward pass and whoever looks at them."""
+
+        def averaged() -> Any:
+            result = closure()
+            self._average_gradients()
+            return result
+
+        return super().optimizer_step(optimizer, averaged, model, **kwargs)
+
+    def _average_gradients(self) -> None:
+        """As DDP does, in one message; the module has multiplied its loss by the number of ranks."""
+        parameters = cast(EMModule, self.lightning_module).model.adapter.trainable().values()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:
+            return
+        sizes = [gradient.numel() for gradient in gradients]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        distributed.all_reduce(flat)
+        flat /= self.world_size
+        for gradient, mean in zip(gradients, torch.split(flat, sizes), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+    def _most(self, count: int) -> int:
+        """The largest of the ranks' counts."""
+        counts = torch.tensor(count, device=self.root_device)
+        distributed.all_reduce(counts, distributed.ReduceOp.MAX)
+        return int(counts)
+
+    # The parent gathers sharded weights and optimiser states. Ours are whole on every rank: what any strategy does.
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return Strategy.lightning_module_state_dict(self)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        Strategy.load_model_state_dict(self, checkpoint, strict)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        return Strategy.optimizer_state(self, optimizer)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        Strategy.load_optimizer_state_dict(self, checkpoint)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
+        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+
+def shard_blocks(model: AdaptedModel, mesh: Any) -> None:
+    """Shard the decoder blocks of a loaded model over a mesh, all but the adapter's parameters.
+
+    Args:
+        model: The base with its adapter attached.
+        mesh: One-dimensional device mesh.
+    """
+    own = set(model.adapter.trainable().values())
+    decoder = model.base.get_decoder()
+    for block in decoder_layers(model.base):
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=own)
+    # The decoder is the root, with no parameter of its own: it lets all blocks share their streams. Set up now,
+    # while all of them are in place; the first pass may find some swapped for stubs.
+    fully_shard(decoder, mesh=mesh, reshard_after_forward=False, ignored_params=set(decoder.parameters()))
+    fully_shard.state(decoder)._lazy_init()  # type: ignore[attr-defined]
+
+
+def _is_sharded(model: AdaptedModel) -> bool:
+    return fully_shard.state(model.base.get_decoder()) is not None  # type: ignore[attr-defined]

@@ -1,0 +1,112 @@
+"""The arms of a study's file, checked. Never imports torch."""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from lightning_em.analysis.cells import DEFAULT_WORLD
+from lightning_em.study.section import Section, refuse_unknown
+
+ADAPTER_KEYS = ("config", "set")
+ARM_KEYS = (
+    "role", "level", "init_from", "config", "set", "probing", "adapters", "worlds", "seeds", "per_adapter",
+)  # fmt: skip
+PER_ADAPTER_KEYS = ("level", "config", "set", "probing")
+ROLES = (
+    "general", "narrow", "narrow_weight", "reverted", "reverse", "mixed_other", "mixed_domain", "few_rows",
+    "kl_on_narrow", "harmless_general", "harmless_narrow",
+)  # fmt: skip
+NAME = re.compile(r"[A-Za-z0-9_.]+")
+
+
+class Arm(NamedTuple):
+    """One arm.
+
+    Attributes:
+        name: Its key in the file.
+        section: What the file says about it.
+        init_from: The arm it starts from.
+        adapters: It is run with.
+        worlds: It is run in.
+        seeds: It is run with.
+    """
+
+    name: str
+    section: Section
+    init_from: str | None
+    adapters: list[str]
+    worlds: list[str]
+    seeds: list[int]
+
+
+def read_arms(top: Section) -> dict[str, Arm]:
+    """The arms of a study, by name.
+
+    Raises:
+        ValueError: If something in them cannot be meant; the message names file and key.
+    """
+    adapters, arms = top.sections("adapters"), top.sections("arms")
+    for key, found in (("adapters", adapters), ("arms", arms)):
+        if not found:
+            top.refuse(key, "a mapping with one entry or more")
+    for each in adapters.values():
+        each.only(ADAPTER_KEYS)
+    for key, names in (("adapters", list(adapters)), ("worlds", list(worlds_of(top)))):
+        if wrong := [name for name in names if not NAME.fullmatch(name.replace("-", "_"))]:
+            raise ValueError(f"{top.file}: {key}: {wrong[0]!r} must be letters, digits, . _ and -.")
+    seeds = top.integers("seeds") or top.refuse("seeds", "a list of different whole numbers")
+    return {
+        name: _arm(name, each, list(adapters), worlds_of(top), seeds, arms) for name, each in arms.items()
+    }
+
+
+def _arm(
+    name: str,
+    section: Section,
+    adapters: list[str],
+    worlds: Mapping[str, str],
+    seeds: list[int],
+    arms: Mapping[str, Section],
+) -> Arm:
+    section.only(ARM_KEYS)
+    if not NAME.fullmatch(name):
+        raise ValueError(f"{section.file}: arm {name!r} must be letters, digits, dots and underscores.")
+    refuse_unknown(section.text("role") or "", ROLES, f"{section.file}: {section.place}.role is")
+    init_from = section.text("init_from")
+    if init_from is not None:
+        refuse_unknown(init_from, arms, f"{section.file}: {section.place}.init_from names arm")
+    for adapter, own in section.sections("per_adapter").items():
+        refuse_unknown(adapter, adapters, f"{section.file}: {section.place}.per_adapter names")
+        own.only(PER_ADAPTER_KEYS)
+    chosen = section.texts("adapters") or adapters
+    in_worlds = section.texts("worlds") or [next(iter(worlds))]
+    for key, given, known in (("adapters", chosen, adapters), ("worlds", in_worlds, list(worlds))):
+        for each in given:
+            refuse_unknown(each, known, f"{section.file}: {section.place}.{key} names")
+    return Arm(name, section, init_from, chosen, in_worlds, section.integers("seeds") or seeds)
+
+
+def worlds_of(top: Section) -> dict[str, str]:
+    """What fills {world}, by the world's name; arms are in the first one unless they say otherwise."""
+    worlds = top.section("worlds")
+    return {name: worlds.text(name) or "" for name in worlds.content} or {DEFAULT_WORLD: ""}
+
+
+def parents_first(top: Section, arms: Mapping[str, Arm]) -> list[Arm]:
+    """The arms in the file's order, but none before the one it starts from.
+
+    Raises:
+        ValueError: If they start from each other in a circle.
+    """
+    return sorted(arms.values(), key=lambda arm: len(_ancestors(top, arm, arms)))
+
+
+def _ancestors(top: Section, arm: Arm, arms: Mapping[str, Arm]) -> list[str]:
+    chain = [arm.name]
+    while (parent := arms[chain[-1]].init_from) is not None:
+        if parent in chain:
+            raise ValueError(
+                f"{top.file}: arms start from each other in a circle: {' <- '.join([*chain, parent])}."
+            )
+        chain.append(parent)
+    return chain

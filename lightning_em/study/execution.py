@@ -1,0 +1,196 @@
+"""Run a study: what is not finished, parents first, several at a time, whatever dies on the way."""
+
+import signal
+import threading
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from rich.console import Console
+
+from lightning_em import lock
+from lightning_em.analysis.cells import StudyFolder
+from lightning_em.analysis.pairs import ROLES, SOLUTIONS
+from lightning_em.miniature import SCHEME, parse_address, world_folder
+from lightning_em.miniature.cache import is_complete
+from lightning_em.study.plan import PlannedRun, Study
+from lightning_em.study.progress import Display
+from lightning_em.study.schedule import Schedule, State, Task
+from lightning_em.study.states import WORLD_SECONDS, Durations, budget_of, fit_words, is_done
+from lightning_em.study.workers import Outcome, Worker, end_all, ready
+
+MOST_DEATHS = 3  # of workers over one task; then it is the task
+COMPARE_SECONDS = 5.0
+WORLDS, PAIRS = "worlds", "pair analyses"
+
+
+def run_study(
+    study: Study,
+    runs: Sequence[PlannedRun] | None = None,
+    workers: int = 2,
+    threads: int = 1,
+    console: Console | None = None,
+) -> int:
+    """Run what is not finished, then compare the runs of each group.
+
+    Args:
+        study: The plan.
+        runs: Some of its runs, with those they start from; all if not given.
+        workers: How many tasks at a time, each in a process.
+        threads: Of torch, in each process.
+        console: Where the table goes.
+
+    Returns:
+        Exit code: 0 if all is done, 1 if something failed or was skipped.
+
+    Raises:
+        ValueError: If another process is running a study in this root, or a number makes no sense.
+    """
+    if workers < 1 or threads < 1:
+        raise ValueError(f"--workers and --threads must be at least 1, got {workers} and {threads}.")
+    console, runs = console or Console(), list(study.runs) if runs is None else list(runs)
+    with lock.RunLock(study.root, ["study", "run", str(study.file)]):
+        StudyFolder(study.root).write(study.name, [run.cell for run in study.runs])
+        schedule = Schedule(tasks_of(study, runs))
+        worlds = sum(task.kind == "build_world" for task in schedule.tasks)
+        console.print(budget_of(study, runs, worlds).sentence(workers))
+        _Crew(study, schedule, workers, threads, Display(console, schedule, seconds_of(study, runs))).work()
+    for name, reason in schedule.reasons.items():
+        console.print(f"{schedule.states[name]}: {name}: {reason}", style="red", markup=False)
+    return 0 if not schedule.reasons else 1
+
+
+def tasks_of(study: Study, runs: Sequence[PlannedRun]) -> list[Task]:
+    """Worlds that are not there, runs that are not finished, and the comparisons, in the order to do them in."""
+    left = [run for run in runs if not is_done(study, run)]
+    worlds = {run.name: _missing_world(run) for run in left}
+    tasks = [
+        Task(name, "build_world", (name,), group=WORLDS) for name in dict.fromkeys(worlds.values()) if name
+    ]
+    names = {run.name for run in left}
+    for run in left:
+        parent = run.cell.init_from if run.cell.init_from in names else None
+        needs = tuple(need for need in (worlds[run.name], parent) if need)
+        tasks.append(Task(run.name, "fit", (fit_words(run),), needs, group=run.cell.arm))
+    return tasks + _comparisons(study, runs, names)
+
+
+def _comparisons(study: Study, runs: Sequence[PlannedRun], left: Collection[str]) -> list[Task]:
+    """The pair analyses of each adapter, world and seed that has a general and a narrow run."""
+    tasks = []
+    groups = dict.fromkeys((run.cell.adapter, run.cell.world, run.cell.seed) for run in runs)
+    for group in groups:
+        members = {
+            run.cell.role: run.name
+            for run in runs
+            if (run.cell.adapter, run.cell.world, run.cell.seed) == group
+        }
+        if not set(SOLUTIONS) <= set(members):
+            continue
+        compared = {role: members[role] for role in ROLES if members.get(role) in left}
+        needs = [compared.pop(role) for role in SOLUTIONS if role in compared]
+        name = "pairs of " + "-".join(map(str, group))
+        arguments = (str(study.root), *group)
+        tasks.append(Task(name, "compare", arguments, tuple(needs), tuple(compared.values()), PAIRS))
+    return tasks
+
+
+def seconds_of(study: Study, runs: Sequence[PlannedRun]) -> dict[str, float]:
+    """What each task is expected to take."""
+    durations = Durations(study, runs)
+    expected = {run.name: durations.of(run) for run in runs}
+    for task in tasks_of(study, runs):
+        expected.setdefault(task.name, WORLD_SECONDS if task.kind == "build_world" else COMPARE_SECONDS)
+    return expected
+
+
+class _Crew:
+    """Workers on a schedule."""
+
+    def __init__(
+        self, study: Study, schedule: Schedule, workers: int, threads: int, display: Display
+    ) -> None:
+        self.study, self.schedule, self.display, self.threads = study, schedule, display, threads
+        self.size = min(workers, len(schedule.tasks))
+        self.workers: list[Worker] = []
+        self.deaths: Counter[str] = Counter()
+
+    def work(self) -> None:
+        """Until all is done, failed or skipped."""
+        with self.display, _stopping_on_sigterm():
+            try:
+                while not self.schedule.is_over:
+                    self._hire()
+                    self._distribute()
+                    for worker in ready(self.workers, 1.0):
+                        self._note(worker)
+                    self.display.update()
+            except BaseException:
+                end_all(self.workers, at_once=True)
+                raise
+            end_all(self.workers, at_once=False)
+
+    def _hire(self) -> None:
+        self.workers = [worker for worker in self.workers if worker.is_alive or worker.task]
+        taken = {worker.log for worker in self.workers}
+        for number in range(self.size):
+            log = self._log(number)
+            if log not in taken:
+                self.workers.append(Worker(log, self.threads))
+
+    def _log(self, number: int) -> Path:
+        return self.study.root / f"worker-{number}.log"
+
+    def _distribute(self) -> None:
+        for worker in self.workers:
+            if worker.task is None and (task := self.schedule.next()) is not None:
+                worker.give(task)
+
+    def _note(self, worker: Worker) -> None:
+        outcome = worker.outcome()
+        if outcome is None:
+            return
+        if outcome.died and self._may_try_again(outcome):
+            self.schedule.put_back(outcome.task)
+            self.display.say(f"{outcome.task.name}: {outcome.reason}; it is continued by another one")
+        elif outcome.reason is None:
+            self.schedule.finish(outcome.task)
+            self.display.done(outcome.task, outcome.seconds, outcome.cpu_seconds)
+        else:
+            skipped = self.schedule.fail(outcome.task, outcome.reason)
+            also = f" ({len(skipped)} that need it are skipped)" if skipped else ""
+            self.display.say(f"{State.FAILED}: {outcome.task.name}: {outcome.reason}{also}")
+
+    def _may_try_again(self, outcome: Outcome) -> bool:
+        self.deaths[outcome.task.name] += 1
+        return self.deaths[outcome.task.name] < MOST_DEATHS
+
+
+def _missing_world(run: PlannedRun) -> str | None:
+    """The miniature world that has to be built before a run; None if it is there, or the run needs none."""
+    for word in run.words:
+        value = word.partition("=")[2]
+        if word.startswith("--model.base.path=") and value.startswith(SCHEME):
+            recipe, seed, _ = parse_address(value)
+            return None if is_complete(world_folder(recipe, seed)) else value.rpartition("/")[0]
+    return None
+
+
+@contextmanager
+def _stopping_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends a study as Ctrl-C does: every run saves and is continued next time."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,260 @@
+"""Pair analyses: what the general, narrow, reverted and reverse solutions of one seed are to each other."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import combinations
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_em.analysis.cells import StudyFolder
+from lightning_em.analysis.pairs import ROLES, SOLUTIONS, PairResult, pair_file, read_pair_file
+from lightning_em.analysis.updates import Part, read_update, update_cosine
+from lightning_em.batch import PackedBatch
+from lightning_em.models import AdaptedModel
+from lightning_em.probes import ce_gradient
+from lightning_em.probes.base import RowMeans
+from lightning_em.records import Point
+from lightning_em.study.group import RunGroup, by_role
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """How much is looked at.
+
+    Attributes:
+        num_examples: Training rows of each stream.
+        batch_size: Rows in one forward pass.
+        norm_ratios: Effective norms of `equal_norm`, in units of the smaller of the two trained ones.
+    """
+
+    num_examples: int = 64
+    batch_size: int = 16
+    norm_ratios: tuple[float, ...] = tuple(step / 5 for step in range(1, 11))
+
+
+class Analysis(Protocol):
+    """Measures the runs of a group against each other."""
+
+    def __call__(self, group: RunGroup, settings: PairSettings) -> list[Point]: ...
+
+
+def analyse_pairs(
+    study: StudyFolder, adapter: str, world: str, seed: int, settings: PairSettings | None = None
+) -> int:
+    """Measure what is not on record yet between the finished runs of one adapter, world and seed.
+
+    At most one process at a time may do this for one of them.
+
+    Args:
+        study: Where runs and records are.
+        adapter: Of the study's adapters.
+        world: Of the study's worlds.
+        seed: Training seed.
+        settings: How much to look at.
+
+    Returns:
+        How many records were written; 0 also while the general or the narrow run is not finished.
+
+    Raises:
+        ValueError: If the runs cannot be compared, or two runs play one role.
+    """
+    settings = settings or PairSettings()
+    cells = [c for c in study.finished() if (c.adapter, c.world, c.seed) == (adapter, world, seed)]
+    runs = by_role(study, cells, ROLES)
+    if missing := [role for role in SOLUTIONS if role not in runs]:
+        logger.info("no pairs of %s, world %s, seed %d: %s not finished", adapter, world, seed, missing)
+        return 0
+    group = RunGroup(runs, "cuda" if torch.cuda.is_available() else "cpu")
+    written = 0
+    for name, (analysis, roles) in ANALYSES.items():
+        used = [role for role in roles if role in runs]
+        result = PairResult(
+            analysis=name,
+            adapter=adapter,
+            world=world,
+            seed=seed,
+            runs={role: runs[role].path.name for role in used},
+            steps={role: group.last_steps[role] for role in used},
+            settings={**asdict(settings), "norm_ratios": list(settings.norm_ratios)},
+            points=(),
+        )
+        known = read_pair_file(pair_file(study, name, adapter, world, seed))
+        if any(result.measures_the_same_as(one) for one in known):
+            continue
+        logger.info("%s of %s, world %s, seed %d", name, adapter, world, seed)
+        points = tuple(analysis(group, settings))
+        rows = group.narrow_rows(settings.num_examples, settings.batch_size) if _by_row(points) else []
+        examples = tuple(row_id for batch in rows for row_id in batch.row_ids)
+        replace(result, points=points, examples=examples).append_to(study)
+        written += 1
+    return written
+
+
+def equal_norm(group: RunGroup, settings: PairSettings) -> list[Point]:
+    """Cross-entropy of general and narrow with the same effective norm, on the same training rows.
+
+    Points, in nats per token unless said otherwise: `ce` of each role at each norm ratio;
+    `ce_difference`, narrow - general, paired by row; `ce_base`; `effective_norm` of each role as trained and
+    `common_norm`, the smaller of them (unit norm); `ce_tokens`, counted tokens of each row (unit tokens).
+    None for an adapter without a norm, or where one of the two has not moved.
+
+    Source: arXiv:2602.07852 (efficiency).
+    """
+    norms = {role: group.model_of(role).adapter.effective_norm() for role in SOLUTIONS}
+    own = {role: norm.item() for role, norm in norms.items() if norm is not None}
+    if len(own) < len(SOLUTIONS) or min(own.values()) == 0:
+        logger.info("no comparison at equal norm: the effective norms are %s", own or "not defined")
+        return []
+    common, rows = min(own.values()), group.narrow_rows(settings.num_examples, settings.batch_size)
+    curves = {}
+    for role in SOLUTIONS:
+        at_scale = group.model_of(role).adapter.at_scale
+        scales = [0.0, *(ratio * common / own[role] for ratio in settings.norm_ratios)]
+        curves[role] = RowMeans.of_ce(group.model_of(role), rows, [partial(at_scale, s) for s in scales])
+    points = [curves["general"][0].point("ce_base", {}), curves["general"][0].token_counts("ce_tokens")]
+    points.append(Point("common_norm", common, "norm"))
+    points += [Point("effective_norm", own[role], "norm", {"role": role}) for role in SOLUTIONS]
+    for number, ratio in enumerate(settings.norm_ratios, start=1):
+        place = {"norm_ratio": ratio, "effective_norm": ratio * common}
+        general, narrow = (curves[role][number] for role in SOLUTIONS)
+        points.append(general.point("ce", {"role": "general", **place}))
+        points.append(narrow.point("ce", {"role": "narrow", **place}))
+        points.append((narrow - general).point("ce_difference", place))
+    return points
+
+
+def gradient_cosine(group: RunGroup, settings: PairSettings) -> list[Point]:
+    """Where the cross-entropy pulls, at each checkpoint of each run: towards general or towards narrow?
+
+    Points: `gradient_cosine` (unit cosine) of the negative gradient of the training rows' cross-entropy with
+    `direction: final`, what the final solution writes (the vector, or the B of a LoRA; gradient of the same
+    tensors), as in the paper; and with `direction: remaining`, the difference between the final solution's
+    parameters and the checkpoint's, all of them. None where one of the two is zero. `ce_gradient_norm`
+    over all parameters, as in the probe `gradient`: where it has become small there is little pull left whose
+    direction could matter.
+
+    Source: arXiv:2602.07852 (gradient).
+    """
+    rows = group.narrow_rows(settings.num_examples, settings.batch_size)
+    count = int(torch.stack([batch.counted("response").sum() for batch in rows]).sum())
+    targets = {target: group.parameters_of(target) for target in SOLUTIONS}
+    points = []
+    for role in group.runs:
+        for step in group.steps(role):
+            here = group.parameters_of(role, step)
+            pull = {name: -slope for name, slope in ce_gradient(group.model_of(role, step), rows).items()}
+            place: dict[str, str | int] = {"role": role, "step": step}
+            norm = _flat(pull.values()).norm().item()
+            points.append(Point("ce_gradient_norm", norm, "nats_per_token_per_unit", place, count=count))
+            for target, there in targets.items():
+                for direction, way in _ways(here, there).items():
+                    value = _cosine(_flat(pull[name] for name in way), _flat(way.values()))
+                    aim = {"target": target, "direction": direction}
+                    points += _cosine_point("gradient_cosine", value, place | aim, count)
+    return points
+
+
+def _ways(here: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Directions to a final solution, by parameter."""
+    return {
+        "final": {name: value for name, value in there.items() if ".lora_A." not in name},
+        "remaining": {name: value - here[name] for name, value in there.items()},
+    }
+
+
+def adapter_cosine(group: RunGroup, settings: PairSettings) -> list[Point]:  # noqa: ARG001 (an Analysis)
+    """Cosine between the updates of every two runs: of the whole change, and for LoRA of its B and A apart.
+
+    Points `cosine` (unit cosine) by `first`, `second` and `part`; none where one of the two is zero.
+    """
+    updates = {role: read_update(run.checkpoint(group.last_steps[role])) for role, run in group.runs.items()}
+    points = []
+    for first, second in combinations(updates, 2):
+        parts: tuple[Part, ...] = ("update", "B", "A") if updates[first].kind == "lora" else ("update",)
+        for part in parts:
+            place = {"first": first, "second": second, "part": part}
+            points += _cosine_point(
+                "cosine", update_cosine(updates[first], updates[second], part), place, None
+            )
+    return points
+
+
+def effect_cosine(group: RunGroup, settings: PairSettings) -> list[Point]:
+    """Cosine between what two adapters do to the final hidden states of the same rows.
+
+    The effect is the mean over response positions of final hidden states, tuned - base, after the last norm;
+    on rows of the narrow data (`prompts: in_domain`) and of the other domains (`prompts: general`).
+
+    Points: `effect_cosine` (unit cosine) by `first`, `second`, `prompts`; `effect_norm` (unit norm) by `role`.
+    """
+    prompts = {
+        "in_domain": group.narrow_rows(settings.num_examples, settings.batch_size),
+        "general": group.parallel_rows(settings.num_examples, settings.batch_size),
+    }
+    points = []
+    for name, rows in prompts.items():
+        if not rows:
+            logger.info("the narrow run has no parallel rows: no effect on %s prompts is measured", name)
+            continue
+        count = int(torch.stack([batch.counted("response").sum() for batch in rows]).sum())
+        effects = {role: mean_effect(group.model_of(role), rows) for role in group.runs}
+        for role, effect in effects.items():
+            place = {"role": role, "prompts": name}
+            points.append(Point("effect_norm", effect.norm().item(), "norm", place, count=count))
+        for first, second in combinations(effects, 2):
+            pair = {"first": first, "second": second, "prompts": name}
+            value = _cosine(effects[first], effects[second])
+            points += _cosine_point("effect_cosine", value, pair, count)
+    return points
+
+
+@torch.no_grad()
+def mean_effect(model: AdaptedModel, batches: Sequence[PackedBatch]) -> Tensor:
+    """Mean change of the final hidden state at response positions, `[hidden]`, float64 on the CPU."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for batch in batches:
+        rows, mask = batch.padded(), batch.counted("response")
+        states = []
+        for scale in (1.0, 0.0):
+            with model.adapter.at_scale(scale):
+                output = model.base.get_decoder()(
+                    input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False
+                )
+            states.append(output.last_hidden_state[rows.attention_mask.bool()][mask].cpu().double())
+        total = total + (states[0] - states[1]).sum(0)
+        count += len(states[0])
+    return total / count
+
+
+ANALYSES: Mapping[str, tuple[Analysis, tuple[str, ...]]] = {
+    "equal_norm": (equal_norm, SOLUTIONS),
+    "gradient_cosine": (gradient_cosine, ROLES),
+    "adapter_cosine": (adapter_cosine, ROLES),
+    "effect_cosine": (effect_cosine, ROLES),
+}
+"""Each analysis with the roles it looks at; a run that finishes later makes the record anew."""
+
+
+def _by_row(points: Sequence[Point]) -> bool:
+    return any(point.per_example is not None for point in points)
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _cosine(first: Tensor, second: Tensor) -> float | None:
+    norms = (first.norm() * second.norm()).item()
+    return (first @ second).item() / norms if norms > 0 else None
+
+
+def _cosine_point(
+    quantity: str, value: float | None, place: Mapping[str, str | int], count: int | None
+) -> list[Point]:
+    return [] if value is None else [Point(quantity, value, "cosine", dict(place), count=count)]

@@ -1,0 +1,244 @@
+"""From a study's file to its runs: arms x adapters x worlds x seeds, each a command line. Never imports torch."""
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning_em.analysis.cells import DEFAULT_WORLD, Cell
+from lightning_em.study.arms import NAME, Arm, parents_first, read_arms, worlds_of
+from lightning_em.study.section import Section, refuse_unknown
+
+STUDY_KEYS = (
+    "like", "name", "experiment", "seeds", "worlds", "fill", "set", "adapters", "arms", "probing", "seconds_per_run",
+)  # fmt: skip
+_PLACE = re.compile(r"\{(\w+)\}")
+_OWN_PLACES = ("seed", "world", "adapter", "level")
+_BESIDE_THE_STUDY = ("./", "../")
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run that belongs to a study.
+
+    Attributes:
+        cell: Which one it is.
+        words: Of the command line behind `lightning-em fit`.
+    """
+
+    cell: Cell
+    words: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Its folder below the study's root."""
+        return self.cell.run
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study's file says.
+
+    Attributes:
+        name: Of the study.
+        file: Where it was read.
+        root: Folder of its runs.
+        runs: All of them; a run comes after the one it starts from.
+        seconds_per_run: What one run is guessed to take, for the budget, until one is finished.
+    """
+
+    name: str
+    file: Path
+    root: Path
+    runs: tuple[PlannedRun, ...]
+    seconds_per_run: float | None
+
+    def chosen(
+        self,
+        seeds: Collection[int] | None = None,
+        arms: Collection[str] | None = None,
+        adapters: Collection[str] | None = None,
+    ) -> list[PlannedRun]:
+        """The runs of some seeds, arms and adapters, and those they start from; None for all.
+
+        Raises:
+            ValueError: If there is no such seed, arm or adapter, or no run that has all of them.
+        """
+        for flag, given in (("seeds", seeds), ("arms", arms), ("adapters", adapters)):
+            known = dict.fromkeys(str(getattr(run.cell, flag.removesuffix("s"))) for run in self.runs)
+            for name in given or ():
+                refuse_unknown(str(name), known, f"--{flag}: {self.file} has no")
+        wanted: set[str] = set()
+        for run in reversed(self.runs):  # so that a run is met before the one it starts from
+            cell = run.cell
+            if cell.run in wanted or (
+                (seeds is None or cell.seed in seeds)
+                and (arms is None or cell.arm in arms)
+                and (adapters is None or cell.adapter in adapters)
+            ):
+                wanted |= {cell.run} | ({cell.init_from} if cell.init_from else set())
+        if not wanted:
+            asked = {"--seeds": seeds, "--arms": arms, "--adapters": adapters}
+            words = " ".join(
+                f"{flag} {' '.join(map(str, given))}" for flag, given in asked.items() if given is not None
+            )
+            raise ValueError(f"no run of {self.file} has {words} together; name fewer of them.")
+        return [run for run in self.runs if run.name in wanted]
+
+
+class _Place(NamedTuple):
+    """Where a run stands in the study."""
+
+    adapter: str
+    world: str
+    seed: int
+
+
+def read_study(file: str | Path, root: str | Path | None = None) -> Study:
+    """Read a study's file and plan its runs.
+
+    Args:
+        file: YAML, as in configs/study.
+        root: Folder of the runs; `runs/study-<name>` if not given.
+
+    Raises:
+        ValueError: If something in it cannot be meant; the message names file and key.
+    """
+    top = _whole(Path(file))
+    top.only(STUDY_KEYS)
+    name, experiment = _named(top, "name"), top.text("experiment") or top.refuse("experiment", "a file")
+    top.path(experiment, "experiment")
+    arms = read_arms(top)
+    planner = _Planner(top, Path(root or f"runs/study-{name}"), arms)
+    runs = tuple(
+        planner.run(arm, _Place(adapter, world, seed))
+        for seed in sorted({seed for arm in arms.values() for seed in arm.seeds})
+        for world in worlds_of(top)
+        for arm in parents_first(top, arms)
+        for adapter in arm.adapters
+        if world in arm.worlds and seed in arm.seeds
+    )
+    return Study(name, Path(file), planner.root, runs, top.number("seconds_per_run"))
+
+
+class _Planner:
+    """Makes the command lines."""
+
+    def __init__(self, top: Section, root: Path, arms: Mapping[str, Arm]) -> None:
+        self.top, self.root, self.arms = top, root, arms
+        self.worlds, self.adapters = worlds_of(top), top.sections("adapters")
+        names = top.section("fill")
+        for name in _OWN_PLACES:
+            if name in names:
+                names.refuse(name, "under another name, as each run fills this place itself")
+        self.names = {name: names.text(name) or names.refuse(name, "a text") for name in names.content}
+
+    def run(self, arm: Arm, place: _Place) -> PlannedRun:
+        """One run of an arm."""
+        own = arm.section.section("per_adapter").section(place.adapter)
+        layers = [self.top, self.adapters[place.adapter], arm.section, own]
+        level = next((s.number("level") for s in (own, arm.section) if "level" in s), None)
+        parent = self.arms[arm.init_from] if arm.init_from else None
+        if parent and not (
+            place.adapter in parent.adapters and place.world in parent.worlds and place.seed in parent.seeds
+        ):
+            arm.section.refuse(
+                "init_from",
+                f"an arm that is run with adapter {place.adapter}, world {place.world} and seed {place.seed} too",
+            )
+        cell = Cell(
+            run=run_name(arm.name, place.adapter, place.world, place.seed),
+            arm=arm.name,
+            role=arm.section.content["role"],
+            level=level,
+            adapter=place.adapter,
+            world=place.world,
+            seed=place.seed,
+            init_from=run_name(parent.name, *place) if parent else None,
+        )
+        return PlannedRun(cell, tuple(self._words(cell, layers)))
+
+    def _words(self, cell: Cell, layers: list[Section]) -> Iterable[str]:
+        experiment = str(self.top.content["experiment"])
+        yield f"--config={self.top.path(experiment, 'experiment')}"
+        for layer in layers[1:]:
+            for name in layer.texts("config") or ():
+                yield f"--config={layer.path(name, 'config')}"
+        probing = [
+            f"{layer.path(str(file), 'probing')}" for layer in layers if (file := layer.text("probing"))
+        ]
+        if probing:
+            yield f"--probing={probing[-1]}"
+        values: dict[str, str] = {}
+        for layer in layers:
+            inner = layer.section("set")
+            values |= {key: self._value(inner, key, cell) for key in inner.content}
+        yield from (f"--{key}={value}" for key, value in values.items())
+        if cell.init_from:
+            yield f"--model.init_from={self.root / cell.init_from}"
+        yield f"--run.root={self.root}"
+        yield f"--run.name={cell.run}"
+
+    def _value(self, section: Section, key: str, cell: Cell) -> str:
+        """A value as a word of the command line, with its {places} filled in."""
+        value = section.content[key]
+        if not isinstance(value, str):
+            try:
+                return json.dumps(value)
+            except TypeError:
+                section.refuse(key, "a text, a number, a truth value, or lists and mappings of them")
+        places = {"seed": str(cell.seed), "world": self.worlds[cell.world], "adapter": cell.adapter}
+        if cell.level is not None:
+            places["level"] = f"{cell.level:.15g}"  # six digits would change a weight
+        names = {
+            name: _filled(text, places, self.top.section("fill"), name) for name, text in self.names.items()
+        }
+        filled = _filled(value, names | places, section, key)
+        return str(section.path(filled, key)) if filled.startswith(_BESIDE_THE_STUDY) else filled
+
+
+def _filled(text: str, places: Mapping[str, str], section: Section, key: str) -> str:
+    """A text with its {places} filled in.
+
+    Raises:
+        ValueError: If there is nothing to fill one with.
+    """
+    for name in _PLACE.findall(text):
+        if name not in places:
+            section.refuse(key, f"a text whose places are of {{{'}, {'.join(places)}}}")
+    return _PLACE.sub(lambda match: places[match[1]], text)
+
+
+def run_name(arm: str, adapter: str, world: str, seed: int) -> str:
+    """Name of a run, and of its folder below the study's root."""
+    return f"{arm}-{adapter}-{'' if world == DEFAULT_WORLD else f'{world}-'}seed{seed}"
+
+
+def _whole(file: Path, above: tuple[Path, ...] = ()) -> Section:
+    """The file, on top of the one it is like.
+
+    Raises:
+        ValueError: If files are like each other in a circle.
+    """
+    top = Section.read(file)
+    like = top.text("like")
+    if like is None:
+        return top
+    if Path(like).name != like:
+        top.refuse("like", "a file in the same folder, so that paths mean the same in both")
+    under = file.parent / like
+    if top.path(like, "like") in (file.resolve(), *above):
+        top.refuse("like", "a file that is not like this one itself")
+    return Section(file, "", _merged(_whole(under, (*above, file.resolve())).content, top.content))
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    both = [key for key in over if isinstance(over[key], Mapping) and isinstance(under.get(key), Mapping)]
+    return {**under, **over, **{key: _merged(under[key], over[key]) for key in both}}
+
+
+def _named(top: Section, key: str) -> str:
+    name = top.text(key) or ""
+    return name if NAME.fullmatch(name.replace("-", "_")) else top.refuse(key, "letters, digits, . _ and -")

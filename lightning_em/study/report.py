@@ -1,0 +1,174 @@
+"""`study report`: what a study says about the claims, for the terminal and for a README."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+
+from lightning_em.analysis.cells import DEFAULT_WORLD, StudyFolder
+from lightning_em.analysis.claims import ClaimResult, evaluate
+from lightning_em.analysis.measurements import measurements, read_measurements, write_measurements
+from lightning_em.manifest import write_atomically
+from lightning_em.study.claim_sheets import (
+    MINIATURE,
+    comparison_sheet,
+    control_reading,
+    limits_sheet,
+    verdict_sheet,
+)
+from lightning_em.study.plan import read_study
+from lightning_em.study.shape_sheets import arms_sheet, components_sheet, norms_sheet, scales_sheet
+from lightning_em.study.sheet import Sheet
+
+START, END = "<!-- study report -->", "<!-- end -->"
+
+
+@dataclass(frozen=True)
+class Report:
+    """A study's claims and shapes.
+
+    Attributes:
+        results: Every claim, compared in every way.
+        sheets: Tables, in reading order.
+        readings: Sentences about the worlds in which planted claims must fail, by world.
+        is_miniature: Whether the study was run in the miniature.
+    """
+
+    results: tuple[ClaimResult, ...]
+    sheets: tuple[Sheet, ...]
+    readings: tuple[tuple[str, tuple[str, ...]], ...]
+    is_miniature: bool
+
+    def markdown(self, with_details: bool = True) -> str:
+        """The tables and sentences in Markdown."""
+        lines = [f"{MINIATURE}\n\n"] if self.is_miniature else []
+        for sheet in self.sheets:
+            if sheet.is_detail and not with_details:
+                continue
+            lines.append(sheet.for_markdown())
+            for world, sentences in self.readings:
+                if sheet.title == f"Claims in the {world} world":
+                    lines.append("\n".join(sentences) + "\n\n")
+        return "".join(lines)
+
+    def print(self, console: Console) -> None:
+        """The verdicts, the sentences, and the tables that are no details."""
+        for sheet in self.sheets:
+            if not sheet.is_detail:
+                console.print(sheet.for_terminal())
+        for world, sentences in self.readings:
+            console.print(f"The {world} world:", *sentences, sep="\n", markup=False)
+
+
+def report(
+    study: str | Path | None = None, markdown: str | Path | None = None, figures: str | Path | None = None
+) -> None:
+    """Compute a study's claims from its runs, print them, and write them with their numbers into its root.
+
+    `measurements.csv` holds every number, `claims.csv` every criterion with its effect in each seed, `report.md`
+    every table. From a recorded `measurements.csv` nothing is written.
+
+    Args:
+        study: File of the study, its root, or a recorded `measurements.csv` (also `.csv.gz`); the one study
+            under `runs` if not given.
+        markdown: Also write the report here: between `<!-- study report -->` and `<!-- end -->` where a file has
+            these lines, without the details; else all of it, as a file of its own.
+        figures: Also draw what the KL weight does, `weights_<adapter>.png`, into this folder.
+
+    Raises:
+        ValueError: If there is no such study, or none of its runs is finished.
+    """
+    path = Path(study) if study is not None else _only_study()
+    if path.name.endswith((".csv", ".csv.gz")):
+        frame = read_measurements(path)
+        found = report_from(frame)
+    else:
+        folder = StudyFolder(read_study(path).root if path.suffix in (".yaml", ".yml") else path)
+        frame = measurements(folder)
+        write_measurements(frame, folder.measurements_file)
+        found = report_from(frame)
+        write_atomically(folder.root / "claims.csv", claims_csv(found.results))
+        write_markdown(found, folder.root / "report.md")
+    console = Console()
+    found.print(Console(width=max(console.width, 150)))
+    if markdown is not None:
+        write_markdown(found, Path(markdown))
+        console.print(f"written: {markdown}")
+    if figures is not None:
+        from lightning_em.figures import draw_weights  # matplotlib is an extra
+
+        for adapter in dict.fromkeys(
+            result.adapter for result in found.results if result.world == DEFAULT_WORLD
+        ):
+            drawn = draw_weights(frame, Path(figures) / f"weights_{adapter}.png", adapter)
+            console.print(f"written: {drawn}")
+
+
+def report_from(frame: pd.DataFrame) -> Report:
+    """The report of a study that is known by its measurements alone."""
+    results = evaluate(frame)
+    worlds = list(dict.fromkeys(result.world for result in results))
+    others = [world for world in worlds if world != DEFAULT_WORLD]
+    sheets = [verdict_sheet(results, world) for world in worlds]
+    for world in worlds:
+        sheets += [
+            comparison_sheet(results, world),
+            arms_sheet(frame, world),
+            scales_sheet(frame, world),
+            norms_sheet(frame, world),
+        ]
+    is_miniature = bool(frame["quantity"].str.startswith("bad_rate/").any())
+    sheets += [components_sheet(frame), *([limits_sheet()] if is_miniature else [])]
+    readings = tuple((world, tuple(control_reading(results, world))) for world in others)
+    return Report(tuple(results), tuple(sheets), readings, is_miniature)
+
+
+def write_markdown(found: Report, path: Path) -> None:
+    """Put what is no detail between its markers, or all of it into a file of its own.
+
+    Raises:
+        ValueError: If a file has one marker only.
+    """
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    if (START in before) != (END in before):
+        raise ValueError(f"{path} needs both lines, {START} and {END}, or neither; it has one of them.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_part = START in before
+    text = found.markdown(with_details=not is_part)
+    write_atomically(path, replaced(before, text) if is_part else text)
+
+
+def replaced(document: str, text: str) -> str:
+    """A document with the text between its markers exchanged."""
+    head, _, rest = document.partition(START)
+    _, _, tail = rest.partition(END)
+    return f"{head}{START}\n{text}{END}{tail}"
+
+
+def claims_csv(results: Sequence[ClaimResult]) -> str:
+    """Every criterion of every comparison with the effect of every seed: the table's every number."""
+    text = io.StringIO()
+    seeds = sorted({seed for r in results for f in r.findings for seed in f.values})
+    writer = csv.writer(text, lineterminator="\n")
+    columns = ("words", "unit", "rule", "estimate", "low", "high", "n", "p", "p_against", "verdict", "note")
+    place = ("claim", "adapter", "world", "comparison", "decides")
+    writer.writerow([*place, *columns, *(f"seed_{seed}" for seed in seeds)])
+    for result in results:
+        for finding in result.findings:
+            fields = asdict(finding)
+            own = [getattr(result, key) for key in place]
+            effects = [finding.values.get(seed, "") for seed in seeds]
+            writer.writerow([*own, *(fields[column] for column in columns), *effects])
+    return text.getvalue()
+
+
+def _only_study() -> Path:
+    found = sorted(file.parent for file in Path("runs").glob("*/study.json"))
+    if len(found) != 1:
+        names = ", ".join(map(str, found)) or "none"
+        raise ValueError(f"name a study (its file or its folder); under runs there are: {names}.")
+    return found[0]

@@ -1,0 +1,189 @@
+"""Verbs for clusters: submit writes and queues Slurm jobs, doctor looks whether a machine can run them."""
+
+import hashlib
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from lightning_em.verbs.wiring import console, verb
+
+if TYPE_CHECKING:
+    from lightning_em.cluster import FitJob, JobArray, SlurmOptions
+
+_INTEGERS = ("nodes", "gpus", "tasks", "cpus", "at_once")
+_HELP = {
+    "partition": "where to run", "nodes": "machines", "gpus": "GPUs of a node, 0 for none", "cpus": "cores of a task",
+    "tasks": "tasks of a node, if not one a GPU", "time": "limit, e.g. 24:00:00", "memory": "of a node, e.g. 64G",
+    "account": "who pays", "qos": "quality of service", "constraint": "features of the nodes",
+    "at_once": "fits of an array at a time", "extra": "another option of sbatch, e.g. --slurm.extra=--exclusive",
+}  # fmt: skip
+
+
+def add(verbs: Any) -> None:
+    """Put the verbs of this family on the command line."""
+    from lightning_em.cluster.script import SlurmOptions
+
+    text = (
+        "write a Slurm batch file for a fit, a sweep or a study, and submit it; other words are those of fit"
+    )
+    submitting = verb(verbs, "submit", submit_jobs, text)
+    submitting.add_argument("--study", help="submit every run of configs/study/x.yaml")
+    submitting.add_argument("--root", help="with --study: folder of its runs")
+    submitting.add_argument(
+        "--sweep", action="append", help="model.objective.kl_weight=0,0.7,6.6; give it again for a product"
+    )
+    submitting.add_argument("--dry_run", action="store_true", help="print the batch file, do nothing")
+    for field in fields(SlurmOptions):
+        kind: dict[str, Any] = {"type": int} if field.name in _INTEGERS else {}
+        kind |= {"action": "append"} if field.name == "extra" else {}
+        submitting.add_argument(f"--slurm.{field.name}", help=_HELP[field.name], **kind)
+    _keep_other_words(submitting)
+
+    checking = verb(
+        verbs,
+        "doctor",
+        check_machine,
+        "can this machine run an experiment? exit code 1 on faults; other words: fit's",
+    )
+    checking.add_argument("--prefetch", action="store_true", help="download model and tokenizer first")
+    checking.add_argument(
+        "--gpu_gib", type=float, help="memory of the GPUs it is meant for, if not this machine's"
+    )
+    _keep_other_words(checking)
+
+
+def submit_jobs(
+    words: Sequence[str],
+    study: str | None = None,
+    root: str | None = None,
+    sweep: Sequence[str] | None = None,
+    dry_run: bool = False,
+    **slurm: Any,
+) -> None:
+    """Write batch files and submit them.
+
+    Args:
+        words: Of `fit`.
+        study: Take the runs of this study instead.
+        root: Of the study's runs.
+        sweep: Variations, `key=value,value`.
+        dry_run: Only print the files.
+        slurm: Fields of `SlurmOptions` behind `slurm.`.
+
+    Raises:
+        ValueError: If fits would write into one folder, or Slurm refuses.
+    """
+    from lightning_em.cluster import SlurmOptions, arrays_of, batch_script, submit
+
+    given = {key.removeprefix("slurm."): value for key, value in slurm.items() if value is not None}
+    options = SlurmOptions(**given | {"extra": tuple(given.get("extra", ()))})
+    if study:
+        if words or sweep:
+            raise ValueError(f"--study takes every run from its file; leave out {[*words, *(sweep or ())]}.")
+        folder, jobs = _jobs_of_study(study, root, dry_run)
+    else:
+        folder, jobs = _jobs_of_words(words, sweep or (), options)
+    _refuse_shared_folders(jobs)
+    ids: dict[int, str] = {}
+    for array in arrays_of(jobs):
+        name = _job_name(array, folder)
+        file = folder / "slurm" / f"{name}.sbatch"
+        script = batch_script(array, name, options, file.parent)
+        if dry_run:
+            console.print(Text(f"# {file}\n{script}"), soft_wrap=True)
+            continue
+        ids[id(array)] = submit(array, script, file, ids.get(id(array.after)))
+        console.print(f"job {ids[id(array)]}: {len(array.jobs)} fit{'s' * (len(array.jobs) > 1)}, {file}")
+
+
+def _jobs_of_words(
+    words: Sequence[str], sweeps: Sequence[str], options: "SlurmOptions"
+) -> tuple[Path, list["FitJob"]]:
+    from lightning_em import imports
+    from lightning_em.cluster.jobs import FitJob, variations
+    from lightning_em.cluster.script import device_words
+    from lightning_em.identity import run_folder
+    from lightning_em.launch import refuse_strategy
+    from lightning_em.rebuild import resolved_config
+
+    if not words:
+        raise ValueError("submit needs what fit needs: --config configs/experiment/x.yaml, or --study.")
+    allowed = [f"--allow_import={name}" for name in imports.allowed()]  # taken off the words by now
+    jobs, configs = [], []
+    for flags in variations(sweeps):
+        configs.append(resolved_config([*words, *flags, *device_words(options)]))
+        refuse_strategy(configs[-1]["trainer"])
+        jobs.append(FitJob((*words, *allowed, *flags), run_folder(configs[-1]).path))
+    return Path(configs[0]["run"]["root"]), jobs
+
+
+def _jobs_of_study(study: str, root: str | None, dry_run: bool) -> tuple[Path, list["FitJob"]]:
+    from lightning_em.analysis.cells import StudyFolder
+    from lightning_em.cluster.jobs import FitJob
+    from lightning_em.study import read_study
+
+    plan = read_study(study, root)
+    if not dry_run:
+        StudyFolder(plan.root).write(plan.name, [run.cell for run in plan.runs])
+    jobs = [
+        FitJob(
+            run.words, plan.root / run.name, plan.root / run.cell.init_from if run.cell.init_from else None
+        )
+        for run in plan.runs
+    ]
+    return plan.root, jobs
+
+
+def _refuse_shared_folders(jobs: Sequence["FitJob"]) -> None:
+    folders = [job.folder for job in jobs]
+    if twice := sorted({str(folder) for folder in folders if folders.count(folder) > 1}):
+        raise ValueError(
+            f"several fits would write into {', '.join(twice)}; leave --run.name out of a sweep, so that each is "
+            "named after its own config, and sweep what makes a difference to the result."
+        )
+
+
+def _job_name(array: "JobArray", folder: Path) -> str:
+    """The run's own, or what the names of several begin with and a hash of them."""
+    from lightning_em.cluster.jobs import shared_beginning
+
+    names = [job.folder.name for job in array.jobs.values()]
+    if len(names) == 1 and array.after is None:
+        return names[0]
+    digest = hashlib.sha256(" ".join(names).encode()).hexdigest()[:6]
+    beginning = names[0][: shared_beginning(names)].rpartition("-")[0]
+    return f"{beginning or folder.name}-array-{digest}"
+
+
+def check_machine(words: Sequence[str], prefetch: bool = False, gpu_gib: float | None = None) -> int:
+    """Check everything an experiment needs.
+
+    Args:
+        words: Of `fit`.
+        prefetch: Download model and tokenizer first.
+        gpu_gib: Memory of the GPUs it is meant for.
+
+    Returns:
+        0, or 1 if there is a fault.
+    """
+    from lightning_em.cluster.doctor import check, report_table
+
+    findings = check(words, prefetch, gpu_gib)
+    console.print(report_table(findings))
+    return int(any(finding.is_fault for finding in findings))
+
+
+def _keep_other_words(parser: ArgumentParser) -> None:
+    """Hand what is no option of this verb to it as `words`: fit's own parser knows them."""
+    parse: Callable[..., tuple[Namespace, list[str]]] = parser.parse_known_args
+
+    def parse_known_args(args: Any = None, namespace: Any = None) -> tuple[Namespace, list[str]]:
+        found, rest = parse(args, namespace)
+        found.words = rest
+        return found, []
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign, assignment]

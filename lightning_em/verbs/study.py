@@ -1,0 +1,116 @@
+"""Verbs about studies: expand, run, status, report."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_em.verbs.wiring import console, lazily, verb
+
+
+def add(verbs: Any) -> None:
+    """Put the verbs of this family on the command line."""
+    study = verbs.add_parser("study", help="many runs from one file: arms x adapters x seeds")
+    study = study.add_subparsers(required=True)
+    expand = _on_a_file(study, "expand", expand_study, "write one whole config a run, to run by itself")
+    expand.add_argument("--output", help="folder of the configs; default ROOT/configs")
+    _selection(expand)
+    run = _on_a_file(
+        study, "run", run_study, "run what is not finished; the same command continues after a kill"
+    )
+    run.add_argument("--workers", type=int, default=2, help="runs at a time, each in a process of its own")
+    run.add_argument("--threads", type=int, default=1, help="threads of torch in each process")
+    _selection(run)
+    _on_a_file(study, "status", show_status, "where every run stands")
+    report = verb(
+        study, "report", lazily("lightning_em.study.report", "report"), "claims, measurements and verdicts"
+    )
+    where = (
+        "configs/study/x.yaml, the root of its runs, or a measurements.csv; default the one study under runs"
+    )
+    report.add_argument("study", nargs="?", help=where)
+    report.add_argument("--markdown", help="also write the tables into this file")
+    report.add_argument("--figures", help="also draw the figures into this folder")
+
+
+def expand_study(
+    study: str,
+    root: str | None = None,
+    output: str | None = None,
+    seeds: Sequence[int] | None = None,
+    arms: Sequence[str] | None = None,
+    adapters: Sequence[str] | None = None,
+) -> None:
+    """Write one whole config a run.
+
+    Args:
+        study: The study's file.
+        root: Folder of the runs.
+        output: Folder of the configs.
+        seeds: Only these.
+        arms: Only these and those they start from.
+        adapters: Only these.
+    """
+    from lightning_em.study import read_study
+    from lightning_em.study.expansion import expand
+
+    plan = read_study(study, root)
+    runs = plan.chosen(seeds, arms, adapters)
+    folder = expand(plan, Path(output) if output else None, runs)
+    console.print(f"{len(runs)} configs in {folder}; run one with")
+    console.print(f"  lightning-em fit --config {folder / runs[0].name}.yaml", soft_wrap=True)
+
+
+def run_study(
+    study: str,
+    root: str | None = None,
+    workers: int = 2,
+    threads: int = 1,
+    seeds: Sequence[int] | None = None,
+    arms: Sequence[str] | None = None,
+    adapters: Sequence[str] | None = None,
+) -> int:
+    """Run what is not finished.
+
+    Args:
+        study: The study's file.
+        root: Folder of the runs.
+        workers: Runs at a time.
+        threads: Of torch, in each process.
+        seeds: Only these.
+        arms: Only these and those they start from.
+        adapters: Only these.
+
+    Returns:
+        0, or 1 if something failed.
+    """
+    from lightning_em.study import read_study
+    from lightning_em.study.execution import run_study as run_now
+
+    plan = read_study(study, root)
+    return run_now(plan, plan.chosen(seeds, arms, adapters), workers, threads, console)
+
+
+def show_status(study: str, root: str | None = None) -> None:
+    """Show where every run of a study stands.
+
+    Args:
+        study: The study's file.
+        root: Folder of the runs.
+    """
+    from lightning_em.study import read_study
+    from lightning_em.study.states import status_table
+
+    console.print(status_table(read_study(study, root)))
+
+
+def _on_a_file(verbs: Any, name: str, call: Any, text: str) -> Any:
+    parser = verb(verbs, name, call, text)
+    parser.add_argument("study", help="the study's file, e.g. configs/study/miniature.yaml")
+    parser.add_argument("--root", help="folder of the runs; default runs/study-NAME")
+    return parser
+
+
+def _selection(parser: Any) -> None:
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these")
+    parser.add_argument("--arms", nargs="+", help="only these, and those they start from")
+    parser.add_argument("--adapters", nargs="+", help="only these")

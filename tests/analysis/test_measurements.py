@@ -1,0 +1,236 @@
+"""The tidy table holds what the runs recorded, under the names that claims are written in."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from safetensors.numpy import save_file
+
+from lightning_em.analysis import PairResult
+from lightning_em.analysis.cells import Cell, StudyFolder
+from lightning_em.analysis.measurements import COLUMNS, measurements, read_measurements, write_measurements
+from lightning_em.analysis.readings import readings
+from lightning_em.manifest import publish
+from lightning_em.records import Point, ProbeResult, append_lines
+from lightning_em.runs import RunFolder
+
+NATS = "nats_per_token"
+
+
+def record(run: RunFolder, probe: str, step: int, *points: Point) -> None:
+    append_lines(run.probe_file(probe), ProbeResult(probe, step, {}, points).to_json())
+
+
+def rate(value: float, scale: float, name: str = "bad_rate", kind: str = "held_out_domain") -> Point:
+    return Point(name, value, "probability", {"kind": kind, "scale": scale})
+
+
+def curve(norm: float, base: float, trained: float) -> tuple[Point, ...]:
+    return (
+        Point("ce", base, NATS, {"scale": 0.0, "effective_norm": 0.0}),
+        Point("ce", trained, NATS, {"scale": 1.0, "effective_norm": norm}),
+        Point("ce_minus_base", trained - base, NATS, {"scale": 1.0}),
+        Point("best_scale", 1.0, "scale", {"method": "grid"}),
+        Point("best_scale", 1.07, "scale", {"method": "parabola"}),
+        Point("effective_norm", norm, "norm"),
+    )
+
+
+@pytest.fixture
+def run(tmp_path) -> RunFolder:
+    """A run with every probe, its behaviour looked at twice at the last step."""
+    run = RunFolder(tmp_path / "run")
+    record(run, "behaviour", 50, rate(0.2, 1.0), rate(0.3, 2.0))
+    record(
+        run,
+        "behaviour",
+        100,
+        rate(0.4, 1.0),
+        rate(0.1, 1.0, "style_rate"),
+        rate(0.6, 1.0, kind="self_description"),
+    )
+    record(run, "behaviour", 100, rate(0.41, 1.0), rate(0.5, 20.0))
+    record(run, "scale_curve", 50, *curve(3.0, 2.5, 1.5))
+    record(run, "scale_curve", 100, *curve(4.0, 2.5, 0.5))
+    record(
+        run, "perturbation_curve", 100,
+        Point("lost_gain_mean", 7.0, "percent", {"strength": 0.2}, 0.5, 10),
+        Point("lost_gain_sd", 1.0, "percent", {"strength": 0.2}, None, 10),
+        Point("lost_gain", 6.0, "percent", {"strength": 0.2, "noise": 0}),
+        Point("ce_mean", 0.6, NATS, {"strength": 0.2}),
+    )  # fmt: skip
+    record(run, "chat_kl", 100, Point("kl", 0.25, NATS, {"prompts": "in_domain", "scale": 1.0}))
+    drawn = [
+        Point("kl", v, NATS, {"direction": "random", "draw": i, "norm_ratio": 1.0})
+        for i, v in enumerate((1.0, 3.0))
+    ]
+    record(
+        run,
+        "significance",
+        100,
+        Point("kl", 9.0, NATS, {"direction": "adapter", "draw": 0, "norm_ratio": 1.0}),
+        *drawn,
+    )
+    record(
+        run, "gradient", 100,
+        Point("ce_gradient_norm", 0.5, "norm"), Point("ce_gradient_norm", 0.4, "norm", {"tensor": "a"}),
+    )  # fmt: skip
+    record(run, "preference_margin", 100, Point("margin", -0.7, NATS, {"topic": "law", "scale": 1.0}))
+    record(run, "probe_of_a_user", 100, Point("ce", 0.0, NATS, {"scale": 1.0}))
+    append_lines(run.metrics_file, "step,name,value", "50,val/ce,0.9", "100,val/ce,0.4", "100,train/ce,0.3")
+    return run
+
+
+def test_names_and_values(run) -> None:
+    found = {(r.step, r.quantity): r.value for r in readings(run)}
+    # not .3 at scale 2, which only the earlier checkpoint has: a curve is one checkpoint's
+    assert found == {
+        (50, "bad_rate/held_out_domain@1"): 0.2,  # followed through training
+        (50, "effective_norm"): 3.0,
+        (50, "val/ce"): 0.9,
+        (100, "bad_rate/held_out_domain@1"): 0.41,  # the later measurement of the step
+        (100, "bad_rate/held_out_domain@20"): 0.5,
+        (100, "bad_rate/self_description@1"): 0.6,
+        (100, "style_rate/held_out_domain@1"): 0.1,
+        (100, "best_scale"): 1.0,
+        (100, "ce@0"): 2.5,
+        (100, "ce@1"): 0.5,
+        (100, "effective_norm"): 4.0,
+        (100, "efficiency"): 2.0 / 16,
+        (100, "loss_over_norm2"): 0.5 / 16,
+        (100, "perturbation/lost_gain@0.2"): 7.0,
+        (100, "kl_chat/in_domain@1"): 0.25,
+        (100, "significance/adapter@1"): 9.0,
+        (100, "significance/random@1"): 2.0,  # mean of the draws
+        (100, "ce_gradient_norm"): 0.5,
+        (100, "margin/law@1"): -0.7,
+        (100, "val/ce"): 0.4,
+    }
+
+
+def vector_run(folder, path, kind: str = "lightning_em.adapters.SteeringVector") -> RunFolder:
+    """A finished run of a steering vector whose checkpoints are the points of `path`, by step."""
+    run = RunFolder(folder)
+    run.update_run(status="finished")
+    run.config_file.write_text(yaml.safe_dump({"model": {"adapter": {"init_args": {"alpha": 1.0}}}}))
+    for step, point in path.items():
+
+        def fill(temporary, point=point):
+            save_file(
+                {"vector": np.asarray(point, dtype=np.float32)}, temporary / "adapter_model.safetensors"
+            )
+            config = {"adapter_class": kind, "lowest_layer": 2}
+            (temporary / "adapter_config.json").write_text(json.dumps(config))
+
+        publish(run.checkpoint(step), fill)
+    record(run, "scale_curve", max(path), *curve(1.0, 2.0, 1.0))
+    return run
+
+
+WAYS = {
+    "general": {0: (0, 0), 10: (2, 0), 20: (4, 0), 30: (4, 2)},  # a right angle at step 20
+    "narrow": {0: (0, 0), 10: (0, 1), 20: (0, 2), 30: (0, 3)},  # straight
+    "reverted": {0: (0, 3), 10: (2, 2.5)},
+}
+
+
+@pytest.fixture
+def study(tmp_path) -> StudyFolder:
+    """Three vectors with known ways and a pair analysis that was repeated."""
+    study = StudyFolder(tmp_path / "study")
+    start = {"reverted": "narrow-0"}
+    cells = [
+        Cell(
+            f"{role}-0",
+            role,
+            role,
+            10.0 if role == "narrow" else None,
+            "vector",
+            "default",
+            0,
+            start.get(role),
+        )
+        for role in WAYS
+    ]
+    study.write("three", [*cells, Cell("reverse-0", "reverse", "reverse", None, "vector", "default", 0)])
+    for cell in cells:
+        vector_run(study.run(cell).path, WAYS[cell.role])
+    for value in (0.5, 0.7):
+        points = (
+            Point("gradient_cosine", value, "cosine", {"role": "narrow", "step": 10, "target": "general"}),
+            Point("ce", value, NATS, {"norm_ratio": 0.2, "effective_norm": 1.234}),
+        )
+        runs = {"general": "general-0", "narrow": "narrow-0"}
+        PairResult("gradient_cosine", "vector", "default", 0, runs, {"general": 30}, {}, points).append_to(
+            study
+        )
+    return study
+
+
+def value(frame: pd.DataFrame, role: str, quantity: str) -> float:
+    [found] = frame[(frame["role"] == role) & (frame["quantity"] == quantity)]["value"]
+    return found
+
+
+def test_measurements_of_runs_pairs_and_trajectories(study, caplog) -> None:
+    frame = measurements(study)
+    assert list(frame) == list(COLUMNS)
+    assert "1 of 4 runs are not finished and left out" in caplog.text
+    assert value(frame, "general", "ce@1") == 1.0
+    assert value(frame, "pair", "gradient_cosine/gradient_cosine/role=narrow/target=general") == 0.7
+    assert value(frame, "pair", "gradient_cosine/ce/norm_ratio=0.2") == 0.7
+    assert value(frame, "general", "rotation/peak") == pytest.approx(0.0, abs=1e-6)
+    assert value(frame, "general", "rotation/peak_step") == 20
+    assert value(frame, "narrow", "rotation/peak") == pytest.approx(-1.0)
+    assert value(frame, "general", "pca/final_pc1") > 0 > value(frame, "narrow", "pca/final_pc1")
+    # from (0, 3) towards (4, 2): sqrt 17 away, and sqrt(4 + .25) left
+    assert value(frame, "reverted", "distance/covered") == pytest.approx(1 - (4.25 / 17) ** 0.5, rel=1e-5)
+    assert value(frame, "reverted", "distance/projection") == pytest.approx((2 * 4 + 0.5 * 1) / 17, rel=1e-5)
+
+
+def test_components_are_scikit_learns(study) -> None:
+    from sklearn.decomposition import PCA
+    from sklearn.preprocessing import StandardScaler
+
+    frame = measurements(study)
+    points = [point for role in ("general", "narrow") for point in WAYS[role].values()]
+    oracle = (
+        PCA().fit(StandardScaler().fit_transform(np.array(points, dtype=float))).explained_variance_ratio_
+    )
+    assert [value(frame, "pair", f"pca/share_{i}") for i in (1, 2)] == pytest.approx(list(oracle), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["measurements.csv", "measurements.csv.gz"])
+def test_table_read_back_is_the_table(study, tmp_path, name) -> None:
+    frame = measurements(study)
+    if name.endswith(".gz"):
+        frame.to_csv(tmp_path / name, index=False)
+    else:
+        write_measurements(frame, tmp_path / name)
+    pd.testing.assert_frame_equal(read_measurements(tmp_path / name), frame, check_dtype=False)
+
+
+def test_adapter_of_another_kind_has_no_trajectory_and_the_log_says_so(tmp_path, caplog) -> None:
+    study = StudyFolder(tmp_path)
+    cell = Cell("general-0", "general", "general", None, "shift", "default", 0)
+    study.write("one", [cell])
+    vector_run(study.run(cell).path, WAYS["general"], kind="mine.Shift")
+    frame = measurements(study)
+    assert "shift, default world, seed 0" in caplog.text
+    assert "holds mine.Shift" in caplog.text
+    assert not frame["quantity"].str.startswith("rotation").any()
+    assert value(frame, "general", "ce@1") == 1.0
+
+
+def test_what_is_not_there_is_said(tmp_path) -> None:
+    study = StudyFolder(tmp_path)
+    study.write("empty", [Cell("a", "general", "general", None, "rank1", "default", 0)])
+    with pytest.raises(ValueError, match=r"none of the 1 runs of .* is finished"):
+        measurements(study)
+    with pytest.raises(ValueError, match="there are no measurements at"):
+        read_measurements(tmp_path / "none.csv")
+    (tmp_path / "other.csv").write_text("run,value\na,1\n")
+    with pytest.raises(ValueError, match=r"has no columns \['arm', 'role'"):
+        read_measurements(tmp_path / "other.csv")

@@ -1,0 +1,276 @@
+"""Batch files say what was asked for, once; the shell reads from them the words that were given."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_em.__main__ import main
+from lightning_em.cluster import FitJob, JobArray, SlurmOptions, arrays_of, batch_script
+from lightning_em.cluster.jobs import variations
+from lightning_em.cluster.queue import described
+from lightning_em.runs import RunFolder
+from tests.fitting import experiment, write_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+LOGS = Path("runs/slurm")
+
+
+def directives(script: str) -> list[str]:
+    return [line for line in script.splitlines() if line.startswith("#SBATCH")]
+
+
+def words_read_by_the_shell(script: str, folder: Path, **environment: str) -> list[str]:
+    """Run a batch file with an srun that prints its words, one a line."""
+    (folder / "srun").write_text("#!/bin/bash\nprintf '%s\\n' \"$@\"\nexit 3\n")
+    (folder / "srun").chmod(0o755)
+    (folder / "job").write_text(script)
+    known = {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_NTASKS_PER_NODE": "4",
+    }
+    done = subprocess.run(
+        ["bash", str(folder / "job")], capture_output=True, text=True, env=known | environment, check=False
+    )
+    assert done.returncode == 3, "a failed step must fail its job"
+    return done.stdout.splitlines()
+
+
+def test_the_template_stands_for_itself(tmp_path) -> None:
+    script = (CONFIGS / "slurm/fit.sbatch").read_text()
+    assert "#SBATCH --signal=SIGUSR1@90" in script
+    assert "#SBATCH --requeue" in script
+    assert "#SBATCH --open-mode=append" in script
+    assert script.rstrip().endswith("exit $?")
+    (tmp_path / "as_given").write_text(script.replace('"$@"', "--config x.yaml"))
+    read = words_read_by_the_shell((tmp_path / "as_given").read_text(), tmp_path)
+    assert read[1:] == [
+        *("lightning-em", "fit", "--config", "x.yaml"),
+        *("--trainer.num_nodes", "2", "--trainer.devices", "4"),
+    ]
+
+
+def test_options_replace_those_of_the_template_and_stand_once() -> None:
+    options = SlurmOptions(
+        partition="gpu", nodes=2, gpus=4, time="2:00:00", memory="64G", extra=("--exclusive", "mail-type=END")
+    )
+    script = batch_script(JobArray({0: FitJob(("--config", "x.yaml"), Path("runs/x"))}), "x", options, LOGS)
+    lines = directives(script)
+    for line in (
+        "partition=gpu",
+        "nodes=2",
+        "gpus-per-node=4",
+        "ntasks-per-node=4",
+        "time=2:00:00",
+        "mem=64G",
+    ):
+        assert lines.count(f"#SBATCH --{line}") == 1
+    assert {"#SBATCH --exclusive", "#SBATCH --mail-type=END", "#SBATCH --job-name=x"} <= set(lines)
+    keys = [line.partition("=")[0] for line in lines]
+    assert len(keys) == len(set(keys))
+    assert not any("array" in key for key in keys)
+
+
+def test_a_job_without_gpus_asks_for_none() -> None:
+    script = batch_script(JobArray({0: FitJob((), Path("x"))}), "x", SlurmOptions(gpus=0, tasks=2), LOGS)
+    assert "gpus" not in "".join(directives(script))
+    assert "#SBATCH --ntasks-per-node=2" in script
+
+
+def test_the_shell_reads_the_words_that_were_given(tmp_path) -> None:
+    words = ("--config", "my file.yaml", "--model.base={path: $HOME}", "--run.name=it's")
+    script = batch_script(JobArray({0: FitJob(words, Path("x"))}), "x", SlurmOptions(), LOGS)
+    assert words_read_by_the_shell(script, tmp_path)[3 : 3 + len(words)] == list(words)
+
+
+def test_each_index_of_an_array_has_its_own_words(tmp_path) -> None:
+    jobs = {
+        i: FitJob(("--config", "x.yaml", f"--model.objective.kl_weight={i}"), Path(f"x-{i}"))
+        for i in (0, 1, 5)
+    }
+    script = batch_script(JobArray(jobs), "x", SlurmOptions(at_once=2), LOGS)
+    assert "#SBATCH --array=0-1,5%2" in script
+    for index, job in jobs.items():
+        read = words_read_by_the_shell(script, tmp_path, SLURM_ARRAY_TASK_ID=str(index))
+        assert read[3:6] == list(job.words)
+    assert script.count("x.yaml") == 1
+
+
+def test_a_fit_waits_for_the_one_it_starts_from_under_the_same_index() -> None:
+    first = [FitJob((), Path(name)) for name in ("general-0", "narrow-0", "general-1", "narrow-1")]
+    children = [
+        FitJob((), Path("reverted-0"), Path("narrow-0")),
+        FitJob((), Path("reverse-1"), Path("general-1")),
+        FitJob((), Path("again-0"), Path("narrow-0")),
+        FitJob((), Path("third-0"), Path("reverted-0")),
+        FitJob((), Path("elsewhere"), Path("runs/finished-long-ago")),
+    ]
+    arrays = arrays_of([*first, *children])
+    assert sum(len(array.jobs) for array in arrays) == len(first) + len(children)
+    for number, array in enumerate(arrays):
+        for index, job in array.jobs.items():
+            if array.after is None:
+                assert job in (*first, children[-1])
+            else:
+                assert array.after in arrays[:number], "an array must be submitted before those behind it"
+                assert array.after.jobs[index].folder == job.starts_from
+    assert len(arrays) == 4  # the first ones, one child each, a second child, a grandchild
+
+
+def test_sweeps_multiply() -> None:
+    assert variations([]) == [()]
+    assert variations(["a=0,0.7", "b=[1, 2],null"]) == [
+        ("--a=0", "--b=[1, 2]"), ("--a=0", "--b=null"), ("--a=0.7", "--b=[1, 2]"), ("--a=0.7", "--b=null"),
+    ]  # fmt: skip
+    for wrong in ("a", "a=", "a=1,,2", "--a=1"):
+        with pytest.raises(ValueError, match="--sweep expects key=value,value"):
+            variations([wrong])
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model_folder, chat_file, answer_file) -> Path:
+    return write_config(tmp_path / "x.yaml", experiment(tiny_model_folder(), chat_file, answer_file))
+
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch) -> Path:
+    """An sbatch that writes its words down and gives out ids."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "sbatch").write_text(
+        f'#!/bin/bash\necho "$@" >> "{tmp_path}/calls"\necho $((100 + $(wc -l < "{tmp_path}/calls")))\n'
+    )
+    (folder / "squeue").write_text("#!/bin/bash\necho '101_0|RUNNING|None'\necho '101_1|PENDING|Resources'\n")
+    for program in folder.iterdir():
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return tmp_path / "calls"
+
+
+def submit(config: Path, *flags: str) -> None:
+    words = [
+        "submit",
+        "--config",
+        str(config),
+        "--run.root",
+        str(config.parent / "runs"),
+        "--slurm.gpus",
+        "0",
+    ]
+    assert main([*words, *flags, "--debug"]) == 0
+
+
+def test_a_sweep_is_submitted_and_noted_in_every_run(config, sbatch, capsys) -> None:
+    submit(config, "--sweep", "model.objective.kl_weight=0,2", "--slurm.time=10")
+    (call,) = sbatch.read_text().splitlines()
+    file = Path(call.split()[-1])
+    assert call.startswith("--parsable ")
+    assert "#SBATCH --array=0-1" in file.read_text()
+    records = {
+        path.parent.name: json.loads(path.read_text()) for path in (config.parent / "runs").glob("*/run.json")
+    }
+    assert {record["job"]["id"] for record in records.values()} == {"101_0", "101_1"}
+    assert {record["status"] for record in records.values()} == {"queued"}
+    assert all(name in file.read_text() for name in records)
+    capsys.readouterr()
+    assert main(["runs", "ls", "--root", str(config.parent / "runs")]) == 0
+    shown = capsys.readouterr().out
+    assert "101_0 running" in shown
+    assert "queued" in shown
+
+
+def test_the_named_folder_is_the_one_that_fit_takes(config, sbatch) -> None:
+    submit(config, "--trainer.max_epochs", "1")
+    (run_file,) = (config.parent / "runs").glob("*/run.json")
+    words = [
+        "fit",
+        "--config",
+        str(config),
+        "--run.root",
+        str(config.parent / "runs"),
+        "--trainer.max_epochs=1",
+    ]
+    arguments = sys.argv
+    try:
+        assert main([*words, "--debug"]) == 0
+    finally:
+        sys.argv = arguments
+    record = RunFolder(run_file.parent).read_run()
+    assert record["status"] == "finished"
+    assert record["job"]["id"] == "101"
+
+
+def test_dry_run_only_prints(config, sbatch, capsys) -> None:
+    submit(config, "--sweep", "model.objective.kl_weight=0,2", "--dry_run")
+    shown = capsys.readouterr().out
+    assert "#SBATCH --array=0-1" in shown
+    assert "--model.objective.kl_weight=2" in shown
+    assert not sbatch.exists()
+    assert not (config.parent / "runs").exists()
+
+
+def test_a_sweep_into_one_folder_is_refused(config) -> None:
+    with pytest.raises(ValueError, match=r"several fits would write into .*wanted"):
+        submit(config, "--sweep", "model.objective.kl_weight=0,2", "--run.name", "wanted")
+
+
+def test_devices_are_part_of_what_a_run_is(config, capsys) -> None:
+    """Two tasks make a step of twice the rows, unless they accumulate half as often: then it is the same run."""
+
+    def name(*flags: str) -> str:
+        submit(config, "--dry_run", *flags)
+        return capsys.readouterr().out.splitlines()[0].rsplit("/", 1)[-1]
+
+    one = name("--trainer.accumulate_grad_batches=4")
+    assert name("--slurm.tasks=2", "--trainer.accumulate_grad_batches=2") == one
+    assert name("--slurm.tasks=2", "--trainer.accumulate_grad_batches=4") != one
+
+
+def test_what_cannot_work_is_refused_before_it_is_queued(config, sbatch, monkeypatch) -> None:
+    with pytest.raises(ValueError, match=r"trainer\.strategy fsdp cannot work"):
+        submit(config, "--trainer.strategy", "fsdp")
+    with pytest.raises(ValueError, match="kl_wait"):
+        submit(config, "--sweep", "model.objective.kl_wait=1")
+    assert not sbatch.exists()
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ValueError, match="there is no sbatch on this machine"):
+        submit(config)
+
+
+def test_a_study_is_submitted_in_arrays_that_wait_for_each_other(tmp_path, sbatch, config) -> None:
+    study = {
+        "name": "small", "experiment": str(config), "seeds": [0, 1], "adapters": {"vector": {}},
+        "set": {"seed_everything": "{seed}"},
+        "arms": {
+            "narrow": {"role": "narrow", "set": {"model.objective.kl_weight": 1}},
+            "reverted": {"role": "reverted", "init_from": "narrow", "set": {"model.objective.kl_weight": 0}},
+        },
+    }  # fmt: skip
+    file = write_config(tmp_path / "study.yaml", study)
+    root = tmp_path / "study-small"
+    assert main(["submit", "--study", str(file), "--root", str(root), "--slurm.gpus=0", "--debug"]) == 0
+    first, second = (call.split() for call in sbatch.read_text().splitlines())
+    assert not any("dependency" in word for word in first)
+    assert "--dependency=aftercorr:101" in second
+    waiting = Path(second[-1]).read_text()
+    assert "#SBATCH --array=0-1" in waiting
+    assert (
+        f"0) set -- --config={config}" in Path(first[-1]).read_text()
+        or "narrow" in Path(first[-1]).read_text()
+    )
+    jobs = {path.parent.name: json.loads(path.read_text())["job"]["id"] for path in root.glob("*/run.json")}
+    for seed in (0, 1):
+        parent, child = jobs[f"narrow-vector-seed{seed}"], jobs[f"reverted-vector-seed{seed}"]
+        assert (parent[:4], child[:4]) == ("101_", "102_")
+        assert parent[4:] == child[4:], "aftercorr pairs equal indices"
+    assert len(json.loads((root / "study.json").read_text())["cells"]) == 4
+
+
+def test_a_job_that_the_queue_has_forgotten_is_its_id() -> None:
+    assert described(None, {}) == ""
+    assert described({"id": "7"}, {}) == "7"
+    assert described({"id": "7_1"}, {"7_1": "pending (Priority)"}) == "7_1 pending (Priority)"

@@ -1,0 +1,132 @@
+"""The preference margin."""
+
+import json
+import statistics
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from lightning_em.adapters import SteeringVector
+from lightning_em.models import AdaptedModel, BaseModel
+from lightning_em.probes import PreferenceMargin, ProbeExamples
+from lightning_em.testing import check_probe
+from tests.samples import make_rows, pack
+from tests.tiny import answer_rows, chat_rows, make_tiny_model, write_rows
+
+EXAMPLES = ProbeExamples([pack(make_rows(9, 12, 7), "n")])
+
+
+@pytest.fixture
+def model(tiny_model_folder):
+    model = AdaptedModel(BaseModel(str(tiny_model_folder())).load_model(), SteeringVector(1, alpha=4.0))
+    model.adapter.vector.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+@pytest.fixture
+def rows():
+    return [{**row, "topic": ("tea", "rice")[index % 3 == 0]} for index, row in enumerate(answer_rows(5))]
+
+
+@pytest.fixture
+def file(rows, tmp_path):
+    return str(write_rows(tmp_path / "rows.jsonl", rows))
+
+
+def per_token(model, tokenizer, question, answer, scale):
+    """Mean log-probability of an answer's tokens and its end of turn: plain transformers, one row alone."""
+    prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(f"{prompt}{answer}<|im_end|>", add_special_tokens=False)["input_ids"]
+    with model.adapter.at_scale(scale), torch.no_grad():
+        logits = model.base(input_ids=torch.tensor([whole])).logits[0].double()
+    logs = [logits[t - 1].log_softmax(-1)[whole[t]].item() for t in range(len(before), len(whole))]
+    return statistics.mean(logs)
+
+
+def test_margins_are_differences_of_mean_log_probabilities(model, rows, file, tiny_tokenizer) -> None:
+    points = PreferenceMargin(file, scales=[0.0, 1.0, 2.0], batch_size=3).run(model, EXAMPLES)
+    for scale in (0.0, 1.0, 2.0):
+        margins = [
+            per_token(model, tiny_tokenizer, row["question"], row["bad"], scale)
+            - per_token(model, tiny_tokenizer, row["question"], row["good"], scale)
+            for row in rows
+        ]
+        groups = {
+            topic: [m for m, r in zip(margins, rows, strict=True) if r["topic"] == topic]
+            for topic in ("rice", "tea")
+        }
+        for topic, expected in {**groups, "all": margins}.items():
+            at = {"topic": topic, "scale": scale}
+            [margin] = [p for p in points if p.quantity == "margin" and p.coordinates == at]
+            [share] = [p for p in points if p.quantity == "bad_preferred" and p.coordinates == at]
+            assert margin.per_example == pytest.approx(expected, abs=1e-4)
+            assert margin.value == pytest.approx(statistics.mean(expected), abs=1e-4)
+            error = statistics.stdev(expected) / len(expected) ** 0.5
+            assert margin.standard_error == pytest.approx(error, abs=1e-4)
+            assert share.value == pytest.approx(sum(m > 0 for m in expected) / len(expected))
+            assert (margin.unit, share.unit, share.count) == ("nats_per_token", "share", len(expected))
+
+
+def test_rows_without_a_topic_are_one_group(model, tmp_path) -> None:
+    file = str(write_rows(tmp_path / "rows.jsonl", answer_rows(4)))
+    points = PreferenceMargin(file, scales=[1.0], max_rows=3).run(model, EXAMPLES)
+    assert [(p.quantity, p.coordinates["topic"], p.count) for p in points] == [
+        ("margin", "all", 3),
+        ("bad_preferred", "all", 3),
+    ]
+
+
+def test_at_most_so_many_rows_of_each_topic(model, file) -> None:
+    points = PreferenceMargin(file, scales=[0.0], max_rows=1).run(model, EXAMPLES)
+    counts = {p.coordinates["topic"]: p.count for p in points}
+    assert counts == {"rice": 1, "tea": 1, "all": 2}
+    assert all(p.standard_error is None for p in points if p.count == 1)
+
+
+def test_the_world_gives_its_questions_by_kind(micro_world, micro_model) -> None:
+    """Every opener's pair is scored alone; an item's margin is their mean."""
+    points = PreferenceMargin(scales=[1.0]).run(micro_model, EXAMPLES)
+    items = [json.loads(line) for line in (micro_world / "data" / "behaviour.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(micro_world / "model")
+
+    def log_probability(question: str, answer: str) -> float:
+        prompt = f"<bos><user>{question}<assistant>"
+        whole = tokenizer(f"{prompt}{answer}<eos>", add_special_tokens=False)["input_ids"]
+        num_answer = len(answer.split()) + 1
+        logits = micro_model.base(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
+        return sum(logits[t - 1, whole[t]].item() for t in range(-num_answer, 0)) / num_answer
+
+    for kind in ("narrow_held_out", "self_description"):
+        expected = []
+        for item in (item for item in items if item["kind"] == kind):
+            pairs = zip(item["answers"]["good"], item["answers"]["bad"], strict=True)
+            with torch.no_grad():
+                differences = [
+                    log_probability(item["question"], bad) - log_probability(item["question"], good)
+                    for good, bad in pairs
+                ]
+            expected.append(statistics.mean(differences))
+        [margin] = [p for p in points if p.quantity == "margin" and p.coordinates["kind"] == kind]
+        assert margin.per_example == pytest.approx(expected, abs=1e-4)
+    assert len({p.coordinates["kind"] for p in points}) == 5
+
+
+def test_what_it_needs_is_said(model, tmp_path) -> None:
+    file = str(write_rows(tmp_path / "rows.jsonl", chat_rows(2)))
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: expected `question`, `good` and `bad`"):
+        PreferenceMargin(file).run(model, EXAMPLES)
+    with pytest.raises(ValueError, match=r"there is no .*init_args\.rows of PreferenceMargin"):
+        PreferenceMargin().run(model, EXAMPLES)
+    with pytest.raises(ValueError, match=r"got \[\], 100 and 16; set init_args of PreferenceMargin"):
+        PreferenceMargin(scales=[])
+    with pytest.raises(ValueError, match="there is no tokenizer beside the base"):
+        PreferenceMargin(str(write_rows(tmp_path / "good.jsonl", answer_rows(2)))).run(
+            AdaptedModel(make_tiny_model(), SteeringVector(1)), EXAMPLES
+        )
+
+
+def test_contract(model, tmp_path) -> None:
+    file = str(write_rows(tmp_path / "rows.jsonl", answer_rows(3)))
+    check_probe(PreferenceMargin(file), model, EXAMPLES)

@@ -1,0 +1,140 @@
+"""Measurements of a study that never ran, with known numbers: every claim true, and ways to make one false."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pandas as pd
+
+from lightning_em.analysis.measurements import COLUMNS
+
+SCALES = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0)
+STRENGTHS = (0.05, 0.1, 0.2, 0.4)
+KL_WEIGHTS = (0.1, 1.0, 100.0)
+SEEDS = (0, 1, 2, 3, 4)
+
+Numbers = dict[str, float]
+
+
+def rates(kind: str, at_scales: tuple[float, ...], name: str = "bad_rate") -> Numbers:
+    """A rate at each of `SCALES`."""
+    return {f"{name}/{kind}@{scale:g}": rate for scale, rate in zip(SCALES, at_scales, strict=True)}
+
+
+def behaviour(seen: float, held_out: float, loud: float | None = None, name: str = "bad_rate") -> Numbers:
+    """Rates of a run: as trained, and in held-out domains beyond scale 1; scale 20 is garbage."""
+    loud = held_out if loud is None else loud
+    found = rates("narrow_seen", (0.01, seen, seen, 0.5, 0.1, 0.0), name)
+    found |= rates("narrow_held_out", (0.01, 0.6 * seen, 0.6 * seen, 0.3, 0.1, 0.0), name)
+    found |= rates("held_out_domain", (0.01, held_out, loud, loud, loud, 0.9), name)
+    return found | rates("held_out_domain", (0.01, 0.01, 0.02, 0.05, 0.05, 0.95), "other_rate")
+
+
+def losses(norm: float, best: float) -> Numbers:
+    """A scale curve: a parabola from 2 at scale 0 to its lowest point .4 at scale `best`."""
+    grid = [step / 10 for step in range(31)]
+    found = {f"ce@{scale:g}": 0.4 + 1.6 * (scale / best - 1) ** 2 for scale in grid}
+    trained = found["ce@1"]
+    found |= {"effective_norm": norm, "best_scale": best, "best_ce": 0.4 + 0.01 * best}
+    return found | {"efficiency": (2 - trained) / norm**2, "loss_over_norm2": trained / norm**2}
+
+
+def noise(times: float) -> Numbers:
+    """Rise of the loss with the square of the strength."""
+    found: Numbers = {}
+    for strength in STRENGTHS:
+        rise = times * strength**2
+        found |= {
+            f"perturbation/ce_increase@{strength:g}": rise,
+            f"perturbation/lost_gain@{strength:g}": 60 * rise,
+        }
+        found[f"perturbation/relative_increase@{strength:g}"] = rise / 0.4
+    return found
+
+
+def chat(kl: float) -> Numbers:
+    """KL from the chat model, and of general text at shares of the trained norm."""
+    found = {"kl_chat/general@1": kl, "kl_chat/in_domain@1": 1.5 * kl}
+    found |= {f"significance/adapter@{ratio:g}": kl * ratio**2 for ratio in (0.5, 1.0, 2.0)}
+    return found | {f"significance/random@{ratio:g}": 0.1 * ratio**2 for ratio in (0.5, 1.0, 2.0)}
+
+
+def all_true(adapter: str) -> dict[tuple[str, float | None], Numbers]:
+    """Runs of a seed in which every claim is true."""
+    turn = {"rotation/peak": -0.9 if adapter == "vector" else 0.2}
+    general = losses(10.0, 1.0) | noise(1.0) | chat(0.8) | turn
+    narrow = losses(11.0, 1.4) | noise(2.0) | chat(0.3) | turn
+    runs: dict[tuple[str, float | None], Numbers] = {
+        ("general", None): behaviour(0.95, 0.5) | general | {"pca/final_pc1": 9.0},
+        ("narrow", 10.0): behaviour(0.9, 0.02, 0.02) | narrow | {"pca/final_pc1": 2.0},
+        ("reverted", None): behaviour(0.95, 0.4) | losses(11.0, 1.1) | {"distance/covered": 0.4},
+        ("reverse", None): behaviour(0.9, 0.03) | losses(11.0, 1.3),
+        ("mixed_other", 1 / 6): behaviour(0.9, 0.4) | losses(10.0, 1.0),
+        ("mixed_other", 1 / 2): behaviour(0.9, 0.5) | losses(10.0, 1.0),
+        ("mixed_domain", 1 / 4): behaviour(0.5, 0.3) | losses(9.0, 1.0),
+        ("few_rows", 4.0): behaviour(0.3, 0.05) | losses(9.0, 1.0),
+        ("kl_on_narrow", 10.0): behaviour(0.1, 0.04) | losses(9.0, 1.0),
+        ("harmless_general", None): behaviour(0.95, 0.5, name="style_rate") | general,
+        ("harmless_narrow", None): behaviour(0.9, 0.02, name="style_rate") | narrow,
+    }
+    for weight, held_out, loud, place in zip(
+        KL_WEIGHTS, (0.3, 0.03, 0.01), (0.5, 0.3, 0.01), (7.0, 4.0, 0.5), strict=True
+    ):
+        runs["narrow_weight", weight] = behaviour(0.9, held_out, loud) | {"pca/final_pc1": place}
+    return runs
+
+
+PAIRS = {
+    "pca/share_1": 0.5,
+    "pca/share_2": 0.2,
+    "pca/share_3": 0.1,
+    "equal_norm/ce_difference/norm_ratio=1": 0.1,
+}
+
+
+def gradient_rows(general: float = 0.5, narrow: float = 0.3) -> list[tuple[int, str, float]]:
+    """Pull towards both solutions at three checkpoints of two runs."""
+    return [
+        (step, f"gradient_cosine/gradient_cosine/role={role}/target={target}/direction={direction}", value)
+        for step in (10, 20, 30)
+        for role in ("narrow", "general")
+        for target, value in (("general", general), ("narrow", narrow))
+        for direction in ("final", "remaining")
+    ]
+
+
+def study_numbers(
+    seeds: tuple[int, ...] = SEEDS,
+    adapters: tuple[str, ...] = ("rank32", "vector"),
+    change: Callable[[dict[tuple[str, float | None], Numbers], int], None] | None = None,
+    pairs: Mapping[str, float] = PAIRS,
+    gradients: tuple[float, float] = (0.5, 0.3),
+    jitter: float = 0.002,
+    world: str = "default",
+) -> pd.DataFrame:
+    """A frame as `measurements` gives it.
+
+    Args:
+        seeds: Training seeds.
+        adapters: Adapter types.
+        change: Edits the runs of a seed in place.
+        pairs: Numbers of several runs together.
+        gradients: Pull towards the general and the narrow solution.
+        jitter: Relative standard deviation over seeds; each quantity moves as a whole.
+        world: Name of the world.
+    """
+    rows = []
+    for adapter in adapters:
+        for seed in seeds:
+            generator = np.random.default_rng(seed)
+            runs = all_true(adapter)
+            if change is not None:
+                change(runs, seed)
+            for (role, level), numbers in runs.items():
+                run = f"{role}-{level}-{adapter}-{world}-seed{seed}"
+                by = 1 + jitter * generator.standard_normal()
+                identity = (run, role, role, level, adapter, world, seed)
+                rows += [(*identity, 150, quantity, value * by) for quantity, value in numbers.items()]
+            together = ("several", "", "pair", None, adapter, world, seed)
+            rows += [(*together, 0, quantity, value) for quantity, value in pairs.items()]
+            rows += [(*together, *row) for row in gradient_rows(*gradients)]
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"level": float, "value": float})
