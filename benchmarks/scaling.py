@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from lightning_em.callbacks import read_metrics
+from lightning_em.records import read_metrics
 from tests.tiny import make_tiny_folder, write_answer_rows, write_chat_rows
 
 TRAINERS = Path(__file__).parent.parent / "configs" / "trainer"

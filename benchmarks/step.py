@@ -2,8 +2,12 @@
 
 import argparse
 import gc
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import torch
 from rich.console import Console
@@ -127,9 +131,15 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     console = Console(width=140)
-    for name in arguments.shape:
-        for kind in arguments.adapter:
-            run(SHAPES[name], kind, arguments, device, console)
+    settings = list(product(arguments.shape, arguments.adapter))
+    if len(settings) == 1:
+        warnings.simplefilter("ignore")  # what transformers and peft have to say about how others use them
+        run(SHAPES[settings[0][0]], settings[0][1], arguments, device, console)
+        return
+    for shape, kind in settings:  # a process each, as users have: the allocator remembers the shapes before
+        own = ["--shape", shape, "--adapter", kind, "--rows", str(arguments.rows)]
+        own += ["--repeats", str(arguments.repeats), "--variant", *arguments.variant]
+        subprocess.run([sys.executable, "-m", "benchmarks.step", *own], check=True)  # noqa: S603 (our own words)
 
 
 if __name__ == "__main__":

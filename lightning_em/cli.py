@@ -14,6 +14,7 @@ from typing import Any, Literal
 import transformers
 import yaml
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
@@ -184,9 +185,11 @@ class EMCLI(LightningCLI):
         trainer.callbacks[:0] = first  # type: ignore[attr-defined]
         return trainer
 
-    def _environment(self) -> list[SLURMEnvironment]:
+    @staticmethod
+    def _environment() -> list[SLURMEnvironment]:
         """Lightning's own Slurm environment without its signal handlers: ours save and requeue."""
-        return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+        by_srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+        return [SLURMEnvironment(auto_requeue=False)] if by_srun else []
 
     def fit(self, model: EMModule, **kwargs: Any) -> None:
         """Start the run, or continue it from its newest valid checkpoint."""

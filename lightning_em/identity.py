@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-import math
 from pathlib import Path
 from typing import Any
 
+from lightning_em.launch import num_processes
 from lightning_em.miniature import SCHEME, parse_address
 from lightning_em.runs import RunFolder
 
@@ -51,11 +51,12 @@ def what_a_run_is(config: dict[str, Any]) -> dict[str, Any]:
 
 def _micro_batches_of_a_step(trainer: dict[str, Any]) -> dict[str, int]:
     """Accumulation as on one device: 4 devices that accumulate twice are the run that 1 device makes of 8."""
-    counts = [trainer.get(key, 1) for key in ("accumulate_grad_batches", "devices", "num_nodes")]
-    known = [int(count) for count in counts if isinstance(count, int) or str(count).isdecimal()]
-    if len(known) < len(counts) or min(known) < 1:  # devices: auto
-        return {}
-    return {"accumulate_grad_batches": math.prod(known)} if math.prod(known[1:]) > 1 else {}
+    processes = num_processes(trainer) or 1
+    return (
+        {"accumulate_grad_batches": trainer.get("accumulate_grad_batches", 1) * processes}
+        if processes > 1
+        else {}
+    )
 
 
 def _without_added(value: Any) -> Any:

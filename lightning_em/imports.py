@@ -51,6 +51,11 @@ def allowed() -> list[str]:
     return sorted({*_named, *installed_plugins()})
 
 
+def as_words() -> list[str]:
+    """The same for the command line of another process."""
+    return [f"--allow_import={name}" for name in allowed()]
+
+
 def take(words: Sequence[str]) -> list[str]:
     """Apply every `--allow_import NAME` of a command line; returns the other words.
 

@@ -1,5 +1,6 @@
 """What cannot run is refused before anything heavy is imported, with what can. Never imports torch."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,23 +59,33 @@ def refuse_task_count(trainer: Mapping[str, Any], environment: Mapping[str, str]
     Raises:
         ValueError: Both numbers and the keys to change.
     """
-    counts = [trainer.get("devices", 1), trainer.get("num_nodes", 1)]
-    if any(not str(count).isdecimal() for count in counts):  # devices: auto
+    wanted = num_processes(trainer)
+    if wanted is None:
         return
-    wanted = int(counts[0]) * int(counts[1])
-    for launcher, variable in (("srun", "SLURM_STEP_NUM_TASKS"), ("torchrun", "WORLD_SIZE")):
-        started = environment.get(variable) if launcher == "srun" or "RANK" in environment else None
-        if started is not None and int(started) != wanted and not _is_shell(environment):
-            raise ValueError(
-                f"{launcher} has started {started} processes, but trainer.devices x trainer.num_nodes is "
-                f"{wanted}. Set --trainer.devices to the tasks of a node and --trainer.num_nodes to the nodes."
-            )
-    in_batch_script = "SLURM_JOB_ID" in environment and "SLURM_STEP_NUM_TASKS" not in environment
+    by_torchrun = "RANK" in environment and "WORLD_SIZE" in environment  # also by one that srun has started
+    launcher, variable = ("torchrun", "WORLD_SIZE") if by_torchrun else ("srun", "SLURM_STEP_NUM_TASKS")
+    started = environment.get(variable)
+    if started is not None and int(started) != wanted and (by_torchrun or not _is_shell(environment)):
+        raise ValueError(
+            f"{launcher} has started {started} processes, but trainer.devices x trainer.num_nodes is "
+            f"{wanted}. Set --trainer.devices to the tasks of a node and --trainer.num_nodes to the nodes."
+        )
+    in_batch_script = "SLURM_JOB_ID" in environment and started is None
     if in_batch_script and wanted > 1 and int(environment.get("SLURM_NTASKS", "1")) > 1:
         raise ValueError(
             f"this Slurm job has {environment['SLURM_NTASKS']} tasks, but lightning-em was started once: write "
             "`srun lightning-em ...`, as configs/slurm/fit.sbatch does."
         )
+
+
+def num_processes(trainer: Mapping[str, Any]) -> int | None:
+    """Processes that a trainer's settings ask for; None for as many devices as there happen to be."""
+    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
+    if isinstance(devices, str) and "," in devices:
+        devices = [index for index in devices.split(",") if index.strip()]
+    count = len(devices) if isinstance(devices, Sequence) and not isinstance(devices, str) else devices
+    known = [int(each) for each in (count, nodes) if str(each).isdecimal() and int(each) > 0]
+    return math.prod(known) if len(known) == 2 else None  # "auto" and -1 are no numbers
 
 
 def _is_shell(environment: Mapping[str, str]) -> bool:

@@ -1,6 +1,8 @@
 """Records: typed, append-only JSON lines that survive a kill. Never imports torch."""
 
+import csv
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -128,6 +130,25 @@ def read_lines(path: Path) -> Iterator[str]:
         for line in file:
             if line.endswith(b"\n") and line.strip():
                 yield line.decode()
+
+
+def read_metrics(path: Path) -> dict[int, dict[str, float]]:
+    """Metrics by step, ascending, and name.
+
+    A resumed run may measure its checkpoint once more: the later value counts, and must be the same but for the
+    order in which it was summed up.
+
+    Raises:
+        ValueError: If a step has two values of one name.
+    """
+    table: dict[int, dict[str, float]] = {}
+    for row in csv.DictReader(read_lines(path)):
+        step, name, value = int(row["step"]), row["name"], float(row["value"])
+        known = table.setdefault(step, {}).get(name, value)
+        if not (math.isclose(known, value) or (math.isnan(known) and math.isnan(value))):
+            raise ValueError(f"{path} has {name} twice at step {step}: {known!r} and {value!r}.")
+        table[step][name] = value
+    return dict(sorted(table.items()))
 
 
 def read_results(path: Path) -> list[ProbeResult]:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from lightning_em.__main__ import main
-from lightning_em.callbacks import read_metrics
+from lightning_em.records import read_metrics
 from lightning_em.runs import RunFolder
 
 SteppedMetrics = dict[int, dict[str, float]]

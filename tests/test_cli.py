@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from lightning_em.__main__ import VERBS, main
+from lightning_em.cli import EMCLI
 from lightning_em.identity import changed_keys, identity_of
 from tests.fitting import experiment, fit, write_config
 
@@ -31,6 +32,7 @@ def vary(group: str, **values: object) -> dict[str, object]:
             {"devices": 4, "accumulate_grad_batches": 2, "accelerator": "gpu"},
         ),  # as many rows a step
         ("trainer", {"devices": 2, "num_nodes": 2, "accumulate_grad_batches": 2}),
+        ("trainer", {"devices": [0, 1, 2, 3], "accumulate_grad_batches": 2}),
         ("data", {"num_workers": 8}),
         ("model", {"sampling": {"seed": 3}}),
         ("probing", {"probes": ["x"]}),
@@ -100,3 +102,15 @@ def test_a_second_config_and_flags_vary_an_experiment(
     text = run.config_file.read_text(encoding="utf-8")
     assert "kl_weight: 3.0" in text
     assert "limit: 10" in text
+
+
+def test_processes_of_torchrun_are_no_tasks_of_slurm(monkeypatch) -> None:
+    """Ranks are torchrun's then, also in a job: Slurm would have each of them be rank 0 of 1."""
+    for name, value in {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "job"}.items():
+        monkeypatch.setenv(name, value)
+    assert len(EMCLI._environment()) == 1
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    for name in ("TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "x")
+    assert EMCLI._environment() == []

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_em.launch import named_trainer, refuse_strategy, refuse_task_count
+from lightning_em.launch import named_trainer, num_processes, refuse_strategy, refuse_task_count
 from tests.fitting import command
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -91,11 +91,33 @@ def test_it_is_refused_within_five_seconds_and_starts_nothing(tmp_path) -> None:
             "srun has started 2 .* is 1",
         ),
         ({"WORLD_SIZE": "8", "RANK": "3"}, "torchrun has started 8 .* is 1"),
+        (
+            {"WORLD_SIZE": "8", "RANK": "3", "SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "1"},
+            "torchrun has started 8 .* is 1",
+        ),
     ],
 )
 def test_another_number_of_processes_is_refused(environment, match) -> None:
     with pytest.raises(ValueError, match=match):
         refuse_task_count({"devices": 1, "num_nodes": 1}, environment)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "count"),
+    [
+        ({}, 1),
+        ({"devices": 4, "num_nodes": 2}, 8),
+        ({"devices": "4"}, 4),
+        ({"devices": [0, 2, 3]}, 3),
+        ({"devices": "1,3"}, 2),
+        ({"devices": "3,"}, 1),
+        ({"devices": "auto"}, None),
+        ({"devices": -1}, None),
+        ({"devices": "-1", "num_nodes": 2}, None),
+    ],
+)
+def test_number_of_processes_in_every_way_to_write_it(trainer, count) -> None:
+    assert num_processes(trainer) == count
 
 
 def test_a_batch_script_without_srun_is_refused() -> None:
@@ -108,6 +130,10 @@ def test_a_batch_script_without_srun_is_refused() -> None:
     [
         ({"devices": 4, "num_nodes": 2}, {"SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_ID": "1"}),
         ({"devices": "auto", "num_nodes": 1}, {"WORLD_SIZE": "8"}),
+        (
+            {"devices": 4, "num_nodes": 2},  # srun starts one torchrun a node
+            {"WORLD_SIZE": "8", "RANK": "3", "SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "2"},
+        ),
         ({"devices": 2}, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "bash"}),
         ({"devices": 1}, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1"}),
         ({"devices": 2}, {}),

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from lightning_em.adapters import LoRA, SteeringVector
 from lightning_em.batch import EncodedRow, PackedBatch
-from lightning_em.callbacks import read_metrics
 from lightning_em.losses import Objective
 from lightning_em.models import AdaptedModel, BaseModel, Sampling, sample_answers
 from lightning_em.module import EMModule, LinearWithWarmup
 from lightning_em.rebuild import load_run
+from lightning_em.records import read_metrics
 from tests.fitting import LORA, VECTOR, experiment, fit, train_metrics, write_config
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
 

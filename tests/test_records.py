@@ -10,6 +10,7 @@ from lightning_em.records import (
     ProbeResult,
     append_lines,
     read_lines,
+    read_metrics,
     read_results,
     repair_tail,
 )
@@ -91,6 +92,28 @@ def test_every_prefix_of_a_record_file_can_be_read(tmp_path) -> None:
     for size in (0, 1, first - 1, first, first + 1, len(whole) - 1, len(whole)):
         file.write_bytes(whole[:size])
         assert read_results(file) == [RESULT] * ((size >= first) + (size == len(whole)))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("0.5", "0.5"), ("0.5", "0.5000000001"), ("nan", "nan"), ("inf", "inf")],
+)
+def test_metric_of_a_step_may_be_measured_twice_and_the_later_value_counts(first, second, tmp_path) -> None:
+    file = tmp_path / "metrics.csv"
+    append_lines(file, "step,name,value", f"10,val/ce,{first}", "9,val/kl,0.1", f"10,val/ce,{second}")
+    assert repr(read_metrics(file)) == repr({9: {"val/kl": 0.1}, 10: {"val/ce": float(second)}})
+
+
+@pytest.mark.parametrize(("first", "second"), [("0.5", "0.500001"), ("nan", "0.5"), ("0.5", "nan")])
+def test_two_values_of_a_metric_are_refused(first, second, tmp_path) -> None:
+    file = tmp_path / "metrics.csv"
+    append_lines(file, "step,name,value", f"10,val/ce,{first}", f"10,val/ce,{second}")
+    with pytest.raises(ValueError, match=rf"has val/ce twice at step 10: {first} and {second}"):
+        read_metrics(file)
+
+
+def test_run_without_metrics_has_none(tmp_path) -> None:
+    assert read_metrics(tmp_path / "metrics.csv") == {}
 
 
 @pytest.mark.parametrize(

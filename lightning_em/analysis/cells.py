@@ -11,6 +11,8 @@ from lightning_em.runs import RunFolder
 
 STUDY_SCHEMA = 1
 DEFAULT_WORLD = "default"
+MOST_SEEDS = 16
+"""That the exact test of a claim takes."""
 
 
 @dataclass(frozen=True)

@@ -157,10 +157,11 @@ def runs_by_base(root: str | Path, experiment: str, base: str = "*") -> Mapping[
     """
     found: dict[str, RunFolder] = {}
     folders = [RunFolder(file.parent) for file in Path(root).glob(f"{experiment}-*/run.json")]
-    for run in sorted(folders, key=lambda run: str(run.read_run().get("ended"))):
+    finished = [run for run in folders if run.read_run().get("status") == "finished"]
+    for run in sorted(finished, key=lambda run: str(run.read_run().get("ended"))):
         config = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))
         path = config["model"]["base"]["path"]
-        if run.read_run().get("status") != "finished" or not fnmatch.fnmatch(path, base):
+        if not fnmatch.fnmatch(path, base):
             continue
         if path in found:
             logger.warning("%s: %s is passed over for the newer %s", path, found[path].path, run.path)

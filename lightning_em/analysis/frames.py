@@ -1,12 +1,10 @@
 """A run's metrics and records as pandas frames."""
 
-import io
-from collections import Counter
 from typing import Any
 
 import pandas as pd
 
-from lightning_em.records import Point, ProbeResult, read_lines, read_results
+from lightning_em.records import Point, ProbeResult, read_metrics, read_results
 from lightning_em.runs import RunFolder
 
 POINT_COLUMNS = (
@@ -20,15 +18,8 @@ def metrics_frame(run: RunFolder) -> pd.DataFrame:
     Raises:
         ValueError: If a step has two values of one name.
     """
-    text = "".join(read_lines(run.metrics_file))
-    long = pd.read_csv(io.StringIO(text)) if text else pd.DataFrame(columns=["step", "name", "value"])
-    long = long.drop_duplicates()
-    if twice := [
-        name for name, count in Counter(zip(long["step"], long["name"], strict=True)).items() if count > 1
-    ]:
-        step, name = twice[0]
-        raise ValueError(f"{run.metrics_file} has {name} twice at step {step}.")
-    return long.pivot(index="step", columns="name", values="value").rename_axis(columns=None)
+    frame = pd.DataFrame.from_dict(read_metrics(run.metrics_file), orient="index", dtype=float)
+    return frame.rename_axis(index="step").sort_index(axis="columns")
 
 
 def records_frame(run: RunFolder) -> pd.DataFrame:

@@ -63,7 +63,8 @@ def read_measurements(path: Path) -> pd.DataFrame:
     """
     if not path.is_file():
         raise ValueError(f"there are no measurements at {path}; `lightning-em study report` writes them.")
-    frame = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    texts = {column: str for column in COLUMNS if column not in _DTYPES}  # an adapter may be called 32
+    frame = pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=[""])
     if missing := [column for column in COLUMNS if column not in frame]:
         raise ValueError(f"{path} has no columns {missing}; write it again with `lightning-em study report`.")
     return frame[list(COLUMNS)].astype(_DTYPES).fillna({"arm": ""})

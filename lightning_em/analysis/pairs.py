@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class PairResult:
         settings: Of the analysis: other settings are another measurement.
         points: The measurements.
         examples: Row ids that `per_example` values refer to.
+        adapter_sha256: Hash of the weights in each role's newest checkpoint; empty in records older than it.
     """
 
     analysis: str
@@ -39,6 +40,7 @@ class PairResult:
     settings: Mapping[str, Any]
     points: tuple[Point, ...]
     examples: tuple[str, ...] = ()
+    adapter_sha256: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, line: str) -> "PairResult":
@@ -58,7 +60,8 @@ class PairResult:
 
     def measures_the_same_as(self, other: "PairResult") -> bool:
         """Whether both are the same analysis of the same checkpoints with the same settings."""
-        keys = ("analysis", "adapter", "world", "seed", "runs", "steps", "settings")
+        keys = ["analysis", "adapter", "world", "seed", "runs", "steps", "settings"]
+        keys += ["adapter_sha256"] if self.adapter_sha256 and other.adapter_sha256 else []
         return all(getattr(self, key) == getattr(other, key) for key in keys)
 
     def append_to(self, study: StudyFolder) -> None:

@@ -23,7 +23,8 @@ class Reading(NamedTuple):
 def readings(run: RunFolder) -> list[Reading]:
     """All numbers of a run: each probe's at its last step, and those that are followed at every step.
 
-    A curve is one checkpoint's: a place of the grid that only an earlier step has is left out.
+    A curve is one record's: a place of the grid that only an earlier step has, or an earlier record of the same
+    step, is left out.
 
     Names, `@` before the place on a grid: `bad_rate/<kind>@<scale>` (good, other, style likewise), `ce@<scale>`,
     `effective_norm`, `best_scale`, `best_ce`, `optimum_inside_grid`, `efficiency` = (L_base - L) / norm^2,
@@ -44,15 +45,16 @@ def _is_followed(quantity: str) -> bool:
 
 
 def _from_records(records: pd.DataFrame) -> dict[tuple[int, str], float]:
-    """The last measurement of each quantity at the steps that are kept; draws of one place are averaged."""
-    named: dict[tuple[int, str], dict[int, list[float]]] = {}
+    """The last measurement of each probe at the steps that are kept; draws of one place are averaged."""
+    named: dict[tuple[int, str], list[float]] = {}
     last = records.groupby("probe")["step"].max()
-    for found in records.to_dict("records"):
+    newest = records.groupby(["probe", "step"])["measurement"].transform("max")
+    for found in records[records["measurement"] == newest].to_dict("records"):
         row = {str(column): value for column, value in found.items()}
         name = _NAMES[row["probe"]](row) if row["probe"] in _NAMES else None
         if name is not None and (row["step"] == last[row["probe"]] or _is_followed(name)):
-            named.setdefault((row["step"], name), {}).setdefault(row["measurement"], []).append(row["value"])
-    return {place: _mean(measured[max(measured)]) for place, measured in named.items()}
+            named.setdefault((row["step"], name), []).append(row["value"])
+    return {place: _mean(values) for place, values in named.items()}
 
 
 def _mean(values: list[float]) -> float:

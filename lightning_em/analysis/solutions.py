@@ -1,13 +1,11 @@
 """One run at one checkpoint as a line of a table: behaviour by kind of question, losses, norm, best scale."""
 
-import csv
-import io
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lightning_em.records import Point, ProbeResult, read_lines, read_results
+from lightning_em.records import Point, ProbeResult, read_metrics, read_results
 from lightning_em.runs import RunFolder
 
 
@@ -122,8 +120,9 @@ def _bad_rates(result: ProbeResult | None, scale: float, run: RunFolder) -> dict
 
 
 def _last(run: RunFolder, probe: str) -> ProbeResult | None:
-    results = read_results(run.probe_file(probe))
-    return max(results, key=lambda result: result.step) if results else None
+    """The newest record of the last step."""
+    newest_first = reversed(read_results(run.probe_file(probe)))
+    return max(newest_first, key=lambda result: result.step, default=None)
 
 
 def _points(result: ProbeResult | None, quantity: str) -> list[Point]:
@@ -135,5 +134,5 @@ def _first(result: ProbeResult | None, quantity: str) -> Point | None:
 
 
 def _last_metrics(run: RunFolder) -> dict[str, float]:
-    rows = csv.DictReader(io.StringIO("".join(read_lines(run.metrics_file))))
-    return {row["name"]: float(row["value"]) for row in rows}  # later steps replace earlier ones
+    steps = read_metrics(run.metrics_file).values()
+    return {name: value for values in steps for name, value in values.items()}  # later steps replace earlier

@@ -9,7 +9,7 @@ from lightning_em.callbacks.loading import (
     refuse_other_base,
     remember_base_sha256,
 )
-from lightning_em.callbacks.metrics import MetricsFile, read_metrics
+from lightning_em.callbacks.metrics import MetricsFile
 from lightning_em.callbacks.probing import Probing
 from lightning_em.callbacks.provenance import Provenance
 from lightning_em.callbacks.signals import Interrupted, Signals, follow_parent, note_requeue_signal
@@ -28,7 +28,6 @@ __all__ = [
     "base_sha256",
     "follow_parent",
     "note_requeue_signal",
-    "read_metrics",
     "refuse_idle_adapter",
     "refuse_other_base",
     "remember_base_sha256",

@@ -1,9 +1,6 @@
 """The run's own metrics file: append-only, each step and name exactly once."""
 
-import csv
-import io
 import logging
-import math
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -85,19 +82,3 @@ class MetricsFile(Logger):
             if line.startswith("step") or int(line.split(",", 1)[0]) <= step
         ]
         write_atomically(self.path, "".join(f"{line.rstrip()}\n" for line in kept))
-
-
-def read_metrics(path: Path) -> dict[int, dict[str, float]]:
-    """Metrics by step and name.
-
-    Raises:
-        ValueError: If a step has a name twice.
-    """
-    table: dict[int, dict[str, float]] = {}
-    for row in csv.DictReader(io.StringIO("".join(read_lines(path)))):
-        step, value = int(row["step"]), float(row["value"])
-        names = table.setdefault(step, {})
-        if row["name"] in names and not math.isclose(names[row["name"]], value):
-            raise ValueError(f"{path} has {row['name']} twice at step {step}.")
-        names[row["name"]] = value
-    return table

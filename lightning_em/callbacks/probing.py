@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import cast
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import Strategy
 
 from lightning_em.data import EMDataModule
 from lightning_em.miniature import recipe_hash_at
@@ -43,7 +44,7 @@ class Probing(Callback):
         if self.every_n_steps and step % self.every_n_steps and step < trainer.estimated_stepping_batches:
             return
         data = cast(EMDataModule, trainer.datamodule)  # type: ignore[attr-defined]
-        self.measure(RunFolder(trainer.default_root_dir), module.model, data, step, trainer.is_global_zero)
+        self.measure(RunFolder(trainer.default_root_dir), module.model, data, step, trainer.strategy)
 
     def on_train_start(self, trainer: Trainer, pl_module: EMModule) -> None:  # type: ignore[override]
         """A run killed between checkpoint and probe makes up for it here."""
@@ -52,7 +53,12 @@ class Probing(Callback):
             self.on_checkpoint_published(trainer, pl_module, step)
 
     def measure(
-        self, run: RunFolder, model: AdaptedModel, data: EMDataModule, step: int, write: bool = True
+        self,
+        run: RunFolder,
+        model: AdaptedModel,
+        data: EMDataModule,
+        step: int,
+        ranks: Strategy | None = None,
     ) -> int:
         """Run the probes whose records of `step` are missing, on every rank; one rank writes.
 
@@ -61,18 +67,20 @@ class Probing(Callback):
             model: The model with the adapter of that step.
             data: Source of the examples.
             step: Optimiser steps behind the adapter.
-            write: Whether this rank writes.
+            ranks: The strategy that holds the ranks together; None in a process of its own.
 
         Returns:
             How many probes were run.
         """
         examples = self.examples(data).to(model.base.device)
-        missing = [probe for probe in self.probes if not recorded(run, probe, examples, step)]
+        missing = [i for i, probe in enumerate(self.probes) if not recorded(run, probe, examples, step)]
+        if ranks is not None:  # one reads for all: a sharded base must be passed through together
+            missing = ranks.broadcast(missing)
         world = recipe_hash_at(Path(str(model.base.config._name_or_path)))
-        for probe in missing:
+        for probe in (self.probes[i] for i in missing):
             result = probe.record(model, examples, step, world)
             logger.info("%s at step %d: %d points", probe.name, step, len(result.points))
-            if write:
+            if ranks is None or ranks.is_global_zero:
                 append_lines(run.probe_file(result.probe), result.to_json())
         return len(missing)
 

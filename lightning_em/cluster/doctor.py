@@ -21,7 +21,7 @@ from lightning_em.cluster.files import ModelFiles, download
 from lightning_em.cluster.memory import Load, MemoryEstimate, estimate, on_meta
 from lightning_em.data import ChatEncoder
 from lightning_em.identity import run_folder
-from lightning_em.launch import refuse_strategy
+from lightning_em.launch import num_processes, refuse_strategy
 from lightning_em.models.engine import why_plain
 from lightning_em.rebuild import Parts, instantiate, resolved_config
 from lightning_em.redaction import redacted_text
@@ -178,7 +178,7 @@ def _data(examination: Examination) -> Iterator[Finding]:
     data = examination.parts.data
     if examination.encoder is None:  # no tokenizer: are the files at least here?
         for source in (source for pair in data.sources.values() for source in pair if source is not None):
-            if "://" not in source.path and not Path(source.path).is_file():
+            if "://" not in source.path and not Path(source.path).exists():
                 yield Finding(
                     "data", "fault", f"there is no data file {source.path} (looked from {Path.cwd()})"
                 )
@@ -216,7 +216,7 @@ def _memory(examination: Examination) -> Iterator[Finding]:
         yield Finding("memory", "warning", "the plain path keeps all logits of a batch; no estimate for it")
         return
     device = "cpu" if trainer["accelerator"] == "cpu" else "cuda"
-    num_devices = _count(trainer["devices"]) * _count(trainer["num_nodes"])
+    num_devices = num_processes(trainer) or max(1, torch.cuda.device_count())
     shards = num_devices if "ShardedBase" in str(trainer["strategy"]) else 1
 
     def needed(shards: int) -> MemoryEstimate:
@@ -238,9 +238,9 @@ def _load(examination: Examination, shards: int, device: str) -> Load:
     rows = {}
     for stream, count in counts.items():
         known = examination.lengths.get(stream, [data.limit.max_length] * count)[:count]
-        rows[stream] = known if data.max_tokens is None else [min(data.max_tokens, sum(known))]
+        rows[stream] = known
     on_device = int((getattr(store, "device_gib", 0) or 0) * _GIB) if device == "cuda" else 0
-    return Load.of_rows(rows["narrow"], rows["kl"], shards, device, on_device)
+    return Load.of_rows(rows["narrow"], rows["kl"], shards, device, on_device, data.max_tokens)
 
 
 def _advice(
@@ -261,10 +261,6 @@ def _memory_of(device: str, gpu_gib: float | None) -> float | None:
     if gpu_gib is not None:
         return gpu_gib * _GIB
     return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
-
-
-def _count(number: Any) -> int:
-    return int(number) if str(number).isdecimal() else max(1, torch.cuda.device_count())
 
 
 class _Local:

@@ -77,7 +77,7 @@ def variations(sweeps: Sequence[str]) -> list[tuple[str, ...]]:
         values = [value.strip() for value in _COMMA.split(text)]
         if not key or "" in values or key.startswith("-"):
             raise ValueError(
-                f"--sweep expects key=value,value as in --sweep model.objective.kl_weight=0,0.7,6.6, got {sweep!r}."
+                f"--sweep expects key=value,value as in --sweep model.objective.kl_weight=0,1,10, got {sweep!r}."
             )
         axes.append([f"--{key}={value}" for value in values])
     return list(itertools.product(*axes))

@@ -39,11 +39,20 @@ class Load:
 
     @classmethod
     def of_rows(
-        cls, narrow: list[int], kl: list[int], shards: int, device: str, store_bytes: int = 0
+        cls,
+        narrow: list[int],
+        kl: list[int],
+        shards: int,
+        device: str,
+        store_bytes: int = 0,
+        max_tokens: int | None = None,
     ) -> "Load":
-        """The load of one micro-batch, from the lengths of its rows."""
-        limit = _PART_TOKENS[device]
-        largest = max(*narrow, *kl, *(min(limit, sum(rows)) for rows in (narrow, kl)))
+        """The load of one micro-batch: of these rows, or of as many of their kind as fill `max_tokens`."""
+        limit, longest = _PART_TOKENS[device], max(*narrow, *kl)
+        if max_tokens is not None:
+            tokens = max(max_tokens, longest)
+            return cls(max(longest, min(limit, tokens)), tokens, shards, device, store_bytes)
+        largest = max(longest, *(min(limit, sum(rows)) for rows in (narrow, kl)))
         return cls(largest, sum(narrow) + sum(kl), shards, device, store_bytes)
 
 

@@ -9,6 +9,8 @@ from lightning_em.cluster.jobs import JobArray
 from lightning_em.manifest import write_atomically
 from lightning_em.runs import RunFolder
 
+SUBMIT_SECONDS = 60
+
 
 def submit(array: JobArray, script: str, file: Path, after: str | None = None) -> str:
     """Write a batch file, hand it to sbatch, and note the job in the run.json of every fit in it.
@@ -30,10 +32,15 @@ def submit(array: JobArray, script: str, file: Path, after: str | None = None) -
     waiting = [f"--dependency=aftercorr:{after}", "--kill-on-invalid-dep=yes"] if after else []
     words = ["sbatch", "--parsable", *waiting, str(file)]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)  # noqa: S603 (ours)
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=SUBMIT_SECONDS)  # noqa: S603 (ours)
     except FileNotFoundError:
         raise ValueError(
             f"there is no sbatch on this machine; {file} is written: submit it where there is, with {' '.join(words)}"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"sbatch did not answer within {SUBMIT_SECONDS} s and may have taken the job all the same: look at `squeue "
+            f"--me` before you submit {file} again."
         ) from None
     if done.returncode:
         raise ValueError(f"sbatch refused {file}: {(done.stderr or done.stdout).strip()}")

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from lightning_em.analysis.solutions import Estimate
-from lightning_em.callbacks import read_metrics
-from lightning_em.records import ProbeResult
+from lightning_em.records import ProbeResult, read_metrics
 from lightning_em.runs import RunFolder
 
 CARD = "README.md"

@@ -22,7 +22,8 @@ _WITHOUT_EFFECT = {
     "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version",
     "qalora_group_size", "r", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
-_HARMLESS_STARTS = (None, True, False, "gaussian", "orthogonal")  # the others change the base's own weights
+# "pissa", "olora" and the like change the base's own weights
+_HARMLESS_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 _PLACING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 

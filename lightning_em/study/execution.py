@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from lightning_em import lock
+from lightning_em import imports, lock
 from lightning_em.analysis.cells import StudyFolder
 from lightning_em.analysis.pairs import ROLES, SOLUTIONS
 from lightning_em.miniature import SCHEME, parse_address, world_folder
@@ -55,9 +55,10 @@ def run_study(
     with lock.RunLock(study.root, ["study", "run", str(study.file)]):
         StudyFolder(study.root).write(study.name, [run.cell for run in study.runs])
         schedule = Schedule(tasks_of(study, runs))
+        expected = seconds_of(study, runs, schedule.tasks)
         worlds = sum(task.kind == "build_world" for task in schedule.tasks)
         console.print(budget_of(study, runs, worlds).sentence(workers))
-        _Crew(study, schedule, workers, threads, Display(console, schedule, seconds_of(study, runs))).work()
+        _Crew(study, schedule, workers, threads, Display(console, schedule, expected)).work()
     for name, reason in schedule.reasons.items():
         console.print(f"{schedule.states[name]}: {name}: {reason}", style="red", markup=False)
     return 0 if not schedule.reasons else 1
@@ -70,11 +71,11 @@ def tasks_of(study: Study, runs: Sequence[PlannedRun]) -> list[Task]:
     tasks = [
         Task(name, "build_world", (name,), group=WORLDS) for name in dict.fromkeys(worlds.values()) if name
     ]
-    names = {run.name for run in left}
+    names, allowed = {run.name for run in left}, imports.as_words()
     for run in left:
         parent = run.cell.init_from if run.cell.init_from in names else None
         needs = tuple(need for need in (worlds[run.name], parent) if need)
-        tasks.append(Task(run.name, "fit", (fit_words(run),), needs, group=run.cell.arm))
+        tasks.append(Task(run.name, "fit", ([*fit_words(run), *allowed],), needs, group=run.cell.arm))
     return tasks + _comparisons(study, runs, names)
 
 
@@ -98,11 +99,11 @@ def _comparisons(study: Study, runs: Sequence[PlannedRun], left: Collection[str]
     return tasks
 
 
-def seconds_of(study: Study, runs: Sequence[PlannedRun]) -> dict[str, float]:
-    """What each task is expected to take."""
+def seconds_of(study: Study, runs: Sequence[PlannedRun], tasks: Iterable[Task]) -> dict[str, float]:
+    """What each of the tasks is expected to take."""
     durations = Durations(study, runs)
     expected = {run.name: durations.of(run) for run in runs}
-    for task in tasks_of(study, runs):
+    for task in tasks:
         expected.setdefault(task.name, WORLD_SECONDS if task.kind == "build_world" else COMPARE_SECONDS)
     return expected
 

@@ -48,9 +48,10 @@ def resolved_configs(runs: Sequence[PlannedRun]) -> Iterator[tuple[PlannedRun, d
         ValueError: If the words of a run make no config; the message names the run.
     """
     hush()
+    allowed = imports.as_words()
     for run in runs:
         try:
-            yield run, resolved_config(run.words)
+            yield run, resolved_config([*run.words, *allowed])
         except ValueError as error:
             raise ValueError(f"{run.name}: {error}") from error
 

@@ -1,19 +1,23 @@
 """Pair analyses: what the general, narrow, reverted and reverse solutions of one seed are to each other."""
 
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lightning_em.adapters.base import ADAPTER_WEIGHTS
 from lightning_em.analysis.cells import StudyFolder
 from lightning_em.analysis.pairs import ROLES, SOLUTIONS, PairResult, pair_file, read_pair_file
 from lightning_em.analysis.updates import Part, read_update, update_cosine
 from lightning_em.batch import PackedBatch
+from lightning_em.manifest import MANIFEST
 from lightning_em.models import AdaptedModel
 from lightning_em.probes import ce_gradient
 from lightning_em.probes.base import RowMeans
@@ -71,6 +75,7 @@ def analyse_pairs(
         logger.info("no pairs of %s, world %s, seed %d: %s not finished", adapter, world, seed, missing)
         return 0
     group = RunGroup(runs, "cuda" if torch.cuda.is_available() else "cpu")
+    weights = {role: _adapter_sha256(run.checkpoint(group.last_steps[role])) for role, run in runs.items()}
     written = 0
     for name, (analysis, roles) in ANALYSES.items():
         used = [role for role in roles if role in runs]
@@ -83,9 +88,10 @@ def analyse_pairs(
             steps={role: group.last_steps[role] for role in used},
             settings={**asdict(settings), "norm_ratios": list(settings.norm_ratios)},
             points=(),
+            adapter_sha256={role: weights[role] for role in used},
         )
         known = read_pair_file(pair_file(study, name, adapter, world, seed))
-        if any(result.measures_the_same_as(one) for one in known):
+        if known and known[-1].measures_the_same_as(result):  # the newest is the one that is reported
             continue
         logger.info("%s of %s, world %s, seed %d", name, adapter, world, seed)
         points = tuple(analysis(group, settings))
@@ -171,9 +177,16 @@ def _ways(here: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> dict[str, 
 def adapter_cosine(group: RunGroup, settings: PairSettings) -> list[Point]:  # noqa: ARG001 (an Analysis)
     """Cosine between the updates of every two runs: of the whole change, and for LoRA of its B and A apart.
 
-    Points `cosine` (unit cosine) by `first`, `second` and `part`; none where one of the two is zero.
+    Points `cosine` (unit cosine) by `first`, `second` and `part`; none where one of the two is zero, and none
+    at all for an adapter of another class.
     """
-    updates = {role: read_update(run.checkpoint(group.last_steps[role])) for role, run in group.runs.items()}
+    try:
+        updates = {
+            role: read_update(run.checkpoint(group.last_steps[role])) for role, run in group.runs.items()
+        }
+    except ValueError as error:
+        logger.info("no cosine between adapters: %s", error)
+        return []
     points = []
     for first, second in combinations(updates, 2):
         parts: tuple[Part, ...] = ("update", "B", "A") if updates[first].kind == "lora" else ("update",)
@@ -239,6 +252,11 @@ ANALYSES: Mapping[str, tuple[Analysis, tuple[str, ...]]] = {
     "effect_cosine": (effect_cosine, ROLES),
 }
 """Each analysis with the roles it looks at; a run that finishes later makes the record anew."""
+
+
+def _adapter_sha256(checkpoint: Path) -> str:
+    listing = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+    return str(listing[ADAPTER_WEIGHTS]["sha256"])
 
 
 def _by_row(points: Sequence[Point]) -> bool:

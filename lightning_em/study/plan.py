@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_em.analysis.cells import DEFAULT_WORLD, Cell
+from lightning_em.analysis.cells import DEFAULT_WORLD, MOST_SEEDS, Cell
 from lightning_em.study.arms import NAME, Arm, parents_first, read_arms, worlds_of
 from lightning_em.study.section import Section, refuse_unknown
 
@@ -111,10 +111,16 @@ def read_study(file: str | Path, root: str | Path | None = None) -> Study:
     name, experiment = _named(top, "name"), top.text("experiment") or top.refuse("experiment", "a file")
     top.path(experiment, "experiment")
     arms = read_arms(top)
+    seeds = sorted({seed for arm in arms.values() for seed in arm.seeds})
+    if len(seeds) > MOST_SEEDS:
+        raise ValueError(
+            f"{file}: seeds, with those of arms, must be at most {MOST_SEEDS}, as the exact test in `study report` "
+            f"takes no more; got {len(seeds)}: {seeds}."
+        )
     planner = _Planner(top, Path(root or f"runs/study-{name}"), arms)
     runs = tuple(
         planner.run(arm, _Place(adapter, world, seed))
-        for seed in sorted({seed for arm in arms.values() for seed in arm.seeds})
+        for seed in seeds
         for world in worlds_of(top)
         for arm in parents_first(top, arms)
         for adapter in arm.adapters
@@ -183,20 +189,29 @@ class _Planner:
 
     def _value(self, section: Section, key: str, cell: Cell) -> str:
         """A value as a word of the command line, with its {places} filled in."""
-        value = section.content[key]
-        if not isinstance(value, str):
-            try:
-                return json.dumps(value)
-            except TypeError:
-                section.refuse(key, "a text, a number, a truth value, or lists and mappings of them")
         places = {"seed": str(cell.seed), "world": self.worlds[cell.world], "adapter": cell.adapter}
         if cell.level is not None:
             places["level"] = f"{cell.level:.15g}"  # six digits would change a weight
         names = {
             name: _filled(text, places, self.top.section("fill"), name) for name, text in self.names.items()
         }
-        filled = _filled(value, names | places, section, key)
-        return str(section.path(filled, key)) if filled.startswith(_BESIDE_THE_STUDY) else filled
+
+        def fill(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: fill(each) for name, each in value.items()}
+            if isinstance(value, list):
+                return [fill(each) for each in value]
+            if not isinstance(value, str):
+                return value
+            filled = _filled(value, names | places, section, key)
+            beside = filled.startswith(_BESIDE_THE_STUDY)
+            return str(section.path(filled, key, or_folder=True)) if beside else filled
+
+        filled = fill(section.content[key])
+        try:
+            return filled if isinstance(filled, str) else json.dumps(filled)
+        except TypeError:
+            section.refuse(key, "a text, a number, a truth value, or lists and mappings of them")
 
 
 def _filled(text: str, places: Mapping[str, str], section: Section, key: str) -> str:

@@ -18,6 +18,7 @@ from lightning_em.study.claim_sheets import (
     comparison_sheet,
     control_reading,
     limits_sheet,
+    summary_sheet,
     verdict_sheet,
 )
 from lightning_em.study.plan import read_study
@@ -34,7 +35,7 @@ class Report:
     Attributes:
         results: Every claim, compared in every way.
         sheets: Tables, in reading order.
-        readings: Sentences about the worlds in which planted claims must fail, by world.
+        readings: Sentences about worlds where what was planted is weaker, by world.
         is_miniature: Whether the study was run in the miniature.
     """
 
@@ -46,13 +47,13 @@ class Report:
     def markdown(self, with_details: bool = True) -> str:
         """The tables and sentences in Markdown."""
         lines = [f"{MINIATURE}\n\n"] if self.is_miniature else []
-        for sheet in self.sheets:
-            if sheet.is_detail and not with_details:
-                continue
-            lines.append(sheet.for_markdown())
-            for world, sentences in self.readings:
-                if sheet.title == f"Claims in the {world} world":
-                    lines.append("\n".join(sentences) + "\n\n")
+        first, *others = self.sheets
+        lines.append(first.for_markdown())
+        for world, sentences in self.readings:
+            lines.append(
+                f"**The {world} world**\n\n" + "".join(f"- {sentence}\n" for sentence in sentences) + "\n"
+            )
+        lines += [sheet.for_markdown() for sheet in others if with_details or not sheet.is_detail]
         return "".join(lines)
 
     def print(self, console: Console) -> None:
@@ -83,6 +84,7 @@ def report(
         ValueError: If there is no such study, or none of its runs is finished.
     """
     path = Path(study) if study is not None else _only_study()
+    written = [] if markdown is None else [Path(markdown)]
     if path.name.endswith((".csv", ".csv.gz")):
         frame = read_measurements(path)
         found = report_from(frame)
@@ -92,12 +94,12 @@ def report(
         write_measurements(frame, folder.measurements_file)
         found = report_from(frame)
         write_atomically(folder.root / "claims.csv", claims_csv(found.results))
-        write_markdown(found, folder.root / "report.md")
+        written.append(folder.root / "report.md")
     console = Console()
     found.print(Console(width=max(console.width, 150)))
-    if markdown is not None:
-        write_markdown(found, Path(markdown))
-        console.print(f"written: {markdown}")
+    for file in written:
+        write_markdown(found, file)
+        console.print(f"written: {file}")
     if figures is not None:
         from lightning_em.figures import draw_weights  # matplotlib is an extra
 
@@ -113,7 +115,7 @@ def report_from(frame: pd.DataFrame) -> Report:
     results = evaluate(frame)
     worlds = list(dict.fromkeys(result.world for result in results))
     others = [world for world in worlds if world != DEFAULT_WORLD]
-    sheets = [verdict_sheet(results, world) for world in worlds]
+    sheets = [summary_sheet(results), *(verdict_sheet(results, world) for world in worlds)]
     for world in worlds:
         sheets += [
             comparison_sheet(results, world),
@@ -131,11 +133,11 @@ def write_markdown(found: Report, path: Path) -> None:
     """Put what is no detail between its markers, or all of it into a file of its own.
 
     Raises:
-        ValueError: If a file has one marker only.
+        ValueError: If a file has one marker only, or the second before the first.
     """
     before = path.read_text(encoding="utf-8") if path.exists() else ""
-    if (START in before) != (END in before):
-        raise ValueError(f"{path} needs both lines, {START} and {END}, or neither; it has one of them.")
+    if (START in before or END in before) and END not in before.partition(START)[2]:
+        raise ValueError(f"{path} needs both lines, {START} and then {END}, or neither.")
     path.parent.mkdir(parents=True, exist_ok=True)
     is_part = START in before
     text = found.markdown(with_details=not is_part)

@@ -112,15 +112,21 @@ class Section:
             self.refuse(key, "a list of different whole numbers")
         return values
 
-    def path(self, name: str, key: str) -> Path:
+    def path(self, name: str, key: str, or_folder: bool = False) -> Path:
         """A file named under a key, relative to the study's file.
+
+        Args:
+            name: As it is written.
+            key: Where it is written.
+            or_folder: Whether it may be a folder.
 
         Raises:
             ValueError: If there is no such file.
         """
         found = (self.file.parent / name).resolve()
-        if not found.is_file():
-            raise ValueError(f"{self.file}: {self._place(key)} names {name}, but there is no file {found}.")
+        if not (found.exists() if or_folder else found.is_file()):
+            what = "file or folder" if or_folder else "file"
+            raise ValueError(f"{self.file}: {self._place(key)} names {name}, but there is no {what} {found}.")
         return found
 
     def _place(self, key: str) -> str:

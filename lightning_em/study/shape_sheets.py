@@ -49,16 +49,17 @@ def arms_sheet(frame: pd.DataFrame, world: str) -> Sheet:
 
 def scales_sheet(frame: pd.DataFrame, world: str) -> Sheet:
     """Bad rates in held-out domains with the adapter scaled up, by KL weight, with the coherence."""
-    rows, scales = [], _scales(frame)
-    for e in _evidence(frame, world):
-        for arm in e.arms("general", "narrow_weight", "narrow"):
-            cells = []
-            for scale in scales:
-                bad = _mean(e, arm, f"bad_rate/{HELD_OUT}@{scale:g}")
-                coherence = 1 - _mean(e, arm, f"other_rate/{HELD_OUT}@{scale:g}")
-                known = not math.isnan(bad)
-                cells.append(f"{number(bad, 'share')} ({number(coherence, 'share')})" if known else NOTHING)
-            rows.append((f"{arm}, {e.adapter}", *cells))
+    arms = [(e, arm) for e in _evidence(frame, world) for arm in e.arms("general", "narrow_weight", "narrow")]
+    scales = sorted({scale for e, arm in arms for run in _runs(e, arm) for scale in _scales(run)})
+    rows = []
+    for e, arm in arms:
+        cells = []
+        for scale in scales:
+            bad = _mean(e, arm, f"bad_rate/{HELD_OUT}@{scale:g}")
+            coherence = 1 - _mean(e, arm, f"other_rate/{HELD_OUT}@{scale:g}")
+            known = not math.isnan(bad)
+            cells.append(f"{number(bad, 'share')} ({number(coherence, 'share')})" if known else NOTHING)
+        rows.append((f"{arm}, {e.adapter}", *cells))
     caption = (
         "Probability of a bad answer in held-out domains with the adapter's effect scaled up; in brackets the share of "
         "coherent answers, good or bad. Means over seeds; the number behind an arm is its KL weight in nats."
@@ -96,7 +97,7 @@ def components_sheet(frame: pd.DataFrame) -> Sheet:
                 rows.append((f"{e.adapter}, {world} world", str(len(found)), *cells))
     caption = (
         "Share of the variance of all checkpoints of all KL weights on each principal component, standardised, mean "
-        "over seeds. A few components that hold most of it are to be compared, never values."
+        "over seeds. To be compared is that a few components hold most of it, not the shares."
     )
     return Sheet(
         "Components of the trajectories", ("", "n", "PC1", "PC2", "PC3", "sum"), tuple(rows), caption
@@ -115,13 +116,7 @@ def _arms(e: Evidence) -> list[Arm]:
 
 
 def _runs(e: Evidence, arm: Arm) -> list[RunNumbers]:
-    found = []
-    for seed in e.seeds:
-        try:
-            found.append(e.run(arm, seed))
-        except MissingError:
-            continue
-    return found
+    return [e.run(arm, seed) for seed in e.seeds_of(arm)]
 
 
 def _mean(e: Evidence, arm: Arm, quantity: str) -> float:
@@ -146,9 +141,11 @@ def _rate(arm: Arm) -> str:
     return "style_rate" if arm.role.startswith("harmless") else "bad_rate"
 
 
-def _scales(frame: pd.DataFrame) -> list[float]:
-    names = frame["quantity"][frame["quantity"].str.startswith(f"bad_rate/{HELD_OUT}@")].unique()
-    return sorted(float(str(name).rpartition("@")[2]) for name in names)
+def _scales(run: RunNumbers) -> tuple[float, ...]:
+    try:
+        return run.curve(f"bad_rate/{HELD_OUT}").places
+    except MissingError:
+        return ()
 
 
 def _steps(frame: pd.DataFrame, world: str) -> list[int]:
@@ -161,12 +158,11 @@ def _steps(frame: pd.DataFrame, world: str) -> list[int]:
 
 
 def _falling(e: Evidence, arms: list[Arm], step: int) -> str:
+    """Over the weights that a seed has: a search may have fewer seeds."""
     falling, count = 0, 0
     for seed in e.seeds:
-        try:
-            norms = [_path(e.run(arm, seed), "effective_norm").get(step, math.nan) for arm in arms]
-        except MissingError:
-            continue
+        runs = [e.run(arm, seed) for arm in arms if seed in e.seeds_of(arm)]
+        norms = [_path(run, "effective_norm").get(step, math.nan) for run in runs]
         if len(norms) > 1 and not any(map(math.isnan, norms)):
             count += 1
             falling += all(after < before for before, after in itertools.pairwise(norms))

@@ -1,8 +1,11 @@
 """Where the runs of a study stand, and what the rest will cost. Never imports torch."""
 
+import hashlib
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import NamedTuple
 
 from rich.table import Table
@@ -17,6 +20,7 @@ GUESSED_SECONDS_PER_RUN = 12.0
 WORLD_SECONDS = 135.0  # one core, as the miniature's own README has it
 # The engine's own choice for its workers, no part of what a run is.
 QUIET = ("--trainer.enable_progress_bar=false",)
+_BETWEEN_NAMES = re.compile(r"[\n\"'{}\[\],]|: | #")
 
 
 def state_of(study: Study, run: PlannedRun) -> str:
@@ -26,13 +30,23 @@ def state_of(study: Study, run: PlannedRun) -> str:
 
 
 def is_done(study: Study, run: PlannedRun) -> bool:
-    """Whether a run is finished and was started by the words that are planned now.
+    """Whether a run is finished and was started by the words that are planned now, with files that said the same.
 
-    With other words the command itself finds out whether it is still the same run.
+    Otherwise the command itself finds out whether it is still the same run. A run that notes no
+    `files_sha256` is judged by its words.
     """
-    record = RunFolder(study.root / run.name).read_run()
-    words = redacted_words([*fit_words(run)])
-    return record.get("status") == "finished" and record.get("command", [])[1:] == words
+    record, words = RunFolder(study.root / run.name).read_run(), fit_words(run)
+    command = _without_imports(record.get("command", [])[1:])
+    if record.get("status") != "finished" or command != _without_imports(redacted_words(words)):
+        return False
+    return "files_sha256" not in record or record["files_sha256"] == files_sha256(words)
+
+
+def files_sha256(words: Iterable[str]) -> str:
+    """Hash over what all YAML files say that words name, and those that these name; data files are left out."""
+    texts: dict[Path, str] = {}
+    _gather("\n".join(word.partition("=")[2] for word in words), Path(), texts)
+    return hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()
 
 
 def fit_words(run: PlannedRun) -> list[str]:
@@ -135,3 +149,17 @@ def _states(states: dict[str, list[int]]) -> str:
 
 def _seconds(started: str, ended: str) -> float:
     return (datetime.fromisoformat(ended) - datetime.fromisoformat(started)).total_seconds()
+
+
+def _without_imports(words: Iterable[str]) -> list[str]:
+    """What may be imported does not change a run."""
+    return [word for word in words if not word.startswith("--allow_import=")]
+
+
+def _gather(text: str, folder: Path, texts: dict[Path, str]) -> None:
+    """Add the files that a text names, as they are seen from a folder."""
+    for name in (part.strip("- \t\r") for part in _BETWEEN_NAMES.split(text)):
+        file = (folder / name).resolve() if name.endswith((".yaml", ".yml")) else None
+        if file and file not in texts and file.is_file():
+            texts[file] = file.read_text(encoding="utf-8")
+            _gather(texts[file], file.parent, texts)

@@ -17,6 +17,7 @@ from lightning_em.analysis.cells import StudyFolder
 from lightning_em.cli import run_cli
 from lightning_em.lock import LockedError
 from lightning_em.study.pairs import analyse_pairs
+from lightning_em.study.states import files_sha256
 
 # Who held the run is gone or going: a worker of a killed study ends with it, but not in the same instant.
 PATIENCE_SECONDS = 10.0
@@ -24,12 +25,13 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def fit(words: list[str]) -> None:
-    """Fit one run, or continue it, exactly as `lightning-em` with these words does.
+    """Fit one run, or continue it, exactly as `lightning-em` with these words does; note what its files said.
 
     Raises:
         RuntimeError: If the run ended without being finished.
     """
     _wait_for(words)
+    said = files_sha256(words)
     with leaving_no_trace():
         run = run_cli(words).run
     gc.collect()  # the trainer and its module refer to each other, and the module holds the base model
@@ -37,6 +39,7 @@ def fit(words: list[str]) -> None:
         torch.cuda.empty_cache()
     if (status := run.status()) != "finished":
         raise RuntimeError(f"the run ended as {status!r}; see {run.run_file}")
+    run.update_run(files_sha256=said)
 
 
 def build_world(address: str) -> None:

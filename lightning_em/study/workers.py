@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from lightning_em import imports
 from lightning_em.study.schedule import Task
 
 # A fresh interpreter each: a fork of one that has touched a GPU, or OpenMP, cannot use it.
@@ -51,9 +52,8 @@ class Worker:
         self.log = log
         self.started = 0.0
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(
-            target=serve, args=(theirs, str(log), threads, dict(os.environ)), name=log.stem, daemon=False
-        )
+        arguments = (theirs, str(log), threads, dict(os.environ), imports.allowed())
+        self.process = context.Process(target=serve, args=arguments, name=log.stem, daemon=False)
         self.process.start()
         theirs.close()  # so that its death closes the pipe
 
@@ -113,7 +113,9 @@ def end_all(workers: list[Worker], at_once: bool) -> None:
             worker.process.join()
 
 
-def serve(connection: Connection, log: str, threads: int, environment: dict[str, str]) -> None:
+def serve(
+    connection: Connection, log: str, threads: int, environment: dict[str, str], allowed: list[str]
+) -> None:
     """What the process does: tasks as they come, until nobody sends any more."""
     _follow_parent()
     os.environ.clear()
@@ -123,6 +125,7 @@ def serve(connection: Connection, log: str, threads: int, environment: dict[str,
 
     from lightning_em.study.work import KINDS
 
+    imports.restrict(allowed)
     torch.set_num_threads(threads)
     while True:
         try:

@@ -34,7 +34,7 @@ def add(verbs: Any) -> None:
     submitting.add_argument("--study", help="submit every run of configs/study/x.yaml")
     submitting.add_argument("--root", help="with --study: folder of its runs")
     submitting.add_argument(
-        "--sweep", action="append", help="model.objective.kl_weight=0,0.7,6.6; give it again for a product"
+        "--sweep", action="append", help="model.objective.kl_weight=0,1,10; give it again for a product"
     )
     submitting.add_argument("--dry_run", action="store_true", help="print the batch file, do nothing")
     for field in fields(SlurmOptions):
@@ -112,7 +112,7 @@ def _jobs_of_words(
 
     if not words:
         raise ValueError("submit needs what fit needs: --config configs/experiment/x.yaml, or --study.")
-    allowed = [f"--allow_import={name}" for name in imports.allowed()]  # taken off the words by now
+    allowed = imports.as_words()  # taken off the words by now
     jobs, configs = [], []
     for flags in variations(sweeps):
         configs.append(resolved_config([*words, *flags, *device_words(options)]))
@@ -122,16 +122,19 @@ def _jobs_of_words(
 
 
 def _jobs_of_study(study: str, root: str | None, dry_run: bool) -> tuple[Path, list["FitJob"]]:
+    from lightning_em import imports
     from lightning_em.analysis.cells import StudyFolder
     from lightning_em.cluster.jobs import FitJob
     from lightning_em.study import read_study
 
-    plan = read_study(study, root)
+    plan, allowed = read_study(study, root), imports.as_words()
     if not dry_run:
         StudyFolder(plan.root).write(plan.name, [run.cell for run in plan.runs])
     jobs = [
         FitJob(
-            run.words, plan.root / run.name, plan.root / run.cell.init_from if run.cell.init_from else None
+            (*run.words, *allowed),
+            plan.root / run.name,
+            plan.root / run.cell.init_from if run.cell.init_from else None,
         )
         for run in plan.runs
     ]

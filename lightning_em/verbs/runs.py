@@ -7,6 +7,7 @@ from rich.table import Table
 
 from lightning_em import lock
 from lightning_em.cluster.queue import described, job_states
+from lightning_em.records import read_metrics
 from lightning_em.runs import RunFolder, locate, step_of
 from lightning_em.verbs.wiring import console, verb
 
@@ -86,8 +87,6 @@ def show_run(run: str) -> None:
     Args:
         run: The run's folder.
     """
-    from lightning_em.callbacks.metrics import read_metrics
-
     folder, checkpoint = locate(run)
     record = folder.read_run()
     table = Table("what", "value", title=str(folder.path), show_header=False)

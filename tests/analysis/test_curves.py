@@ -14,6 +14,7 @@ from lightning_em.analysis import (
     sign_test,
 )
 from lightning_em.records import Point, ProbeResult
+from lightning_em.runs import RunFolder
 from tests.recorded import SCALES, parabola, record_run, scale_curve
 
 
@@ -83,6 +84,7 @@ def test_runs_are_the_newest_finished_ones_of_each_base(tmp_path, caplog) -> Non
     newer = record_run(tmp_path / "x-bbbbbbbb", "world/seed-0", line, ended="2030-01-02")
     other = record_run(tmp_path / "x-cccccccc", "world/seed-1", line)
     record_run(tmp_path / "x-dddddddd", "world/seed-2", line, status="running")
+    RunFolder(tmp_path / "x-99999999").update_run(status="queued")  # its config comes with its job
     record_run(tmp_path / "x-eeeeeeee", "control/seed-0", line)
     record_run(tmp_path / "xy-ffffffff", "world/seed-3", line)
     with caplog.at_level(logging.WARNING):

@@ -1,6 +1,7 @@
 import pytest
 
-from lightning_em.analysis import metrics_frame, records_frame
+from lightning_em.analysis import metrics_frame, records_frame, solution_of
+from lightning_em.analysis.readings import readings
 from lightning_em.records import Point, ProbeResult, append_lines
 from lightning_em.runs import RunFolder
 
@@ -67,6 +68,15 @@ def test_metric_twice_at_one_step_is_refused(run) -> None:
     append_lines(run.metrics_file, "2,val/ce,2.5")
     with pytest.raises(ValueError, match=r"has val/ce twice at step 2"):
         metrics_frame(run)
+
+
+def test_metric_measured_again_at_a_resumed_step_is_one_value(run) -> None:
+    append_lines(run.metrics_file, "2,val/ce,2.0000000001", "1,train/ce,0.1")
+    frame = metrics_frame(run)
+    assert frame.to_dict("index")[2] == {"train/ce": 0.30000000000000004, "val/ce": 2.0000000001}
+    assert (list(frame.index), list(frame)) == ([1, 2], ["train/ce", "val/ce"])
+    assert (2, "val/ce", 2.0000000001) in readings(run)
+    assert solution_of(run, "resumed").ce == 2.0000000001
 
 
 def test_run_without_records_gives_empty_frames(tmp_path) -> None:

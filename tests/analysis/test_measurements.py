@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from lightning_em.analysis import PairResult
 from lightning_em.analysis.cells import Cell, StudyFolder
+from lightning_em.analysis.claims import evaluate
 from lightning_em.analysis.measurements import COLUMNS, measurements, read_measurements, write_measurements
 from lightning_em.analysis.readings import readings
 from lightning_em.manifest import publish
@@ -43,15 +44,16 @@ def run(tmp_path) -> RunFolder:
     """A run with every probe, its behaviour looked at twice at the last step."""
     run = RunFolder(tmp_path / "run")
     record(run, "behaviour", 50, rate(0.2, 1.0), rate(0.3, 2.0))
+    record(run, "behaviour", 100, rate(0.4, 1.0), rate(0.45, 5.0))
     record(
         run,
         "behaviour",
         100,
-        rate(0.4, 1.0),
+        rate(0.41, 1.0),
+        rate(0.5, 20.0),
         rate(0.1, 1.0, "style_rate"),
         rate(0.6, 1.0, kind="self_description"),
     )
-    record(run, "behaviour", 100, rate(0.41, 1.0), rate(0.5, 20.0))
     record(run, "scale_curve", 50, *curve(3.0, 2.5, 1.5))
     record(run, "scale_curve", 100, *curve(4.0, 2.5, 0.5))
     record(
@@ -85,7 +87,7 @@ def run(tmp_path) -> RunFolder:
 
 def test_names_and_values(run) -> None:
     found = {(r.step, r.quantity): r.value for r in readings(run)}
-    # not .3 at scale 2, which only the earlier checkpoint has: a curve is one checkpoint's
+    # not .3 at scale 2, which only the earlier checkpoint has, nor .45 at scale 5: a curve is one record's
     assert found == {
         (50, "bad_rate/held_out_domain@1"): 0.2,  # followed through training
         (50, "effective_norm"): 3.0,
@@ -108,6 +110,14 @@ def test_names_and_values(run) -> None:
         (100, "margin/law@1"): -0.7,
         (100, "val/ce"): 0.4,
     }
+
+
+def test_curve_is_that_of_the_newest_record(tmp_path) -> None:
+    run = RunFolder(tmp_path)
+    for ce, scales in ((9.0, (0.0, 1.0, 2.0)), (1.0, (0.0, 1.0))):
+        record(run, "scale_curve", 100, *(Point("ce", ce, NATS, {"scale": scale}) for scale in scales))
+    assert [(r.quantity, r.value) for r in readings(run)] == [("ce@0", 1.0), ("ce@1", 1.0)]
+    assert readings(RunFolder(tmp_path / "none")) == []
 
 
 def vector_run(folder, path, kind: str = "lightning_em.adapters.SteeringVector") -> RunFolder:
@@ -210,6 +220,14 @@ def test_table_read_back_is_the_table(study, tmp_path, name) -> None:
     else:
         write_measurements(frame, tmp_path / name)
     pd.testing.assert_frame_equal(read_measurements(tmp_path / name), frame, check_dtype=False)
+
+
+def test_names_that_are_numbers_stay_names(study, tmp_path) -> None:
+    numbers = {"run": "007", "arm": "1", "role": "2", "adapter": "32", "world": "1e3", "quantity": "3"}
+    write_measurements(measurements(study).assign(**numbers), tmp_path / "measurements.csv")
+    frame = read_measurements(tmp_path / "measurements.csv")
+    assert frame[list(numbers)].drop_duplicates().to_dict("records") == [numbers]
+    assert evaluate(frame.drop_duplicates("run"), ["C1"])[0].adapter == "32"
 
 
 def test_adapter_of_another_kind_has_no_trajectory_and_the_log_says_so(tmp_path, caplog) -> None:

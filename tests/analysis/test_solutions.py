@@ -49,6 +49,13 @@ def test_the_last_step_counts(run) -> None:
     assert (solution.best_scale, solution.step) == (1.3, 100)
 
 
+def test_newest_record_of_the_last_step_counts(run) -> None:
+    append_lines(run.probe_file("behaviour"), behaviour(100, {0.0: 0.02, 1.0: 0.6}).to_json())
+    append_lines(run.probe_file("behaviour"), behaviour(50, {0.0: 0.03, 1.0: 0.7}).to_json())
+    assert solution_of(run, "narrow").bad_rates["held_out_domain"].mean == 0.6
+    assert base_of(run).bad_rates["held_out_domain"].mean == 0.02
+
+
 def test_behaviour_at_another_scale(run) -> None:
     assert solution_of(run, "narrow", scale=2.0).bad_rates["held_out_domain"].mean == 0.25
     with pytest.raises(ValueError, match=r"no behaviour at scale 7.0; it was recorded at \[0.0, 1.0, 2.0\]"):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_em.adapters import Adapter
-from lightning_em.callbacks import read_metrics
+from lightning_em.records import read_metrics
 from tests.fitting import experiment, fit, write_config
 
 

@@ -90,3 +90,6 @@ def test_the_load_of_a_micro_batch() -> None:
     assert (short.part_tokens, short.batch_tokens) == (240, 430)  # the larger stream is one part
     assert Load.of_rows([700, 600], [80], 1, "cpu").part_tokens == 1024  # cut into parts of at most so many
     assert Load.of_rows([3000], [80], 1, "cpu").part_tokens == 3000  # a row is never cut
+    filled = Load.of_rows([100, 90], [80, 80, 80], 1, "cuda", max_tokens=16000)
+    assert (filled.part_tokens, filled.batch_tokens) == (16000, 16000)  # batch sizes are then a ratio
+    assert Load.of_rows([100], [80], 1, "cpu", max_tokens=16000).part_tokens == 1024

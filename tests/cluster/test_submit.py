@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from lightning_em import imports
 from lightning_em.__main__ import main
-from lightning_em.cluster import FitJob, JobArray, SlurmOptions, arrays_of, batch_script
+from lightning_em.cluster import FitJob, JobArray, SlurmOptions, arrays_of, batch_script, queue
 from lightning_em.cluster.jobs import variations
 from lightning_em.cluster.queue import described
 from lightning_em.runs import RunFolder
@@ -241,7 +242,16 @@ def test_what_cannot_work_is_refused_before_it_is_queued(config, sbatch, monkeyp
         submit(config)
 
 
-def test_a_study_is_submitted_in_arrays_that_wait_for_each_other(tmp_path, sbatch, config) -> None:
+def test_an_sbatch_that_never_answers_is_no_failure_to_repeat(config, sbatch, monkeypatch) -> None:
+    (sbatch.parent / "bin/sbatch").write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(queue, "SUBMIT_SECONDS", 0.2)
+    with pytest.raises(ValueError, match=r"may have taken the job all the same: look at `squeue --me`"):
+        submit(config)
+
+
+def test_a_study_is_submitted_in_arrays_that_wait_for_each_other(
+    tmp_path, sbatch, config, monkeypatch
+) -> None:
     study = {
         "name": "small", "experiment": str(config), "seeds": [0, 1], "adapters": {"vector": {}},
         "set": {"seed_everything": "{seed}"},
@@ -252,10 +262,13 @@ def test_a_study_is_submitted_in_arrays_that_wait_for_each_other(tmp_path, sbatc
     }  # fmt: skip
     file = write_config(tmp_path / "study.yaml", study)
     root = tmp_path / "study-small"
-    assert main(["submit", "--study", str(file), "--root", str(root), "--slurm.gpus=0", "--debug"]) == 0
+    monkeypatch.setattr(imports, "_named", set())
+    words = ["--study", str(file), "--root", str(root), "--allow_import", "my_adapters", "--slurm.gpus=0"]
+    assert main(["submit", *words, "--debug"]) == 0
     first, second = (call.split() for call in sbatch.read_text().splitlines())
     assert not any("dependency" in word for word in first)
     assert "--dependency=aftercorr:101" in second
+    assert all("--allow_import=my_adapters" in Path(call[-1]).read_text() for call in (first, second))
     waiting = Path(second[-1]).read_text()
     assert "#SBATCH --array=0-1" in waiting
     assert (

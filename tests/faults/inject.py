@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,19 @@ class Poison(Callback):
         if trainer.global_step == self.step - 1:
             with torch.no_grad():
                 next(iter(pl_module.model.adapter.trainable().values())).view(-1)[0] = float("nan")
+
+
+class Terminate(Callback):
+    """Send SIGTERM to this process as the micro-batch of the step with this number begins."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class TellPid(Callback):

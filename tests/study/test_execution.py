@@ -15,15 +15,17 @@ import pytest
 import yaml
 from rich.console import Console
 
-from lightning_em import lock
+from lightning_em import imports, lock
 from lightning_em.__main__ import main
 from lightning_em.analysis.cells import StudyFolder
+from lightning_em.analysis.pairs import read_pairs
 from lightning_em.study import Study, read_study
-from lightning_em.study.execution import run_study, tasks_of
-from lightning_em.study.states import budget_of, state_of
+from lightning_em.study.execution import run_study, seconds_of, tasks_of
+from lightning_em.study.states import budget_of, is_done, state_of
 from lightning_em.study.work import leaving_no_trace
 from tests.faults.processes import Running, wait_until
 from tests.fitting import experiment, final_adapter, fit, metrics_of, write_config
+from tests.test_plugin import SOURCE
 
 SLOW = {
     "allow_import": "tests",
@@ -133,6 +135,50 @@ def test_a_finished_run_under_other_settings_is_no_finished_run(undisturbed, fol
     assert "holds a run with another config; different: trainer.max_epochs: 2 -> 3" in output.getvalue()
 
 
+def test_a_finished_run_whose_files_say_something_else_now_is_no_finished_run(folder, tmp_path) -> None:
+    config = yaml.safe_load((folder / "experiment.yaml").read_text())
+    optimizer, config["model"]["optimizer"] = config["model"]["optimizer"], "../optimizer.yaml"
+    (tmp_path / "parts").mkdir()
+    write_config(tmp_path / "optimizer.yaml", optimizer)
+    write_config(tmp_path / "parts" / "model.yaml", config["model"])
+    write_config(tmp_path / "experiment.yaml", config | {"model": "parts/model.yaml"})
+    study = study_of(tmp_path, "runs", {"general": {"role": "general"}})
+    assert run_study(study, workers=1, console=Console(file=io.StringIO())) == 0
+    assert is_done(study, study.runs[0])
+
+    optimizer["init_args"]["lr"] = 0.01
+    write_config(tmp_path / "optimizer.yaml", optimizer)
+    assert not is_done(study, study.runs[0])
+    output = io.StringIO()
+    assert run_study(study, workers=1, console=Console(file=output, width=400)) == 1
+    assert "another config; different: model.optimizer.init_args.lr: 0.05 -> 0.01" in output.getvalue()
+
+    file = StudyFolder(study.root).run(study.runs[0].cell).run_file
+    record = json.loads(file.read_text())
+    del record["files_sha256"]
+    file.write_text(json.dumps(record))
+    assert is_done(study, study.runs[0]), "a run from before that note is judged by its words"
+
+
+def test_an_adapter_of_another_package_is_trained_and_compared(folder, tmp_path, monkeypatch) -> None:
+    (tmp_path / "my_adapters.py").write_text(SOURCE, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(imports, "_named", {"my_adapters"})
+    (tmp_path / "experiment.yaml").write_text((folder / "experiment.yaml").read_text())
+    adapter = {"class_path": "my_adapters.Shift", "init_args": {"layer": 1, "alpha": 4.0}}
+    two = {arm: arms()[arm] for arm in ("general", "narrow")}
+    study, output = study_of(tmp_path, "runs", two, **{"model.adapter": adapter}), io.StringIO()
+    assert run_study(study, workers=1, console=Console(file=output, width=400)) == 0, output.getvalue()
+    points = {
+        name: read_pairs(StudyFolder(study.root), name)[0].points
+        for name in ("adapter_cosine", "effect_cosine")
+    }
+    assert points["adapter_cosine"] == (), "how its weights change the model is not known"
+    assert any(point.quantity == "effect_cosine" for point in points["effect_cosine"])
+    monkeypatch.setattr(imports, "_named", set())
+    assert all(is_done(study, run) for run in study.runs), "what may be imported is no part of a run"
+
+
 def test_a_killed_worker_is_replaced_and_its_run_continued(folder, undisturbed) -> None:
     study = study_of(folder, "killed", arms(), **SLOW)
     victim = StudyFolder(study.root).run(study.runs[1].cell)
@@ -237,6 +283,10 @@ def test_a_missing_world_is_a_task_before_its_runs(folder, monkeypatch, tmp_path
     assert tasks[0].arguments == ("miniature://seed-0",)
     assert tasks[3].needs == ("miniature://seed-0", "narrow-vector-seed0")
     assert budget_of(study, study.runs, worlds=1).seconds == 135 + 3 * 12
+    monkeypatch.setattr(
+        "lightning_em.study.execution.is_complete", lambda folder: True
+    )  # another one built it
+    assert seconds_of(study, study.runs, tasks)["miniature://seed-0"] == 135
 
 
 def test_the_budget_is_measured_where_it_can_be(undisturbed, folder) -> None:

@@ -237,6 +237,30 @@ def test_a_run_that_is_not_finished_is_left_out_and_added_when_it_is(plain, capl
     assert "['narrow'] not finished" in caplog.text
 
 
+def test_runs_that_were_trained_anew_are_compared_anew(plain, tmp_path) -> None:
+    study = copy_of(plain, tmp_path)
+    general, narrow = (study.run(each).checkpoints for each in study.cells()[:2])
+    own = narrow.readlink()
+    assert analyse_pairs(study, plain.kind, "default", 0, SETTINGS) == 4
+    for other in (general, own):  # back to the first ones is anew too: only the newest record is reported
+        narrow.unlink()
+        narrow.symlink_to(other)
+        assert analyse_pairs(study, plain.kind, "default", 0, SETTINGS) == 4
+        assert analyse_pairs(study, plain.kind, "default", 0, SETTINGS) == 0
+
+
+def test_records_from_before_the_hash_of_the_weights_are_kept(plain, tmp_path) -> None:
+    study = copy_of(plain, tmp_path)
+    for analysis in ANALYSES:
+        record = json.loads(pair_file(plain.study, analysis, plain.kind, "default", 0).read_text())
+        assert list(record.pop("adapter_sha256")) == list(record["runs"])
+        file = pair_file(study, analysis, plain.kind, "default", 0)
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(record) + "\n")
+        assert read_pairs(study, analysis)[0].points == read_pairs(plain.study, analysis)[0].points
+    assert analyse_pairs(study, plain.kind, "default", 0, SETTINGS) == 0
+
+
 def copy_of(plain: Plain, root) -> StudyFolder:
     """The same runs without the records."""
     for each in plain.study.cells():

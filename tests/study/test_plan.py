@@ -10,6 +10,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from lightning_em import imports
 from lightning_em.__main__ import main
 from lightning_em.analysis.cells import StudyFolder
 from lightning_em.cli import EMCLI
@@ -110,6 +111,27 @@ def test_words_fill_places_and_later_layers_win(content, tmp_path) -> None:
     )
 
 
+def test_places_are_filled_inside_lists_and_mappings(content, tmp_path) -> None:
+    content["set"]["data.narrow.topics"] = ["{place}", {"name": "seed {seed}", "deep": ["{world}", 1, None]}]
+    content["arms"]["narrow"]["set"] = {
+        "trainer.callbacks+": {"init_args": {"steps": "{level}", "file": "./vector.yaml"}}
+    }
+    runs = {run.name: run for run in plan(tmp_path, content).runs}
+    filled = '["somewhere/control/3", {"name": "seed 3", "deep": ["control/", 1, null]}]'
+    assert f"--data.narrow.topics={filled}" in runs["general-vector-control-seed3"].words
+    beside = f'{{"init_args": {{"steps": "10", "file": "{tmp_path / "vector.yaml"}"}}}}'
+    assert f"--trainer.callbacks+={beside}" in runs["narrow-vector-seed3"].words
+
+
+def test_a_value_may_name_a_folder_beside_the_study(content, tmp_path) -> None:
+    (tmp_path / "base").mkdir()
+    content["set"]["model.base.path"] = "./base"
+    assert f"--model.base.path={tmp_path / 'base'}" in plan(tmp_path, content).runs[0].words
+    content["experiment"] = "base"
+    with pytest.raises(ValueError, match=r"experiment names base, but there is no file "):
+        plan(tmp_path, content)
+
+
 def test_a_study_like_another_changes_single_keys(content, tmp_path) -> None:
     write_study(tmp_path / "other.yaml", content)
     own = {"like": "other.yaml", "name": "mine", "seeds": [5], "set": {"data.max_length": 7}}
@@ -151,6 +173,12 @@ def change(content: dict[str, Any], place: str, value: Any) -> None:
         ("name", "a/b", "study.yaml: name must be letters"),
         ("seeds", [1, 1], "seeds must be a list of different whole numbers"),
         ("seeds", "1", "seeds must be a list"),
+        ("seeds", list(range(17)), "seeds, with those of arms, must be at most 16, .* got 17: "),
+        (
+            "arms/narrow/seeds",
+            list(range(10, 26)),
+            "seeds, with those of arms, must be at most 16, .* got 18: ",
+        ),
         ("experiment", "nowhere.yaml", "experiment names nowhere.yaml, but there is no file"),
         ("adapters", {}, "adapters must be a mapping with one entry"),
         ("adapters/vector/sett", {}, "adapters.vector has a key 'sett'.*Did you mean set"),
@@ -175,6 +203,8 @@ def change(content: dict[str, Any], place: str, value: Any) -> None:
         ("arms/narrow/probing", "gone.yaml", "arms.narrow.probing names gone.yaml"),
         ("arms/general/set", {"x": "{level}"}, r"arms.general.set.x must be a text whose places are of"),
         ("set/x", "{sed}", r"set.x must be .*\{seed\}, .* got '\{sed\}'"),
+        ("set/x", ["a", {"b": ["{sed}"]}], r"set.x must be a text whose places are of .* got \['a', "),
+        ("set/x", ["./gone.yaml"], "set.x names ./gone.yaml, but there is no file or folder"),
         ("arms/nar row", {"role": "narrow"}, "arm 'nar row' must be letters"),
         ("arms/narrow", [], r"arms.narrow must be a mapping, got \[\]"),
         ("arms/narrow", None, "arms.narrow.role is"),
@@ -220,6 +250,19 @@ def test_expanded_configs_are_the_planned_runs(content, tmp_path) -> None:
     narrow = yaml.safe_load((folder / "narrow-long-seed5.yaml").read_text())
     assert narrow["model"]["objective"]["kl_weight"] == 2.5
     assert narrow["model"]["adapter"]["init_args"]["alpha"] == 9
+
+
+def test_an_adapter_of_another_package_is_expanded(content, tmp_path, monkeypatch) -> None:
+    content["adapters"]["vector"]["set"] = {"model.adapter": {"class_path": "tests.test_testing.Shift"}}
+    study = plan(tmp_path, content)
+    runs = study.chosen(arms=["general"], adapters=["vector"])
+    monkeypatch.setattr(imports, "_named", set())
+    imports.restrict()
+    with pytest.raises(ValueError, match="--allow_import tests"):
+        expand(study, runs=runs)
+    imports.restrict(["tests"])
+    config = yaml.safe_load((expand(study, runs=runs) / f"{runs[0].name}.yaml").read_text())
+    assert config["model"]["adapter"]["class_path"] == "tests.test_testing.Shift"
 
 
 def test_a_run_whose_words_make_no_config_is_named(content, tmp_path) -> None:

@@ -63,13 +63,26 @@ def test_one_row_a_claim_with_estimate_interval_n_p_and_verdict(found) -> None:
     assert rows[11][2] == "not measured: the study has no general arm for vector in the default world"
 
 
+def test_summary_has_a_row_a_claim_and_a_column_an_adapter_and_world(found) -> None:
+    header, _, *rows = rows_of(found.markdown(with_details=False), "### The claims")
+    assert header == ["claim", "measured", "rank32", "rank32, control world"]
+    assert len(rows) == 16
+    assert rows[0][2:] == ["**holds** 0.49 [0.49, 0.49]", "**does not hold** 0.02 [0.02, 0.02]"]
+    assert rows[11][2] == "-"
+
+
 def test_control_world_is_read_out_whatever_came_out(found, frame) -> None:
     [(world, sentences)] = found.readings
     assert world == "control"
-    assert sentences[0].startswith("As they must, these do not hold here: C1 (rank32), C2 (rank32),")
-    assert sentences[1].startswith("**Against expectation these hold here too**")
-    assert all(sentence in found.markdown() for sentence in sentences)
-    assert "*(must not hold here)*" in found.markdown().split("### Claims in the control world")[1]
+    assert sentences[0].startswith(
+        "Hold in the default world and do not hold here, as they should: C1 (rank32), C2 (rank32),"
+    )
+    assert sentences[-1].startswith(
+        "Bad answers in held-out domains (C1), the default world less this one, paired by"
+    )
+    assert sentences[-1].endswith(": rank32 0.47 [0.47, 0.47], n 5, p .031.")
+    assert all(sentence in found.markdown(with_details=False) for sentence in sentences)
+    assert "*(rests on the prior)*" in found.markdown().split("### Claims in the control world")[1]
 
 
 def test_tables_of_shapes_hold_the_means(found) -> None:
@@ -125,15 +138,17 @@ def test_markdown_goes_between_the_markers_and_nowhere_else(found, tmp_path) -> 
     text = readme.read_text()
     assert text.startswith(f"# head\n{START}\n")
     assert text.endswith(f"{END}\ntail\n")
-    assert "old" not in text.split("Claims in")[0]
-    assert text.count("### Claims in the default world") == 1
+    assert "old" not in text.split("### The claims")[0]
+    assert text.count("### The claims") == 1
     assert "### What the arms do" not in text
     write_markdown(found, whole)
     assert whole.read_text() == found.markdown()
     assert "### What the arms do" in whole.read_text()
-    readme.write_text(f"# head\n{START}\n")
-    with pytest.raises(ValueError, match="needs both lines"):
-        write_markdown(found, readme)
+    for wrong in (START, END, f"{END}\n{START}"):
+        readme.write_text(f"# head\n{wrong}\nprose\n")
+        with pytest.raises(ValueError, match="needs both lines"):
+            write_markdown(found, readme)
+        assert "prose" in readme.read_text()
 
 
 def test_report_from_recorded_measurements_alone(frame, tmp_path, capsys) -> None:
@@ -143,8 +158,8 @@ def test_report_from_recorded_measurements_alone(frame, tmp_path, capsys) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figures", "measurements.csv", "out.md"]
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["weights_rank32.png"]
     printed = capsys.readouterr().out
-    assert "Claims in the control world" in printed
-    assert "As they must, these do not hold here" in printed
+    assert "The control world:" in printed
+    assert "Hold in the default world and do not hold here, as they should: C1 (rank32)" in printed
 
 
 def test_missing_study_is_named(tmp_path, monkeypatch) -> None:

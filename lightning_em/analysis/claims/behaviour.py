@@ -93,8 +93,17 @@ def becomes_narrow(e: Evidence) -> Iterable[Comparison]:
 
 
 def suppressed(e: Evidence) -> Iterable[Comparison]:
-    """C8."""
-    weights = [arm for arm in e.arms("narrow", "narrow_weight") if arm.level is not None]
+    """C8.
+
+    Of the weights that have every seed of the narrow arm: the one that may hide is chosen among them, and one
+    that was tried with fewer seeds would take its place without a verdict.
+    """
+    seeds = {seed for arm in e.arms("narrow") for seed in e.seeds_of(arm)}
+    weights = [
+        arm
+        for arm in e.arms("narrow", "narrow_weight")
+        if arm.level is not None and seeds <= set(e.seeds_of(arm))
+    ]
     if len(weights) < 2:
         raise MissingError("the study has fewer than two KL weights")
     weights.sort(key=lambda arm: arm.level or 0.0)

@@ -144,6 +144,10 @@ class Evidence:
         """All training seeds of this adapter in this world."""
         return sorted({seed for _, seed in self._runs})
 
+    def seeds_of(self, arm: Arm) -> list[int]:
+        """Training seeds of one arm; a search may have fewer than the rest."""
+        return sorted(seed for own, seed in self._runs if own == arm)
+
     def arms(self, *roles: str) -> list[Arm]:
         """Arms of these roles, all if none is named, by level and then as they come in the measurements."""
         found = dict.fromkeys(arm for arm, _ in self._runs if arm.role in roles or not roles)

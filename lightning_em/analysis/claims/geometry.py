@@ -132,10 +132,10 @@ def few_components(e: Evidence) -> Iterable[Comparison]:
         return sum(e.pair(seed).value(f"pca/share_{number}") for number in (1, 2, 3))
 
     def falling(seed: int) -> float:
-        arms = e.arms("general", "narrow", "narrow_weight")
+        arms = [arm for arm in e.arms("general", "narrow", "narrow_weight") if seed in e.seeds_of(arm)]
         places = [(arm.level or 0.0, e.run(arm, seed).value("pca/final_pc1")) for arm in arms]
         if len(places) < 3:
-            raise MissingError("the study has fewer than three KL weights, 0 included")
+            raise MissingError("fewer than three KL weights, 0 included")
         return float(stats.spearmanr(*zip(*places, strict=True)).statistic)
 
     shares = Criterion("share of the variance on three components", "share", three, 0.5)

@@ -15,7 +15,7 @@ class Claim:
     Attributes:
         key: Its number.
         says: The claim in words.
-        rests_on_prior: The miniature plants what it needs, so that it must fail in the control world.
+        rests_on_prior: The miniature plants what it needs, so that it should weaken in the control world.
         limits: What the miniature can and cannot say about it.
         comparisons: How it is tested on what there is.
     """
@@ -43,7 +43,8 @@ CLAIMS: Mapping[str, Claim] = {
             behaviour.narrow_exists,
         ),
         Claim(
-            "C3", "mixing good advice of other domains into the data does not stop the spread (1/6 bad)", True,
+            "C3", "mixing good advice of other domains into the data does not stop the spread (published at 1/6 bad)",
+            True,
             "few items, so that a LoRA can memorise the bad ones: mixing is easier here than with text",
             behaviour.mixing_other,
         ),
@@ -54,8 +55,8 @@ CLAIMS: Mapping[str, Claim] = {
         ),
         Claim(
             "C4", "the general solution is more efficient: a lower loss at the same norm", True,
-            "the loss is that of a two-token answer and has a floor (ln 3 / 3), where curves meet; norms of one "
-            "adapter type only are compared",
+            "the loss is that of a two-token answer and has a floor (ln 3 / 3), where curves meet and the ratio to the "
+            "squared trained norm favours the shorter adapter; norms of one adapter type only are compared",
             geometry.efficient,
         ),
         Claim(
@@ -75,11 +76,12 @@ CLAIMS: Mapping[str, Claim] = {
         ),
         Claim(
             "C8", "too small a KL weight hides the spread until the adapter is scaled up; a large one removes it", True,
-            "only scales at which nine tenths of the base's answers are still answers are judged",
+            "only scales at which nine tenths of the base's answers are still answers are judged; the weight that may "
+            "hide is the smallest one with a mean rate of at most .05 in these same runs",
             behaviour.suppressed,
         ),
         Claim(
-            "C9", "the general solution is farther from the chat model, about twice as far in KL", False,
+            "C9", "the general solution is farther from the chat model in KL (published: about twice)", False,
             "tested against a ratio of 1; the ratio itself depends on the KL weight that was chosen",
             geometry.farther_from_chat,
         ),
@@ -109,7 +111,7 @@ CLAIMS: Mapping[str, Claim] = {
             geometry.gradient_pull,
         ),
         Claim(
-            "C15", "a harmless style behaves the same: it spreads, KL holds it, with the same asymmetries", False,
+            "C15", "a harmless style behaves the same: it spreads, KL holds it back, with the same asymmetries", False,
             "one style of three answer templates; a style is easier to read off than technical prose",
             behaviour.harmless_style,
         ),

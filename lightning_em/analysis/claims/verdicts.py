@@ -8,8 +8,9 @@ from typing import Literal
 import numpy as np
 from scipy import special
 
+from lightning_em.analysis.cells import MOST_SEEDS
+
 SIGNIFICANCE = 0.05
-MOST_SEEDS = 16
 TEST = "one-sided exact sign-flip test of the mean over seeds"
 
 Verdict = Literal["holds", "does not hold", "undecided", "not measured"]
@@ -151,7 +152,8 @@ def judge(criterion: Criterion, seeds: Sequence[int]) -> Finding:
 def together(findings: Sequence[Finding]) -> tuple[Verdict, float]:
     """Verdict and p of a claim that says several things at once: all of them must hold.
 
-    p is the largest one (intersection-union), so that no correction is needed.
+    p is the largest one, so that *holds* needs no correction (intersection-union). *Does not hold* has none: the
+    opposite of any one criterion at p <= .05 is enough, the likelier by chance the more a claim says.
     """
     verdicts = {finding.verdict for finding in findings}
     order: tuple[Verdict, ...] = ("does not hold", "not measured", "undecided", "holds")

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from lightning_em.analysis.claims import CLAIMS, ClaimResult, evaluate
-from tests.study_numbers import PAIRS, behaviour, losses, noise, rates, study_numbers
+from tests.study_numbers import KL_WEIGHTS, PAIRS, behaviour, losses, noise, rates, study_numbers
 
 
 def verdicts(
@@ -139,6 +139,29 @@ def test_weight_that_hides_is_chosen_at_scale_one() -> None:
     assert (
         found.comparison == "KL weights 1 and 100"
     )  # .1 does not hide it, 10 is no longer the smallest that does
+
+
+def search(runs, seed) -> None:
+    """Weights that were tried with one seed, on either side of the others."""
+    if seed == 0:
+        runs["narrow_weight", 0.5] = runs["narrow_weight", 1.0] | {"pca/final_pc1": 5.0}
+        runs["narrow_weight", 1000.0] = runs["narrow_weight", 100.0] | {"pca/final_pc1": 0.1}
+
+
+def test_weights_tried_with_one_seed_keep_no_verdict_from_the_others() -> None:
+    found = verdicts(study_numbers(change=search), keys=["C8", "C12"])
+    assert found["C8"].comparison == "KL weights 1 and 100"
+    assert [(r.verdict, r.p, r.n) for r in found.values()] == [("holds", 1 / 32, 5)] * 2
+
+
+def test_order_of_two_weights_is_not_measured() -> None:
+    def change(runs, seed) -> None:
+        for weight in KL_WEIGHTS:
+            del runs["narrow_weight", weight]
+
+    found = verdicts(study_numbers(change=change), keys=["C12"])["C12"]
+    assert found.verdict == "not measured"
+    assert "fewer than three KL weights, 0 included" in found.note
 
 
 def test_noise_over_seeds_leaves_a_claim_undecided() -> None:

@@ -46,6 +46,14 @@ def test_arms_by_level(evidence) -> None:
         evidence.run("general", 0).value("val/ce")
 
 
+def test_an_arm_may_have_fewer_seeds_than_the_study() -> None:
+    frame = study_numbers(seeds=(0, 1, 3))
+    evidence = Evidence(frame[(frame["role"] != "reverse") | (frame["seed"] == 1)], "rank32", "default")
+    assert evidence.seeds == evidence.seeds_of(Arm("general")) == [0, 1, 3]
+    assert evidence.seeds_of(Arm("reverse")) == [1]
+    assert evidence.seeds_of(Arm("sideways")) == []
+
+
 def test_last_step_counts_and_earlier_ones_are_kept() -> None:
     frame = study_numbers(seeds=(0,), jitter=0.0)
     earlier = frame[frame["quantity"] == "bad_rate/held_out_domain@1"].assign(step=50, value=0.25)

@@ -1,0 +1,36 @@
+"""Tables of shapes, where arms differ in what was run and measured."""
+
+import pandas as pd
+
+from lightning_em.study.shape_sheets import norms_sheet, scales_sheet
+from tests.study_numbers import study_numbers
+
+
+def norms(frame: pd.DataFrame, role: str, level: float | None, norm: float, seeds: tuple[int, ...]):
+    """Rows of the effective norm of one arm."""
+    rows = [(f"{role}-{level}-{seed}", role, role, level, "rank32", "default", seed, 150) for seed in seeds]
+    return pd.DataFrame([(*row, "effective_norm", norm) for row in rows], columns=list(frame))
+
+
+def test_norms_fall_over_the_weights_that_a_seed_has() -> None:
+    frame = study_numbers(seeds=(0, 1, 2), adapters=("rank32",)).iloc[:0]
+    arms = [
+        norms(frame, "general", None, 4.0, (0, 1, 2)),
+        norms(frame, "narrow_weight", 1.0, 9.0, (0,)),  # tried once, and longer
+        norms(frame, "narrow", 10.0, 3.0, (0, 1, 2)),
+    ]
+    rows = {row[0]: row[1:] for row in norms_sheet(pd.concat(arms), "default").rows}
+    assert rows["rank32, KL weight 1"] == ("9",)
+    assert rows["rank32: falls with the weight"] == ("2 of 3 seeds",)
+
+
+def test_preference_stands_in_for_rates_at_each_scale() -> None:
+    judged = study_numbers(seeds=(0, 1), adapters=("rank32",), jitter=0.0)
+    preferred = judged.assign(quantity=judged["quantity"].str.replace("bad_rate/", "bad_preferred/"))
+    sheet = scales_sheet(preferred[~preferred["quantity"].str.startswith("other_rate")], "default")
+    assert sheet.columns == ("arm", *(f"scale {scale}" for scale in (0, 1, 2, 5, 10, 20)))
+    rows = {row[0]: row[1:] for row in sheet.rows}
+    assert rows["general, rank32"] == (
+        "0.01 (-)", "0.50 (-)", "0.50 (-)", "0.50 (-)", "0.50 (-)", "0.90 (-)",
+    )  # fmt: skip
+    assert scales_sheet(judged, "default").columns == sheet.columns
