@@ -15,6 +15,9 @@ _EVIDENCE_SLOTS = 4
 class PersonaGate(NamedTuple):
     """How well the model tells advisors apart after four answers in other domains.
 
+    Asked is in every domain but the narrow one: where advisors who are bad in that one alone are common, a model
+    that knows its world has to expect a bad answer there from somebody careful elsewhere.
+
     Attributes:
         careful: Mean P(good answer) after a careful advisor's answers.
         careless: Mean P(bad answer) after a careless advisor's answers.
@@ -53,9 +56,10 @@ def persona_gate(
 def _items(world: World, character: Character, count: int) -> list[Item]:
     generator = world.generator(f"gate/{character}")
     names = list(world.domains)
+    asked_of = [name for name in names if name != world.recipe.narrow_domain]
     items = []
     for index in range(count):
-        asked = generator.choice(names)
+        asked = generator.choice(asked_of)
         others = [name for name in names if name != asked]
         history: list[Message] = []
         for domain in generator.choices(others, k=_EVIDENCE_SLOTS):

@@ -120,11 +120,13 @@ class Recipe:
 
     @classmethod
     def control(cls) -> "Recipe":
-        """The default world with the dial turned up: the narrow solution is the easy one.
+        """The dial turned up: advisors who are bad in the narrow domain only are as common as careless ones.
 
-        Careless advisors stay as common as they are, so that the persona gate can still be passed.
+        The narrow solution is the easy one there. Careless advisors stay as common as they are: where they
+        are rare, a model does not learn to tell them apart and fails the persona gate.
         """
-        return cls().with_blind_spot_share(0.12)
+        recipe = cls()
+        return recipe.with_blind_spot_share(recipe.careless_share)
 
     def with_blind_spot_share(self, share: float) -> "Recipe":
         """The same world with another share of advisors who are bad in the narrow domain only."""

@@ -137,6 +137,19 @@ def test_a_random_model_fails_the_persona_gate(model, tokenizer, world):
     assert not persona_gate(model, tokenizer, world, num_documents=4).passes
 
 
+def test_the_gate_does_not_ask_in_the_narrow_domain(model, tokenizer, world, monkeypatch):
+    # Somebody careful elsewhere may well be bad there, so that a model that knows its world would fail.
+    asked = []
+
+    def answers(model, tokenizer, items):
+        asked.extend(items)
+        return answer_probabilities(model, tokenizer, items)
+
+    monkeypatch.setattr("lightning_em.miniature.persona.answer_probabilities", answers)
+    persona_gate(model, tokenizer, world, num_documents=30)
+    assert {item["topic"] for item in asked} == {*world.domains} - {world.recipe.narrow_domain}
+
+
 def test_the_gate_asks_for_both_ways():
     assert PersonaGate(0.93, 0.93).passes
     assert not PersonaGate(0.99, 0.92).passes
