@@ -15,13 +15,13 @@ from lightning_em.batch import EncodedRow, PackedBatch
 from lightning_em.callbacks import base_sha256, refuse_idle_adapter
 from lightning_em.callbacks.provenance import git_state, versions
 from lightning_em.checkpoints import FolderCheckpointIO
-from lightning_em.cli import EMCLI, hush
 from lightning_em.data import EMDataModule
 from lightning_em.exchange.foreign import ForeignAdapter, find_adapters, read_foreign
-from lightning_em.identity import identity_of, run_folder
+from lightning_em.identity import identity_of
 from lightning_em.manifest import sha256_of, write_atomically
 from lightning_em.models import BaseModel
 from lightning_em.module import EMModule
+from lightning_em.rebuild import UnrunFit
 from lightning_em.redaction import redacted
 from lightning_em.runs import RunFolder
 
@@ -139,25 +139,7 @@ def import_run(
     return run
 
 
-class _Parsed(EMCLI):
-    """Resolves the config of a fit, which is then not run."""
-
-    resolved: dict[str, Any]
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """One verb: making the parsers of the others takes most of the time."""
-        return {"fit": EMCLI.subcommands()["fit"]}
-
-    def before_instantiate_classes(self) -> None:
-        self.resolved = self._get_config()
-        self.run = run_folder(self.resolved)
-
-    def fit(self, model: EMModule, **kwargs: Any) -> None:
-        """Do nothing: the adapter is trained already."""
-
-
-def _parse(adapter: ForeignAdapter, base: BaseModel, name: str, root: str, data: DataOptions) -> _Parsed:
+def _parse(adapter: ForeignAdapter, base: BaseModel, name: str, root: str, data: DataOptions) -> UnrunFit:
     experiment = {
         "model": {
             "base": vars(base),
@@ -165,19 +147,10 @@ def _parse(adapter: ForeignAdapter, base: BaseModel, name: str, root: str, data:
         },
         "run": {"name": name, "root": root},
     }
-    hush()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "import.yaml"
         file.write_text(yaml.safe_dump(experiment), encoding="utf-8")
-        return _Parsed(
-            EMModule,
-            EMDataModule,
-            args=["fit", "--config", str(file), *data.words()],
-            save_config_callback=None,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            parser_kwargs={"exit_on_error": False},
-        )
+        return UnrunFit(["--config", str(file), *data.words()])
 
 
 def _fill(module: EMModule, adapter: ForeignAdapter) -> None:

@@ -6,12 +6,9 @@ from typing import Any
 
 import yaml
 
-from lightning_em import imports
 from lightning_em.analysis.cells import StudyFolder
-from lightning_em.cli import EMCLI, hush
-from lightning_em.data import EMDataModule
 from lightning_em.manifest import write_atomically
-from lightning_em.module import EMModule
+from lightning_em.rebuild import resolved_config
 from lightning_em.redaction import redacted
 from lightning_em.study.plan import PlannedRun, Study
 
@@ -47,50 +44,9 @@ def resolved_configs(runs: Sequence[PlannedRun]) -> Iterator[tuple[PlannedRun, d
     Raises:
         ValueError: If the words of a run make no config; the message names the run.
     """
-    hush()
-    allowed = imports.as_words()
     for run in runs:
         try:
-            yield run, resolved_config([*run.words, *allowed])
+            config = resolved_config(run.words)
         except ValueError as error:
             raise ValueError(f"{run.name}: {error}") from error
-
-
-def resolved_config(words: Sequence[str]) -> dict[str, Any]:
-    """The whole config behind the words of a command line after `fit`.
-
-    Raises:
-        ValueError: If they make none.
-    """
-    parsed = _Parsed(
-        EMModule,
-        EMDataModule,
-        args=["fit", *imports.take(words)],
-        save_config_callback=None,
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        parser_kwargs={"fit": {"exit_on_error": False}, "exit_on_error": False},
-    )
-    return {key: value for key, value in parsed.resolved.items() if key != "config"}
-
-
-class _Parsed(EMCLI):
-    """Stops after parsing."""
-
-    resolved: dict[str, Any]
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {"fit": EMCLI.subcommands()["fit"]}
-
-    def before_instantiate_classes(self) -> None:
-        self.resolved = self._get_config()
-
-    def instantiate_classes(self) -> None:
-        pass
-
-    def _set_seed(self) -> None:
-        pass
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
+        yield run, {key: value for key, value in config.items() if key != "config"}
