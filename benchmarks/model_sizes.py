@@ -5,9 +5,17 @@ from rich.table import Table
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from lightning_em.adapters import LoRA
+from lightning_em.cluster.loads import probing_loads
 from lightning_em.cluster.memory import Load, MemoryEstimate, estimate, on_meta
 
 ROW_TOKENS, NARROW_ROWS, KL_ROWS = 400, 2, 8
+PROBING = {  # of configs/probing/real.yaml, what takes most
+    "batch_size": 8,
+    "probes": [
+        {"class_path": "lightning_em.probes.GradientNorm"},
+        {"class_path": "lightning_em.probes.ChatKL", "init_args": {"batch_size": 16, "max_new_tokens": 200}},
+    ],
+}
 SHARDS = (1, 2, 4, 8)
 _GIB = 2**30
 
@@ -42,13 +50,12 @@ def configs() -> dict[str, PreTrainedConfig]:
 
 
 def needed(config: PreTrainedConfig, shards: int) -> MemoryEstimate:
-    """A rank-32 adapter at half depth, bfloat16, the micro-batch of the published runs."""
+    """A rank-32 adapter at half depth, bfloat16, the micro-batch of the published runs, the probes of real models."""
     base, adapter = on_meta(config, "bfloat16"), LoRA(32, 64.0, ["down_proj"], [0.5])
     adapter.bind(base, 0)
     adapter.to("meta")
-    return estimate(
-        base, adapter, Load.of_rows([ROW_TOKENS] * NARROW_ROWS, [ROW_TOKENS] * KL_ROWS, shards, "cuda")
-    )
+    training = Load.of_rows([ROW_TOKENS] * NARROW_ROWS, [ROW_TOKENS] * KL_ROWS, shards, "cuda")
+    return estimate(base, adapter, training, *probing_loads(PROBING, {"narrow": [ROW_TOKENS] * 64}, training))
 
 
 def main() -> None:

@@ -66,10 +66,10 @@ class Naive(Peer):
         self.model = get_peft_model(shape.base(device), _peft_config(shape, kind))
         assert isinstance(self.model, PeftModel)
         if checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
             self.model.enable_input_require_grads()
             self.model.train()  # checkpointing is silently inactive in eval mode; no dropout is configured
-        self.reference = shape.base(device) if second_model else None
+        self.reference = shape.make(device) if second_model else None
         self.cached_logits = cached_logits
         self._logits: dict[tuple[str, ...], Tensor] = {}
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

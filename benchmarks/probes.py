@@ -99,6 +99,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="rows of each of the two batches")
     parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
+    if arguments.points < 2:
+        parser.error("--points must be at least 2")
     torch.set_num_threads(1)
     for name in arguments.shape:
         run(SHAPES[name], arguments, device, Console(width=140))

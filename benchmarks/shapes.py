@@ -1,6 +1,8 @@
 """Model shapes and chat-like batches the numbers are for."""
 
+import copy
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,7 +35,13 @@ class Shape:
         return round(self.num_layers * self.depth)
 
     def base(self, device: torch.device) -> PreTrainedModel:
-        """Make the frozen model: float32 on a CPU, bf16 on a GPU; the same weights each time."""
+        """The frozen model: modules of its own for each caller, weights shared by all, as a 14B fits a GPU once."""
+        model = _made(self, device)
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        return copy.deepcopy(model, shared)
+
+    def make(self, device: torch.device) -> PreTrainedModel:
+        """A frozen model with weights of its own, the same each time: float32 on a CPU, bf16 on a GPU."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         config = Qwen2Config(
             vocab_size=self.vocab_size,
@@ -48,10 +56,22 @@ class Shape:
             dtype=dtype,
         )
         torch.manual_seed(0)
-        with device:
-            model: Any = Qwen2ForCausalLM(config)
-        frozen: PreTrainedModel = model.to(dtype).eval().requires_grad_(False)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(
+            dtype
+        )  # the constructor looks at nothing else: float32 would take twice the room
+        try:
+            with device:
+                model: Any = Qwen2ForCausalLM(config)
+        finally:
+            torch.set_default_dtype(before)
+        frozen: PreTrainedModel = model.eval().requires_grad_(False)
         return frozen
+
+
+@cache
+def _made(shape: Shape, device: torch.device) -> PreTrainedModel:
+    return shape.make(device)
 
 
 CPU_SHAPES = {

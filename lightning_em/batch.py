@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -72,14 +73,18 @@ class PackedBatch:
         """The same batch on `device`."""
         return replace(self, input_ids=self.input_ids.to(device), response_mask=self.response_mask.to(device))
 
+    @cached_property
     def cu_seqlens(self) -> Int[Tensor, "batch_plus_one"]:
         """Where each row starts, and where the last one ends; int32, as varlen attention expects."""
-        ends = torch.tensor((0, *self.lengths)).cumsum(0)
-        return ends.to(device=self.input_ids.device, dtype=torch.int32)
+        with torch.inference_mode(False):  # made in validation, it may be kept for a backward pass
+            ends = torch.tensor((0, *self.lengths)).cumsum(0)
+            return ends.to(device=self.input_ids.device, dtype=torch.int32)
 
+    @cached_property
     def positions(self) -> Int[Tensor, "tokens"]:
         """Position of each token within its own row."""
-        return torch.cat([torch.arange(length) for length in self.lengths]).to(self.input_ids.device)
+        with torch.inference_mode(False):
+            return torch.cat([torch.arange(length) for length in self.lengths]).to(self.input_ids.device)
 
     def row_of_token(self) -> Int[Tensor, "tokens"]:
         """Index of the row each token belongs to."""
@@ -96,7 +101,7 @@ class PackedBatch:
         if kind == "all":
             return torch.full_like(self.response_mask, not self.is_ghost)
         shifted = torch.roll(self.response_mask, -1)
-        last_of_row = (self.cu_seqlens()[1:] - 1).long()
+        last_of_row = (self.cu_seqlens[1:] - 1).long()
         shifted[last_of_row] = False
         return shifted
 
@@ -126,6 +131,31 @@ class PackedBatch:
     def ghost(self) -> "PackedBatch":
         """The same rows with nothing to predict: keeps a rank without rows in step, adds 0 to every sum."""
         return replace(self, response_mask=torch.zeros_like(self.response_mask), is_ghost=True)
+
+
+def single_rows(batch: PackedBatch) -> list[PackedBatch]:
+    """Each row of a batch as a batch of its own."""
+    parts = zip(
+        torch.split(batch.input_ids, list(batch.lengths)),
+        torch.split(batch.response_mask, list(batch.lengths)),
+        batch.lengths,
+        batch.row_ids,
+        strict=True,
+    )
+    return [
+        PackedBatch(ids, mask, (length,), (row_id,), batch.is_ghost) for ids, mask, length, row_id in parts
+    ]
+
+
+def joined(batches: Sequence[PackedBatch]) -> PackedBatch:
+    """All rows of several batches as one."""
+    return PackedBatch(
+        input_ids=torch.cat([batch.input_ids for batch in batches]),
+        response_mask=torch.cat([batch.response_mask for batch in batches]),
+        lengths=tuple(length for batch in batches for length in batch.lengths),
+        row_ids=tuple(row_id for batch in batches for row_id in batch.row_ids),
+        is_ghost=all(batch.is_ghost for batch in batches),
+    )
 
 
 class WindowCounts(NamedTuple):

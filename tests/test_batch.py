@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_em.batch import EncodedRow, PackedBatch, TrainBatch, WindowCounts
+from lightning_em.batch import EncodedRow, PackedBatch, TrainBatch, WindowCounts, joined, single_rows
 from tests import oracle
 from tests.samples import make_rows, pack
 
@@ -40,11 +40,33 @@ def test_a_ghost_counts_nothing() -> None:
 def test_layout() -> None:
     batch = pack(ROWS)
     assert batch.num_rows == 4
-    assert batch.cu_seqlens().tolist() == [0, 5, 6, 18, 27]
-    assert batch.cu_seqlens().dtype == torch.int32
-    assert batch.positions().tolist() == [*range(5), 0, *range(12), *range(9)]
+    assert batch.cu_seqlens.tolist() == [0, 5, 6, 18, 27]
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.positions.tolist() == [*range(5), 0, *range(12), *range(9)]
     assert batch.row_of_token().tolist() == [0] * 5 + [1] + [2] * 12 + [3] * 9
     assert batch.row_ids == ("row-0", "row-1", "row-2", "row-3")
+
+
+def test_the_layout_is_made_once_and_belongs_to_the_batch() -> None:
+    batch = pack(ROWS)
+    with torch.inference_mode():  # validation may be the first to ask
+        batch.positions, batch.cu_seqlens  # noqa: B018
+    assert batch.positions is batch.positions
+    assert not batch.positions.is_inference()
+    assert not batch.cu_seqlens.is_inference()
+    assert batch.select([2, 0]).positions.tolist() == [*range(12), *range(5)]
+    assert batch.to("meta").cu_seqlens.device.type == "meta"
+
+
+def test_single_rows_joined_are_the_batch() -> None:
+    batch = pack(ROWS)
+    rows = single_rows(batch)
+    assert [row.lengths for row in rows] == [(5,), (1,), (12,), (9,)]
+    again = joined(rows)
+    assert torch.equal(again.input_ids, batch.input_ids)
+    assert torch.equal(again.response_mask, batch.response_mask)
+    assert (again.lengths, again.row_ids) == (batch.lengths, batch.row_ids)
+    assert joined(single_rows(batch.ghost())).is_ghost
 
 
 def test_padded_holds_the_same_rows() -> None:

@@ -155,14 +155,14 @@ def test_a_resumed_run_does_not_depend_on_what_the_store_holds(stored_run, chang
     config, whole, states = stored_run
     copy = tmp_path / "states"
     shutil.copytree(states, copy)
-    change(sorted(copy.glob("??/*")))
+    change(sorted(copy.glob("*/??/*")))
     name = f"cut{change.__name__}"
     cut = cut_after(whole, 3, config.parent / name)
     fit(config, name, "--model.store.folder", str(copy))
     assert final_adapter(cut) == final_adapter(whole)
     assert metrics_of(cut) == metrics_of(whole)
-    assert sorted(file.name for file in copy.glob("??/*")) == sorted(
-        file.name for file in states.glob("??/*")
+    assert sorted(file.name for file in copy.glob("*/??/*")) == sorted(
+        file.name for file in states.glob("*/??/*")
     )
 
 
@@ -212,13 +212,13 @@ def test_the_size_is_said_before_the_first_step(stored_run, caplog) -> None:
 
 def test_probes_find_the_states_of_the_training_rows(stored_run) -> None:
     _, whole, states = stored_run
-    before = set(states.glob("??/*"))
+    before = set(states.glob("*/??/*"))
     loaded = load_run(str(whole.path))
     probing = Probing(
         [ScaleCurve([0.5], with_kl=True), PerturbationCurve([0.5], num_seeds=2)], num_examples=8
     )
     assert probing.measure(whole, loaded.module.model, loaded.data, loaded.step) == 2
-    assert set(states.glob("??/*")) == before
+    assert set(states.glob("*/??/*")) == before
     assert loaded.module.model._engine.store.used["ram"] > 0
 
 
@@ -245,12 +245,12 @@ def test_two_processes_share_a_folder(tmp_path, tiny_model_folder, chat_file, an
         done = command(*words, "--run.name", name)
         assert done.returncode == 0, done.stderr
         runs.append(RunFolder(tmp_path / name))
-        files = list((tmp_path / "states").glob("??/*"))
+        files = list((tmp_path / "states").glob("*/??/*"))
         assert files
         assert all(file.suffix == ".safetensors" for file in files)
     assert final_adapter(runs[0]) == final_adapter(runs[1])
     one = fit(path, "one", "--model.store.folder", str(tmp_path / "other"))
-    keys = [{file.name for file in (tmp_path / at).glob("??/*")} for at in ("states", "other")]
+    keys = [{file.name for file in (tmp_path / at).glob("*/??/*")} for at in ("states", "other")]
     assert keys[0] == keys[1]
     for number, row in train_metrics(one).items():
         assert train_metrics(runs[0])[number] == pytest.approx(row, rel=1e-5, abs=1e-9)

@@ -177,6 +177,12 @@ class ChangesEmbeddings(Shift):
         )
 
 
+class WritesInPlace(Shift):
+    def shift(self, hidden):
+        hidden += (self.scale * self.vector).to(hidden)
+        return hidden
+
+
 class Forgets(Shift):
     """Something that matters is not saved."""
 
@@ -256,6 +262,7 @@ class NormOfTheScale(Shift):
             ChangesEmbeddings,
             r"Nothing changes below lowest_layer': what reaches layer 0 changes|autograd node below",
         ),
+        (WritesInPlace, r"Split forward = plain forward.*return a new tensor from the edit"),
         (Forgets, r"Save and load round-trip.*something that matters is not in trainable\(\)"),
         (LoadsNothing, r"Save and load round-trip.*\['vector'\] differ after loading"),
         (PerturbsForGood, r"A perturbed adapter comes back"),

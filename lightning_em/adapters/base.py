@@ -110,9 +110,10 @@ class Adapter(nn.Module, ABC):
         # 1e-9: .58 of 50 layers is layer 29, though .58 * 50 is a little less in binary
         index = math.floor(layer * num_layers + 1e-9) if isinstance(layer, float) else layer
         if not 0 <= index < num_layers or (isinstance(layer, float) and layer < 0):
+            key = "layer" if hasattr(self, "layer") else "layers"
             raise ValueError(
                 f"layer must be 0..{num_layers - 1} or a fraction of depth in [0, 1), got {layer} "
-                f"for a model of {num_layers} layers; set model.adapter.init_args.layer."
+                f"for a model of {num_layers} layers; set model.adapter.init_args.{key}."
             )
         self._resolved.append(index)
         self.lowest_layer = min(self._resolved)

@@ -89,7 +89,8 @@ class EMDataModule(LightningDataModule):
                 "data.kl_validation is set, but data.kl is not: there is no KL stream to validate."
             )
         BatchGeometry(batch_size, kl_batch_size, max_tokens=max_tokens, length_buckets=length_buckets)
-        BatchGeometry(validation_batch_size, kl_batch_size)
+        if validation_batch_size < 1:
+            raise ValueError(f"data.validation_batch_size must be at least 1, got {validation_batch_size}.")
         self.base = base
         self.sources: dict[Stream, tuple[ChatSource, ChatSource | None]] = {
             "narrow": (narrow, narrow_validation)

@@ -91,8 +91,6 @@ class Regearing(NamedTuple):
 def same_steps(order: dict[str, Any], now: BatchGeometry) -> bool:
     """Whether a checkpoint's order of rows is cut into the same steps, only dealt out to other ranks."""
     before = int(order.get("accumulate", 0))
-    if now.max_tokens is not None:
-        return False
     return before != now.accumulate and before * int(order.get("world_size", 0)) == now.chunks_per_window
 
 

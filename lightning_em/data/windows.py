@@ -34,7 +34,8 @@ class BatchGeometry:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+                key = "trainer.accumulate_grad_batches" if name == "accumulate" else f"data.{name}"
+                raise ValueError(f"{key} must be at least 1, got {value}.")
         if self.max_tokens is not None and self.length_buckets is not None:
             raise ValueError(
                 "data.length_buckets is for micro-batches of batch_size rows: leave it or data.max_tokens out."

@@ -14,7 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-_CPU_BYTES, _CUDA_BYTES = 32 * 2**20, 512 * 2**20
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+"""Aim for the size of one chunk of logits."""
+
 _MIN_ROWS = 128
 _CACHE_BYTES = 2**19
 _VOCAB_BLOCK = 16384
@@ -102,7 +104,7 @@ class FrozenHead:
 
     def chunks(self, num_tokens: int) -> Iterator[slice]:
         """Parts of nearly equal size; their number depends on `num_tokens` alone."""
-        chunk_bytes = self.chunk_bytes or (_CUDA_BYTES if self.weight.is_cuda else _CPU_BYTES)
+        chunk_bytes = self.chunk_bytes or CHUNK_BYTES["cuda" if self.weight.is_cuda else "cpu"]
         rows = chunk_bytes // (self.weight.shape[0] * self.compute_dtype.itemsize)
         num_chunks = -(-num_tokens // max(rows, 2 if self.chunk_bytes else _MIN_ROWS))
         num_chunks = min(num_chunks, max(1, num_tokens // 2))  # a one-row product rounds in its own way
@@ -172,9 +174,25 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        refuse_second_derivative()
         (upstream,) = grad_outputs
         gradient: Tensor = ctx.gradient
         return gradient * upstream[:, None].to(gradient.dtype), None, None, None
+
+
+def refuse_second_derivative() -> None:
+    """Call in the backward pass of a function whose gradient is a constant by then.
+
+    `once_differentiable` would let a loss pass whose upstream gradient is a constant too: a sum.
+
+    Raises:
+        ValueError: If the backward pass is to be differentiated itself.
+    """
+    if torch.is_grad_enabled():
+        raise ValueError(
+            "the fast path makes its gradients in the forward pass, so they have none themselves: for second "
+            "derivatives (create_graph) set model.engine: plain."
+        )
 
 
 def _buffer(buffers: dict[str, Tensor], name: str, hidden: Tensor, head: FrozenHead) -> Tensor:

@@ -29,7 +29,7 @@ class Objective:
     """L = CE(narrow rows) + kl_weight x KL(reference || tuned)(parallel rows).
 
     Attributes:
-        kl_weight: Weight of the KL term; per nat per token unless `kl_reduction` says otherwise.
+        kl_weight: Factor on the KL in nats per token unless `kl_reduction` says otherwise.
         schedule: How the weight moves over steps; constant if not given.
         kl_positions: `response`: KL at the positions that predict response tokens; `all`: at every position.
         kl_reduction: `per_token`: the weight multiplies nats per token; `per_token_and_vocab`: the
@@ -53,7 +53,7 @@ class Objective:
             )
 
     def weight_at(self, step: int, vocab_size: int) -> float:
-        """Weight in force at an optimiser step, per nat per token.
+        """Weight in force at an optimiser step, the factor on the KL in nats per token.
 
         Args:
             step: Optimiser steps taken so far.

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_em.adapters import Adapter
-from lightning_em.batch import CountedPositions, PackedBatch
+from lightning_em.batch import CountedPositions, PackedBatch, single_rows
 from lightning_em.losses import TokenSum
-from lightning_em.models.engine import Engine, EngineOptions, single_rows, why_plain
+from lightning_em.models.attention import why_padded
+from lightning_em.models.engine import Engine, EngineOptions, why_plain
 from lightning_em.models.immediate import immediate_sum
 from lightning_em.models.passes import Passes, RowLosses
 from lightning_em.models.store import ActivationStore
@@ -138,6 +140,13 @@ class AdaptedModel(nn.Module):
             kl_masks = [part.counted(kl_positions) for part in kl_parts]
             return LossSums(ce_sum, self._sum(passes.kl, len(ce_parts), kl_masks))
 
+    def kl_sum(self, batch: PackedBatch, kl_positions: CountedPositions = "response") -> TokenSum:
+        """KL from the reference alone, at scale 1, with its gradient; see `losses`."""
+        parts = self._parts(batch)
+        passes = self._passes(parts)
+        with self.adapter.at_scale(1.0):
+            return self._sum(passes.kl, 0, [part.counted(kl_positions) for part in parts])
+
     def compute_in_step(self, most: Callable[[int], int]) -> None:
         """From now on take as many passes as the rank with the most: the base's weights are gathered in each.
 
@@ -176,11 +185,6 @@ class AdaptedModel(nn.Module):
     ) -> RowLosses:
         """D_KL(reference || tuned) of each row."""
         return self.sweep_row_kl([batch], [partial(self.adapter.at_scale, scale)], kl_positions)[0][0]
-
-    def row_ce_sweep(self, batch: PackedBatch, scales: Sequence[float]) -> list[RowLosses]:
-        """Cross-entropy of each row at each scale."""
-        points = [partial(self.adapter.at_scale, scale) for scale in scales]
-        return [of_batches[0] for of_batches in self.sweep_row_ce([batch], points)]
 
     @torch.no_grad()
     def sweep_row_ce(self, batches: Iterable[PackedBatch], points: Sequence[Point]) -> list[list[RowLosses]]:
@@ -238,4 +242,9 @@ def _choose(base: PreTrainedModel, engine: Literal["auto", "plain"] | EngineOpti
     if reason is not None:
         logger.warning("plain path (several times slower): %s", reason)
         return None
-    return engine if isinstance(engine, EngineOptions) else EngineOptions()
+    options = engine if isinstance(engine, EngineOptions) else EngineOptions()
+    reason = why_padded(base)
+    if reason is None or not options.packed:
+        return options
+    logger.warning("padded rows instead of packed ones (slower): %s", reason)
+    return replace(options, packed=False)

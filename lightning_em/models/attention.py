@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,14 +17,43 @@ from lightning_em.batch import PackedBatch
 PACKED = "lightning_em_packed"
 
 
+@dataclass(frozen=True)
+class Packing:
+    """How the rows of one forward pass lie, as every attention module of it is told.
+
+    Attributes:
+        lengths: Tokens of each row.
+        cu_seqlens: Where each row starts, for the varlen kernel.
+        attended: The modules, by `id`, that have asked for packed attention in this pass.
+    """
+
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor
+    attended: set[int] = field(default_factory=set)
+    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+
+    def mask(self, length: int, window: int | None) -> Tensor:
+        """True where a token of a row sees another; made once for all layers, and dropped with the pass."""
+        if (length, window) not in self._masks:
+            seen = torch.ones(length, length, dtype=torch.bool, device=self.cu_seqlens.device).tril()
+            self._masks[length, window] = seen if window is None else seen.triu(1 - window)
+        return self._masks[length, window]
+
+
 def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
     """Keyword arguments of a language model inside `packed_attention`: one row that holds them all."""
     return {
         "input_ids": batch.input_ids[None],
-        "position_ids": batch.positions()[None],
-        "row_lengths": batch.lengths,
-        "cu_seqlens": batch.cu_seqlens(),
+        "position_ids": batch.positions[None],
+        "packing": Packing(batch.lengths, batch.cu_seqlens),
     }
+
+
+def why_padded(base: PreTrainedModel) -> str | None:
+    """Why a model is to keep the attention it came with; None if rows may be packed."""
+    if base.config._attn_implementation == "eager" and base._supports_sdpa:  # Gemma2 has no other
+        return "the model's attention is set to eager"
+    return None
 
 
 @contextmanager
@@ -38,7 +69,7 @@ def packed_attention(base: PreTrainedModel) -> Iterator[None]:
 
 
 def attend(
-    module: nn.Module,  # noqa: ARG001
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -47,37 +78,43 @@ def attend(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    row_lengths: tuple[int, ...] = (),
-    cu_seqlens: Tensor | None = None,
+    packing: Packing | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each row, as transformers calls an attention function.
 
     Args:
-        module: The attention module; not looked at.
+        module: The attention module.
         query: `[1 heads tokens head_dim]`.
         key: `[1 key_heads tokens head_dim]`.
         value: As `key`.
-        attention_mask: None; rows are told apart by `row_lengths`.
+        attention_mask: None; rows are told apart by `packing`.
         scaling: Factor on the scores; one over the root of head_dim if not given.
         dropout: 0; the base is in eval mode.
         sliding_window: How many tokens back a token sees, itself included; all if not given.
         softcap: Bound on the scores, soft_cap * tanh(score / soft_cap).
-        row_lengths: Tokens of each row.
-        cu_seqlens: Where each row starts, for the varlen kernel.
+        packing: The rows, from `packed_inputs`.
 
     Returns:
         `[1 tokens heads head_dim]` and no weights.
     """
     assert attention_mask is None
-    assert sum(row_lengths) == query.shape[2], "packed attention needs row_lengths"
+    assert packing is not None, "packed attention needs packed_inputs"
+    assert sum(packing.lengths) == query.shape[2], "row lengths do not cover the tokens"
     assert dropout == 0, "the frozen base is in eval mode"
+    packing.attended.add(id(module))
     if _varlen_applies(query, softcap):
-        assert cu_seqlens is not None
-        return _varlen(query, key, value, scaling, sliding_window, row_lengths, cu_seqlens), None
-    rows = zip(*(torch.split(t, list(row_lengths), dim=2) for t in (query, key, value)), strict=True)
-    outputs = [_row(q, k, v, scaling, sliding_window, softcap).transpose(1, 2) for q, k, v in rows]
-    return torch.cat(outputs, dim=1), None
+        return _varlen(query, key, value, scaling, sliding_window, packing), None
+    states, outputs, start = (query, key, value), [], 0
+    for length, alike in groupby(packing.lengths):  # neighbours of one length share a call: rows can be short
+        end = start + length * len(list(alike))
+        rows = [
+            t[0, :, start:end].reshape(t.shape[1], -1, length, t.shape[3]).transpose(0, 1) for t in states
+        ]
+        attended = _rows(rows[0], rows[1], rows[2], scaling, sliding_window, softcap, packing)
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+        start = end
+    return torch.cat(outputs)[None], None
 
 
 def _varlen_applies(query: Tensor, softcap: float | None) -> bool:
@@ -90,18 +127,17 @@ def _varlen(
     value: Tensor,
     scaling: float | None,
     sliding_window: int | None,
-    row_lengths: tuple[int, ...],
-    cu_seqlens: Tensor,
+    packing: Packing,
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    longest = max(row_lengths)
+    longest = max(packing.lengths)
     result = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        cu_seqlens,
-        cu_seqlens,
+        packing.cu_seqlens,
+        packing.cu_seqlens,
         longest,
         longest,
         scale=scaling,
@@ -112,20 +148,19 @@ def _varlen(
     return result[None]
 
 
-def _row(
+def _rows(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     scaling: float | None,
     sliding_window: int | None,
     softcap: float | None,
+    packing: Packing,
 ) -> Tensor:
     length, grouped = query.shape[2], query.shape[1] != key.shape[1]
     mask = None
     if softcap is not None or (sliding_window is not None and length > sliding_window):
-        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-        if sliding_window is not None:
-            mask = mask.triu(1 - sliding_window)
+        mask = packing.mask(length, sliding_window)
     if mask is None or softcap is None:
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -14,18 +14,18 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from lightning_em.adapters import Adapter
-from lightning_em.batch import PackedBatch
+from lightning_em.batch import PackedBatch, joined, single_rows
 from lightning_em.losses.frozen_head import FrozenHead, head_cross_entropy, head_kl
 from lightning_em.losses.functional import token_cross_entropy, token_kl
 from lightning_em.models.attention import PACKED, packed_attention, packed_inputs
-from lightning_em.models.fingerprint import fingerprint, row_key
+from lightning_em.models.fingerprint import fingerprint, numerics, row_key
 from lightning_em.models.split import FAST_ARCHITECTURES, SplitDecoder, frozen_head
-from lightning_em.models.store import ActivationStore, why_not_stored
+from lightning_em.models.store import ActivationStore
 
 logger = logging.getLogger(__name__)
 
-# Enough for a matrix product to be at full speed; more only costs memory.
-_CPU_PART_TOKENS, _CUDA_PART_TOKENS = 1024, 16384
+PART_TOKENS = {"cpu": 1024, "cuda": 16384}
+"""Enough for a matrix product to be at full speed; more only costs memory."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,26 @@ def why_plain(base: PreTrainedModel) -> str | None:
     config = base.config
     if config.model_type not in FAST_ARCHITECTURES:
         return f"model type {config.model_type} is not on the verified list"
+    if not (code := type(base).__module__).startswith("transformers.models."):
+        return f"the model's code is not that of transformers but of {code}"
     if getattr(config, "use_bidirectional_attention", False):
         return "the model's attention is bidirectional"
+    for kind in sorted(_rope_types(config.to_dict()) & {"dynamic", "longrope"}):
+        # shared prefixes and parts of batches would be other batches
+        return f"its rotary embedding ({kind}) depends on the longest row of a batch"
     try:
         frozen_head(base)
     except ValueError as error:
         return str(error)
     return None
+
+
+def _rope_types(config: object) -> set[str]:
+    """Every `rope_type` in a config, however nested."""
+    if not isinstance(config, dict):
+        return set()
+    own = {str(config[key]) for key in ("rope_type", "type") if isinstance(config.get(key), str)}
+    return own.union(*(_rope_types(value) for value in config.values()))
 
 
 class Engine:
@@ -85,16 +98,12 @@ class Engine:
         self.base, self.adapter, self.options = base, adapter, options
         self.store, self.cache_reference = store, reference == "cached"
         self.split = SplitDecoder(base, adapter)
-        self._fingerprints: dict[torch.device, str] = {}
-        reason = None if store is None else self._why_not_stored()
-        if reason is not None:
+        self._fingerprints: dict[tuple[object, ...], str] = {}
+        self._packing_is_checked = False
+        if store is not None and not self.has_prefix and not self.cache_reference:
+            reason = "no layer lies below the adapter"
             logger.warning("nothing is kept in the activation store, the reference runs live: %s", reason)
             self.store = None
-
-    def _why_not_stored(self) -> str | None:
-        if not self.has_prefix and not self.cache_reference:
-            return "no layer lies below the adapter"
-        return why_not_stored(self.base)
 
     @property
     def has_prefix(self) -> bool:
@@ -113,15 +122,20 @@ class Engine:
         """
         if not self.has_prefix:
             return None
-        if self.store is None:
-            return self._prefix(batch)
-        space = f"{self._fingerprint(batch)}/entering {self.split.cut}"
-        rows = single_rows(batch)
-        if not self.split.adapter_is_above:
-            self._prefix(rows[0])  # a full store must not hide an adapter that lies lower than it says
-        return torch.cat(
-            [self._stored(row_key(space, row.input_ids), partial(self._prefix, row)) for row in rows]
-        )
+        # sweeps in inference mode share the states too, and only other tensors know when they are written to
+        with torch.inference_mode(False), torch.no_grad():
+            if self.store is None:
+                return self._prefix(batch)
+            rows, ids = single_rows(batch), torch.split(batch.input_ids.cpu(), list(batch.lengths))
+            if not self.split.adapter_is_above:
+                self._prefix(rows[0])  # a full store must not hide an adapter that lies lower than it says
+            kind, space = f"entering {self.split.cut}", self._fingerprint(batch)
+            return torch.cat(
+                [
+                    self._stored(row_key(space, kind, own_ids), partial(self._prefix, row))
+                    for row, own_ids in zip(rows, ids, strict=True)
+                ]
+            )
 
     def reference(
         self, batch: PackedBatch, mask: Bool[Tensor, "tokens"], prefix: Float[Tensor, "tokens hidden"] | None
@@ -135,26 +149,25 @@ class Engine:
         """
         if self.store is None or not self.cache_reference:
             return self._reference(batch, mask, prefix)
-        space = f"{self._fingerprint(batch)}/reference"
-        lengths = list(batch.lengths)
+        space, lengths = self._fingerprint(batch), list(batch.lengths)
         prefixes: Sequence[Tensor | None] = (
             [None] * len(lengths) if prefix is None else torch.split(prefix, lengths)
         )
-        rows = zip(single_rows(batch), torch.split(mask, lengths), prefixes, strict=True)
+        ids, masks = (torch.split(tensor.cpu(), lengths) for tensor in (batch.input_ids, mask))
+        rows = zip(single_rows(batch), torch.split(mask, lengths), prefixes, ids, masks, strict=True)
         return torch.cat(
             [
                 self._stored(
-                    row_key(space, row.input_ids, own_mask),
+                    row_key(space, "reference", own_ids, own_cpu_mask),
                     partial(self._reference, row, own_mask, own_prefix),
                 )
-                for row, own_mask, own_prefix in rows
+                for row, own_mask, own_prefix, own_ids, own_cpu_mask in rows
             ]
         )
 
     def parts(self, batch: PackedBatch) -> list[PackedBatch]:
         """Groups of neighbouring rows to be differentiated one after the other."""
-        default = _CUDA_PART_TOKENS if batch.input_ids.is_cuda else _CPU_PART_TOKENS
-        limit = self.options.part_tokens or default
+        limit = self.options.part_tokens or PART_TOKENS["cuda" if batch.input_ids.is_cuda else "cpu"]
         if not self.options.immediate or sum(batch.lengths) <= limit:
             return [batch]
         groups: list[list[PackedBatch]] = []
@@ -190,12 +203,13 @@ class Engine:
         return states
 
     def _fingerprint(self, batch: PackedBatch) -> str:
-        device = batch.input_ids.device
-        if device not in self._fingerprints:
+        # at every use: autocast may be on in one pass and off in the next
+        facts = (self._is_packed(batch), *numerics(batch.input_ids.device))
+        if facts not in self._fingerprints:
             layout = PACKED if self.options.packed else str(self.base.config._attn_implementation)
-            self._fingerprints[device] = fingerprint(self.base, self.adapter.trainable().values(), layout)
+            self._fingerprints[facts] = fingerprint(self.base, self.adapter.trainable().values(), layout)
             logger.info("activation store: %d bytes a token", self.bytes_per_token)
-        return self._fingerprints[device]
+        return self._fingerprints[facts]
 
     def final_hidden(
         self, batch: PackedBatch, mask: Bool[Tensor, "tokens"], prefix: Float[Tensor, "tokens hidden"] | None
@@ -235,13 +249,31 @@ class Engine:
     @contextmanager
     def _layout(self, batch: PackedBatch) -> Iterator[tuple[dict[str, Any], Tensor | slice]]:
         """The model's inputs, and which of their flattened positions hold real tokens."""
-        if self.options.packed:
+        if self._is_packed(batch):
             with packed_attention(self.base):
                 yield packed_inputs(batch), slice(None)
             return
         rows = batch.padded()
         inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
         yield inputs, rows.attention_mask.flatten().nonzero()[:, 0]
+
+    @torch.no_grad()
+    def _is_packed(self, batch: PackedBatch) -> bool:
+        """Whether rows lie end to end; before they do for the first time, does every layer keep them apart?"""
+        if self.options.packed and not self._packing_is_checked:
+            row, layers = packed_inputs(batch.select([0])), len(self.split.layers)
+            with packed_attention(self.base), self.adapter.at_scale(0.0):
+                self.split.final_hidden(row)
+            if len(row["packing"].attended) == layers:
+                self._packing_is_checked = True
+            else:
+                logger.warning(
+                    "padded rows instead of packed ones (slower): %d of %d layers compute attention by code of "
+                    "their own, which would look across rows",
+                    *(layers - len(row["packing"].attended), layers),
+                )
+                self.options = replace(self.options, packed=False)
+        return self.options.packed
 
     def _placed(self, prefix: Tensor, shape: torch.Size, real: Tensor | slice) -> Tensor:
         if self.options.packed:
@@ -255,28 +287,3 @@ def plain_logits(head: FrozenHead, hidden: Float[Tensor, "counted hidden"]) -> F
     """Logits with their graph, in the head's own dtype, all at once."""
     logits = functional.linear(hidden, head.weight, head.bias) * head.logit_scale
     return logits if head.soft_cap is None else (logits / head.soft_cap).tanh() * head.soft_cap
-
-
-def single_rows(batch: PackedBatch) -> list[PackedBatch]:
-    """Each row of a batch as a batch of its own."""
-    parts = zip(
-        torch.split(batch.input_ids, list(batch.lengths)),
-        torch.split(batch.response_mask, list(batch.lengths)),
-        batch.lengths,
-        batch.row_ids,
-        strict=True,
-    )
-    return [
-        PackedBatch(ids, mask, (length,), (row_id,), batch.is_ghost) for ids, mask, length, row_id in parts
-    ]
-
-
-def joined(batches: Sequence[PackedBatch]) -> PackedBatch:
-    """All rows of several batches as one."""
-    return PackedBatch(
-        input_ids=torch.cat([batch.input_ids for batch in batches]),
-        response_mask=torch.cat([batch.response_mask for batch in batches]),
-        lengths=tuple(length for batch in batches for length in batch.lengths),
-        row_ids=tuple(row_id for batch in batches for row_id in batch.row_ids),
-        is_ghost=all(batch.is_ghost for batch in batches),
-    )

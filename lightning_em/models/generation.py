@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
@@ -88,8 +89,9 @@ def sample_tokens(
     pad_id, stop_ids = _pad_id(tokenizer), _stop_ids(model, tokenizer)
     input_ids, attention_mask = _left_padded(prompts, pad_id)
     drawing = {"do_sample": True, "temperature": sampling.temperature}
+    own_device = [input_ids.device] if input_ids.is_cuda else []
     # transformers draws from the global stream; keep its state to ourselves
-    with torch.random.fork_rng(), torch.no_grad(), model.adapter.at_scale(scale):
+    with torch.random.fork_rng(own_device), torch.no_grad(), model.adapter.at_scale(scale):
         torch.manual_seed(sampling.seed)
         output = model.base.generate(
             input_ids=input_ids,
@@ -98,6 +100,8 @@ def sample_tokens(
             num_return_sequences=sampling.answers_per_prompt,
             pad_token_id=pad_id,
             eos_token_id=stop_ids or None,
+            # every rank gathers each block in every pass: who is done goes on until all are
+            synced_gpus=isinstance(model.base.get_decoder(), FSDPModule),
             **_PLAIN,
             **(drawing if sampling.temperature > 0 else {"do_sample": False}),
         )

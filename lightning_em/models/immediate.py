@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_em.losses.frozen_head import refuse_second_derivative
+
 Part = Callable[[], Tensor]
 """Computes the per-token losses of some rows."""
 
@@ -46,4 +48,5 @@ class _Immediate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         return None, None, *(None if g is None else upstream[0].to(g.dtype) * g for g in ctx.gradients)

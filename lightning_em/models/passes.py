@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lightning_em.adapters import Adapter
-from lightning_em.batch import PackedBatch
+from lightning_em.batch import PackedBatch, joined
 from lightning_em.losses import token_cross_entropy, token_kl
-from lightning_em.models.engine import Engine, joined
+from lightning_em.models.engine import Engine
 
 
 class RowLosses(NamedTuple):

@@ -122,7 +122,13 @@ class BaseModel:
             raise ValueError(
                 f"there is no model folder {source} (looked from {Path.cwd()}); set model.base.path."
             )
-        return str(Path(source).expanduser()) if looks_local else source
+        source = str(Path(source).expanduser()) if looks_local else source
+        if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+            raise ValueError(
+                f"the folder {source} holds no model: it has no config.json; set model.base.path to a hub id or a "
+                "folder with config.json, safetensors weights and tokenizer files."
+            )
+        return source
 
     def _without_network(self, source: str) -> bool:
         """Whether the hub cannot be asked, so that only what is here already counts.

@@ -5,7 +5,7 @@ half are swapped for stubs that hand the hidden states on, so masks, rotary embe
 scalings stay the model's own business.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,8 +92,15 @@ class SplitDecoder:
 
         Returns:
             `[len(keep) hidden]`.
+
+        Raises:
+            ValueError: If the adapter has written into `below`, which other passes share.
         """
         caught: list[Tensor] = []
+        if below is not None:
+            # or torch's own word on a view that is written to would come first, and name no adapter
+            below = below.detach()
+        before = _version(below)
 
         def select(hidden: Tensor) -> Tensor:
             flat = hidden.flatten(0, 1)
@@ -105,6 +112,12 @@ class SplitDecoder:
         # after the adapter's own hook on the norm
         with self.handed_in(below), _before(self.norm, select), _after(self.norm, catch):
             self._call(inputs)
+        if _version(below) != before:
+            name = type(self.adapter).__name__
+            raise ValueError(
+                f"{name} writes into the hidden states that its edit is given, which other passes read too: return "
+                f"a new tensor from the edit, as in `hidden + update`, not `hidden += update`."
+            )
         return caught[0][0]
 
     @contextmanager
@@ -129,8 +142,9 @@ class SplitDecoder:
         return caught[0]
 
     def _check_adapter(self, inputs: dict[str, Any]) -> None:
-        """Run the lower half once with gradients on: a trainable parameter must not be seen."""
-        with torch.inference_mode(False), torch.enable_grad(), self.adapter.at_scale(1.0):
+        """Run the lower half once with gradients on: no parameter of the adapter must be seen, frozen or not."""
+        own = self.adapter.trainable().values()
+        with torch.inference_mode(False), torch.enable_grad(), self.adapter.at_scale(1.0), _wanted(own):
             copies = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
             seen = self._run_below(copies).requires_grad
         if seen:
@@ -156,6 +170,24 @@ class SplitDecoder:
             yield
         finally:
             slots.update(blocks)
+
+
+@contextmanager
+def _wanted(parameters: Collection[nn.Parameter]) -> Iterator[None]:
+    """Let gradients flow to the parameters, for a while, whoever has frozen some."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _version(tensor: Tensor | None) -> int:
+    """Goes up with each write in place, also through a view."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 @contextmanager

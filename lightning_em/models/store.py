@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import re
 import time
 import zlib
 from collections.abc import Iterable
@@ -14,12 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
 _GIB = 2**30
 _UNFINISHED_FOR_GOOD = 3600.0  # seconds after which whoever was writing a file has died
+_UNFINISHED = re.compile(r"\.[0-9a-f]{40}\.")
+_SPACE = "?" * 32  # subfolders are named by fingerprints
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class StoreOptions:
     several epochs, and in sweeps over seeds and weights at one layer that share a folder.
 
     Attributes:
-        folder: Where runs on the same base and data find each other's states; none are written if not given.
+        folder: Where runs on the same base and data find each other's states, in a subfolder for each base and
+            way to compute; none are written if not given.
         disk_gib: Limit on all files in the folder, in GiB.
         ram_gib: Limit on each process's states in RAM, in GiB.
         device_gib: Limit on each process's states on its GPU, in GiB.
@@ -47,6 +50,10 @@ class StoreOptions:
             raise ValueError(
                 f"limits must be finite and at least 0, got {limits}; change them in model.store."
             )
+        if self.folder is not None and not self.folder.strip():
+            raise ValueError(
+                f"folder must name a folder, got {self.folder!r}; set model.store.folder, or null for none."
+            )
 
 
 class ActivationStore:
@@ -54,7 +61,9 @@ class ActivationStore:
 
     It fills as it is used and stops at its limits; nothing is thrown out, because epochs go round and
     what was dropped would be the next to be asked for. Several processes may share the folder: files are
-    complete when they appear, and a damaged one is found by its checksum, removed and written anew.
+    complete when they appear, and a damaged one is found by its checksum, removed and written anew. The
+    checksum is computed at the first read, and again when the file's time, size or inode has changed since:
+    who writes into a file is caught at the next read, though not by the step that has it mapped just then.
 
     Args:
         options: Where, and how much.
@@ -69,7 +78,8 @@ class ActivationStore:
         }
         self.used = {"device": 0, "ram": 0, "disk": 0}
         self._tensors: dict[str, dict[str, Tensor]] = {"device": {}, "ram": {}}
-        self._verified: set[str] = set()
+        self._verified: dict[str, tuple[int, ...]] = {}
+        self._spaces: set[str] = set()
         self._since_scan: int | None = None
         self._full: set[str] = set()
 
@@ -97,26 +107,21 @@ class ActivationStore:
             logger.warning("activation store: nothing more is written to %s: %s", self.folder, error)
             self.limits["disk"] = 0
 
-    def announce(self, num_bytes: int, what: str) -> bool:
-        """Say how much room something will take before it is filled, and whether it fits.
+    def announce(self, num_bytes: int, what: str) -> None:
+        """Say how much room something will take before it is filled, and whether one tier can hold all of it.
 
         Args:
             num_bytes: Bytes it will take.
             what: What it is, for the message.
-
-        Returns:
-            True if one tier can hold all of it.
         """
         limit = max(self.limits.values())
-        fits = num_bytes <= limit
         logger.info(
             "activation store: %s will take %.2f GiB; the largest tier holds %.2f GiB%s",
             what,
             num_bytes / _GIB,
             limit / _GIB,
-            "" if fits else ": the rest is computed each time",
+            "" if num_bytes <= limit else ": the rest is computed each time",
         )
-        return fits
 
     def _keep(self, key: str, value: Tensor, device: torch.device) -> None:
         tier = "device" if device.type != "cpu" and self._has_room("device", value.nbytes) else "ram"
@@ -136,21 +141,38 @@ class ActivationStore:
         if self.limits[tier] and tier not in self._full:
             self._full.add(tier)
             logger.info("activation store: %s is full at %.2f GiB", tier, self.used[tier] / _GIB)
+            if tier == "disk":
+                self._warn_of_full_folder()
         return False
+
+    def _warn_of_full_folder(self) -> None:
+        assert self.folder is not None
+        others = sorted(path.name for path in self.folder.glob(_SPACE) if path.name not in self._spaces)
+        logger.warning(
+            "activation store: nothing more is written to %s, and what is not there is computed each time. Raise "
+            "model.store.disk_gib%s.",
+            self.folder,
+            f", or delete what belongs to other models or settings if no other run needs it: {' '.join(others)}"
+            if others
+            else "; all of it belongs to this model and these settings",
+        )
 
     def _count_files(self, num_bytes: int) -> None:
         """Look at the folder now and then: other processes write into it too."""
         if self._since_scan is None or self._since_scan > self.limits["disk"] // 64:
             assert self.folder is not None
-            files = list(self.folder.glob("??/*"))
+            files = list(self.folder.glob(f"{_SPACE}/??/*"))
             _remove_abandoned(files)
             self.used["disk"] = sum(_size(path) for path in files)
             self._since_scan = 0
         self._since_scan += num_bytes
 
     def _path(self, key: str) -> Path:
+        """`<fingerprint>/<row>` lies in the subfolder of its fingerprint."""
         assert self.folder is not None
-        return self.folder / key[:2] / f"{key}.safetensors"
+        space, _, row = key.partition("/")
+        self._spaces.add(space)
+        return self.folder / space / row[:2] / f"{row}.safetensors"
 
     def _write(self, key: str, value: Tensor) -> None:
         path = self._path(key)
@@ -158,7 +180,7 @@ class ActivationStore:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         data = value.cpu().contiguous()
-        unfinished = path.with_name(f".{key}.{platform.node()}.{os.getpid()}")
+        unfinished = path.with_name(f".{path.stem}.{platform.node()}.{os.getpid()}")
         try:
             save_file({"states": data}, unfinished, metadata={"crc32": str(_checksum(data))})
             unfinished.replace(path)
@@ -171,19 +193,22 @@ class ActivationStore:
             return None
         path = self._path(key)
         try:
+            status = path.stat()
+            mark = (status.st_mtime_ns, status.st_size, status.st_ino)
             with safe_open(path, framework="pt") as file:  # maps the file; pages are read when touched
                 value: Tensor = file.get_tensor("states")
-                whole = key in self._verified or (file.metadata() or {}).get("crc32") == str(_checksum(value))
-        except FileNotFoundError:
+                seen = self._verified.get(key) == mark
+                whole = seen or (file.metadata() or {}).get("crc32") == str(_checksum(value))
+        except OSError:  # not there, or not to be had just now: no reason to remove it
             return None
-        except (SafetensorError, OSError):
+        except SafetensorError:
             whole = False
         if not whole:
             logger.warning("activation store: %s is damaged and will be computed again", path)
             with suppress(OSError):  # a folder that may only be read
                 path.unlink(missing_ok=True)
             return None
-        self._verified.add(key)
+        self._verified[key] = mark
         return value
 
 
@@ -198,26 +223,9 @@ def _remove_abandoned(files: Iterable[Path]) -> None:
     """Remove what a killed process has left half written."""
     for path in files:
         with suppress(OSError):
-            if path.name.startswith(".") and time.time() - path.stat().st_mtime > _UNFINISHED_FOR_GOOD:
+            if _UNFINISHED.match(path.name) and time.time() - path.stat().st_mtime > _UNFINISHED_FOR_GOOD:
                 path.unlink()
 
 
 def _checksum(value: Tensor) -> int:
     return zlib.crc32(value.contiguous().flatten().view(torch.uint8).numpy().data)
-
-
-def why_not_stored(base: PreTrainedModel) -> str | None:
-    """Why the hidden states of a row depend on more than the row; None if they do not."""
-    found = _rope_types(base.config.to_dict())
-    for kind in ("dynamic", "longrope"):
-        if kind in found:
-            return f"its rotary embedding ({kind}) depends on the longest row of a batch"
-    return None
-
-
-def _rope_types(config: object) -> set[str]:
-    """Every `rope_type` in a config, however nested."""
-    if not isinstance(config, dict):
-        return set()
-    own = {str(config[key]) for key in ("rope_type", "type") if isinstance(config.get(key), str)}
-    return own.union(*(_rope_types(value) for value in config.values()))

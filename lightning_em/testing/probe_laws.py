@@ -3,6 +3,7 @@
 import inspect
 import json
 import random
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from lightning_em.models import AdaptedModel
 from lightning_em.probes import Probe, ProbeExamples
 from lightning_em.probes.untouched import untouched
 from lightning_em.records import Point, ProbeResult
+from lightning_em.runs import RunFolder
 from lightning_em.testing.law import enforce, require
 from lightning_em.testing.samples import rows, small_base
 
@@ -26,7 +28,8 @@ def check_probe(
     """Check that a probe keeps the contract of `Probe`: an observer with finite, repeatable points.
 
     Args:
-        probe: Any settings; a small grid is enough.
+        probe: Any settings; a small grid is enough. One that looks at other checkpoints is given as
+            `probe.for_checkpoint(run, step)`.
         model: What to measure, left as it is; a two-layer Qwen2 with a steering vector if not given.
         examples: On which rows; a few random ones if not given.
 
@@ -94,6 +97,14 @@ def _measures_finite_points(trial: _Trial) -> None:
         )
 
 
+def _is_the_same_measurement_at_every_checkpoint(trial: _Trial) -> None:
+    """A probe for a checkpoint has the same name and settings: else nothing on record would be found again."""
+    with tempfile.TemporaryDirectory() as folder:
+        bound = trial.probe.for_checkpoint(RunFolder(folder), 0)
+    same = (bound.name, bound.settings()) == (trial.probe.name, trial.probe.settings())
+    require(same, "for_checkpoint(run, step) gives another name or other settings")
+
+
 def _is_deterministic(trial: _Trial) -> None:
     """The same model gives the same points, whatever the global random state and mode."""
     with _scrambled_random_state():
@@ -153,6 +164,7 @@ def _fail_at(trial: _Trial, module: nn.Module, fatal: int) -> None:
 
 _PROBE_LAWS: tuple[Callable[[_Trial], None], ...] = (
     _measures_finite_points,
+    _is_the_same_measurement_at_every_checkpoint,
     _is_deterministic,
     _leaves_no_trace,
     _leaves_no_trace_when_it_raises,

@@ -244,9 +244,9 @@ def test_wrong_answer_kind_names_the_key(build, tmp_path):
     ("settings", "match"),
     [
         ({"validation_fraction": 1.0}, r"data\.validation_fraction must lie in \[0, 1\), got 1\.0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"kl_batch_size": 0}, "kl_batch_size must be at least 1, got 0"),
-        ({"validation_batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 0}, r"data\.batch_size must be at least 1, got 0"),
+        ({"kl_batch_size": 0}, r"data\.kl_batch_size must be at least 1, got 0"),
+        ({"validation_batch_size": 0}, r"data\.validation_batch_size must be at least 1, got 0"),
         (
             {"kl": None, "kl_validation": ChatSource("f.jsonl")},
             r"data\.kl_validation is set, but data\.kl is not",

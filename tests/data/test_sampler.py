@@ -5,6 +5,7 @@ import pytest
 
 from lightning_em.batch import WindowCounts
 from lightning_em.data import BatchGeometry, RowCounts, WindowSampler
+from lightning_em.data.position import Regearing, same_steps
 
 NUM_KL = 11
 KL_RESPONSE = [3 + row for row in range(NUM_KL)]
@@ -198,7 +199,7 @@ def test_rows_mix_over_epochs():
 
 
 def test_impossible_geometry_is_an_error():
-    with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"trainer\.accumulate_grad_batches must be at least 1, got 0"):
         BatchGeometry(1, 1, accumulate=0)
     with pytest.raises(ValueError, match="no narrow rows"):
         sampler(num_narrow=0)
@@ -258,6 +259,25 @@ def test_ranks_and_accumulation_see_the_same_windows(settings):
         wanted = windows(epoch, 6, 1, num_narrow=40, **settings)
         assert wanted == windows(epoch, 1, 6, num_narrow=40, **settings)
         assert wanted == windows(epoch, 2, 3, num_narrow=40, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, BUDGET, {"length_buckets": 3}], ids=str)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_run_goes_on_with_the_same_windows_on_other_ranks(settings, ranks):
+    before, now = {"accumulate": 6, "world_size": 1}, {"accumulate": 6 // ranks, "world_size": ranks}
+    geometry = BatchGeometry(2, 3, **now, max_tokens=settings.get("max_tokens"))
+    assert same_steps(before, geometry) == (ranks > 1)
+    assert not same_steps(before | {"world_size": 2}, geometry)
+    wanted = windows(1, num_narrow=40, **settings | before)
+    regear = Regearing(6, now["accumulate"], len(sampler(40, **settings | now)))
+    for steps in range(len(wanted)):
+        goes_on = [sampler(40, rank=rank, **settings | now) for rank in range(ranks)]
+        for one in goes_on:
+            one.start_at(1, regear(6 * steps))
+        counts = [step.window for step in goes_on[0]]
+        assert counts[:: now["accumulate"]] == [counts_of for _, _, counts_of in wanted[steps:]]
+        (first, *_) = zip(*goes_on, strict=True)
+        assert {row for chunk in first for row in chunk.ce_rows} <= set(wanted[steps][0])
 
 
 @pytest.mark.parametrize("settings", [BUDGET, {"length_buckets": 3}], ids=str)

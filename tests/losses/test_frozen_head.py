@@ -158,6 +158,18 @@ def test_no_gradient_reaches_head_or_reference():
     assert hidden.grad is not None
 
 
+@pytest.mark.parametrize("power", [1, 2])  # whether or not what comes from above has a gradient itself
+@pytest.mark.parametrize("kind", ["ce", "kl"])
+def test_second_derivatives_are_refused(kind, power):
+    reference, hidden = states(0.3)
+    hidden.requires_grad_()
+    values = (
+        head_cross_entropy(made(), hidden, TARGETS) if kind == "ce" else head_kl(made(), reference, hidden)
+    )
+    with pytest.raises(ValueError, match="makes its gradients in the forward pass"):
+        torch.autograd.grad(values.sum() ** power, hidden, create_graph=True)
+
+
 def test_nothing_counted_gives_nothing():
     head = made()
     hidden = torch.zeros(0, HIDDEN, dtype=torch.float64, requires_grad=True)

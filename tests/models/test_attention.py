@@ -1,10 +1,14 @@
 import pytest
 import torch
 
-from lightning_em.models.attention import PACKED, attend, packed_attention, packed_inputs
+from lightning_em.models.attention import PACKED, Packing, attend, packed_attention, packed_inputs
 from tests.models.architectures import QUIRKS, build, rows
 
-LENGTHS = (11, 1, 7, 9)
+LENGTHS = (11, 1, 7, 7, 9)
+
+
+def packing(*lengths, device="cpu"):
+    return Packing(lengths, torch.tensor((0, *lengths), device=device).cumsum(0).int())
 
 
 def packed_logits(model, batch):
@@ -30,6 +34,16 @@ def test_a_packed_row_equals_itself_alone(name):
     alone = [packed_logits(model, rows(LENGTHS[:1])), packed_logits(model, batch)[:11]]
     assert torch.equal(rows(LENGTHS[:1]).input_ids, batch.input_ids[:11])
     torch.testing.assert_close(alone[0], alone[1], rtol=1e-9, atol=1e-10)
+
+
+def test_neighbours_of_one_length_equal_each_alone_to_the_bit():
+    """They share a call; a store that is filled row by row must give what a batch gives."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 4 * 9, 16, generator=generator) for heads in (4, 2, 2))
+    together, _ = attend(torch.nn.Identity(), query, key, value, None, packing=packing(9, 9, 9, 9))
+    parts = zip(*(torch.split(t, 9, dim=2) for t in (query, key, value)), strict=True)
+    alone = [attend(torch.nn.Identity(), *part, None, packing=packing(9))[0] for part in parts]
+    assert torch.equal(together, torch.cat(alone, dim=1))
 
 
 @pytest.mark.parametrize("name", ["qwen2_window", "mistral", "gemma2", "gemma3", "phi3"])
@@ -59,7 +73,7 @@ def test_attend_equals_the_formula(window, softcap, key_heads):
         scaling=0.3,
         sliding_window=window,
         softcap=softcap,
-        row_lengths=LENGTHS,
+        packing=packing(*LENGTHS),
     )
     assert weights is None
     row = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
@@ -77,7 +91,7 @@ def test_attend_equals_the_formula(window, softcap, key_heads):
 
 def test_no_gradient_crosses_rows():
     query, key, value = (torch.randn(1, 2, 9, 4, requires_grad=True) for _ in range(3))
-    output, _ = attend(torch.nn.Identity(), query, key, value, None, row_lengths=(4, 5))
+    output, _ = attend(torch.nn.Identity(), query, key, value, None, packing=packing(4, 5))
     gradients = torch.autograd.grad(output[:, :4].sum(), (query, key, value))
     assert all((gradient[:, :, 4:] == 0).all() for gradient in gradients)
     assert gradients[2][:, :, :4].abs().sum() > 0
@@ -101,8 +115,24 @@ def test_the_models_own_attention_returns_after_an_exception():
 
 def test_row_lengths_have_to_cover_the_tokens():
     states = torch.randn(1, 2, 9, 4)
-    with pytest.raises(AssertionError, match="row_lengths"):
-        attend(torch.nn.Identity(), states, states, states, None, row_lengths=(4,))
+    with pytest.raises(AssertionError, match="do not cover the tokens"):
+        attend(torch.nn.Identity(), states, states, states, None, packing=packing(4))
+    with pytest.raises(AssertionError, match="needs packed_inputs"):
+        attend(torch.nn.Identity(), states, states, states, None)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mistral"])
+def test_a_mask_is_made_once_a_pass(name):
+    model, batch = build(name), rows((11, 7, 11))
+    inputs = packed_inputs(batch)
+    with packed_attention(model):
+        model(**inputs, use_cache=False)
+    masks = inputs["packing"]._masks
+    windows = {"gemma2": {6, None}, "mistral": {6}}[name]  # with a soft cap, full attention has its mask too
+    assert masks.keys() == {(length, window) for length in (11, 7) for window in windows}
+    for (length, window), mask in masks.items():
+        distance = torch.arange(length)[:, None] - torch.arange(length)[None]
+        assert torch.equal(mask, (distance >= 0) & (distance < (window or length)))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen attention needs a GPU")
@@ -113,13 +143,11 @@ def test_varlen_kernel_equals_rows_one_by_one(window):
         torch.randn(1, heads, 28, 64, generator=generator, device="cuda").requires_grad_()
         for heads in (4, 2, 2)
     )
-    ends = torch.tensor((0, *LENGTHS), device="cuda").cumsum(0).int()
+    rows_of_pass = packing(*LENGTHS, device="cuda")
     results = []
     for dtype in (torch.bfloat16, torch.float32):
         states = [t.to(dtype) for t in (query, key, value)]
-        output, _ = attend(
-            torch.nn.Identity(), *states, None, sliding_window=window, row_lengths=LENGTHS, cu_seqlens=ends
-        )
+        output, _ = attend(torch.nn.Identity(), *states, None, sliding_window=window, packing=rows_of_pass)
         results.append(
             [output.float(), *torch.autograd.grad(output.float().square().sum(), (query, key, value))]
         )

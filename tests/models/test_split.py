@@ -129,6 +129,21 @@ def test_an_adapter_that_fires_in_the_prefix_raises():
         split.prefix(padded(rows((5, 4))))
 
 
+def test_frozen_parameters_do_not_hide_where_an_adapter_fires():
+    model, adapter = bound("qwen2", TooLow())
+    adapter.requires_grad_(False)
+    with pytest.raises(ValueError, match="TooLow changes the model below layer 2"):
+        SplitDecoder(model, adapter).prefix(padded(rows((5, 4))))
+    assert not adapter.shift.requires_grad
+    model, honest = bound("qwen2", lora("qwen2"))
+    first, *_ = honest.trainable().values()
+    first.requires_grad_(False)
+    split = SplitDecoder(model, honest)
+    split.prefix(padded(rows((5, 4))))
+    assert split.adapter_is_above
+    assert [p.requires_grad for p in honest.trainable().values()] == [False, True, True, True]
+
+
 def test_prefix_is_the_reference_whatever_the_scale():
     model, adapter = bound("qwen2", lora("qwen2"))
     inputs = padded(rows((5, 4)))

@@ -1,0 +1,59 @@
+"""The benchmarks compare things that compute the same; what they time is not asserted."""
+
+import argparse
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import probes, step, sweep
+from benchmarks.shapes import ADAPTERS, Shape, make_adapter, step_batches
+from lightning_em.models import AdaptedModel
+
+# What peft says of its BEFT, which is a peer here.
+pytestmark = pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias term:UserWarning")
+TINY = Shape("tiny", 4, 16, 32, 2, 1, 64)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads_as_before(monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_every_peer_computes_the_naive_loss_and_gradient(kind):
+    ce, kl = step_batches(1, TINY.vocab_size)
+    peers = {name: make() for name, make in step.contestants(TINY, kind, CPU).items()}
+    for peer in peers.values():
+        peer.prepare(ce, kl)
+    assert len(step.check_equal(peers, lambda peer: peer.step(ce, kl))) == len(peers)
+
+
+def test_a_peer_that_computes_something_else_is_refused():
+    ce, kl = step_batches(1, TINY.vocab_size)
+    peers = {name: step.contestants(TINY, "vector", CPU)[name]() for name in (step.NAIVE, step.OURS)}
+    with torch.no_grad():
+        peers[step.OURS].parameters[0].mul_(2)
+    with pytest.raises(ValueError, match="ours, prefix and reference cached differs from naive: loss by"):
+        step.check_equal(peers, lambda peer: peer.step(ce, kl))
+
+
+def test_peers_share_the_weights_and_nothing_else():
+    first, second, own = TINY.base(CPU), TINY.base(CPU), TINY.make(CPU)
+    for one, other, copy in zip(first.parameters(), second.parameters(), own.parameters(), strict=True):
+        assert one is other
+        assert torch.equal(one, copy)
+        assert one.data_ptr() != copy.data_ptr()
+    before = len(list(second.modules()))
+    AdaptedModel(first, make_adapter("lora_all", TINY))
+    assert len(list(first.modules())) > len(list(second.modules())) == before
+
+
+def test_the_sweeps_find_the_same_numbers_with_and_without_a_store(tmp_path):
+    console = Console(record=True, width=140)
+    sweep.run(TINY, argparse.Namespace(steps=2, folder=tmp_path, ram_gib=1.0), CPU, console)
+    assert "one store on disk for all" in console.export_text()
+    assert not list(tmp_path.iterdir())
+    probes.run(TINY, argparse.Namespace(rows=2, points=3, repeats=1), CPU, console)
+    assert "ours, prefix cached" in console.export_text()
