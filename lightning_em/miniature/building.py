@@ -127,5 +127,9 @@ def _one_thread() -> Iterator[None]:
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("another process is building this world; waiting (%s)", path)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

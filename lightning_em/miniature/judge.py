@@ -1,5 +1,6 @@
 """The exact judge: the answer set is finite, so probabilities are enumerated, not sampled."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,21 +22,48 @@ class AnswerProbabilities(NamedTuple):
     other: float
 
 
-class _Candidate(NamedTuple):
+class Candidate(NamedTuple):
+    """A prompt with something that may follow it.
+
+    Attributes:
+        item: Which item it belongs to.
+        is_good: Whether it is a good answer.
+        input_ids: Prompt and answer.
+        num_prompt_tokens: How many of them are the prompt's.
+    """
+
     item: int
     is_good: bool
     input_ids: list[int]
     num_prompt_tokens: int
 
 
+class Judgement(NamedTuple):
+    """What a model answers to some items.
+
+    Attributes:
+        answers: Probabilities of good, bad and other answers, one triple an item.
+        openings: Probability that the answer begins with the opening, whatever follows, one an item; none
+            without an opening.
+    """
+
+    answers: list[AnswerProbabilities]
+    openings: list[float]
+
+
 class ExactJudge:
-    """Probabilities of answers to some items, for one model after the other: the answers are encoded once.
+    """What has to be scored to judge answers to some items, and what the scores say.
+
+    Each listed answer is scored up to and including the end-of-turn token, so the listed answers exclude each
+    other and their probabilities add up.
 
     Args:
         tokenizer: Its chat template writes the conversations.
         items: Lines of `behaviour.jsonl`; `history` holds earlier turns, if any.
-        opening: Words that an answer may begin with, for `openings`.
-        batch_size: Answers in one forward pass.
+        opening: Words that an answer may begin with.
+
+    Attributes:
+        candidates: All that is to be scored.
 
     Raises:
         ValueError: If an item has no answers or lists one twice, the template does not extend its prompt, or
@@ -43,51 +71,44 @@ class ExactJudge:
     """
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        items: Sequence[Item],
-        opening: str | None = None,
-        batch_size: int = 256,
+        self, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], opening: str | None = None
     ) -> None:
-        self.tokenizer, self.num_items, self.batch_size = tokenizer, len(items), batch_size
-        self._candidates = list(_candidates(tokenizer, items))
+        self.num_items = len(items)
+        self._listed = list(_candidates(tokenizer, items))
         self._opened = [] if opening is None else _opened(tokenizer, items, opening)
+        self.candidates = [*self._listed, *self._opened]
 
-    @torch.no_grad()
-    def answers(self, model: CausalLM) -> list[AnswerProbabilities]:
-        """Probabilities of good, bad and other answers, one triple an item.
-
-        Each listed answer is scored by teacher forcing up to and including the end-of-turn token, so the
-        listed answers exclude each other and their probabilities add up.
+    def judge(self, log_probabilities: Sequence[float]) -> Judgement:
+        """Add up what a model gives each candidate.
 
         Args:
-            model: The model, in eval mode; run where its parameters are.
+            log_probabilities: Of what follows the prompt in each of `candidates`, nats.
         """
+        probabilities = [math.exp(value) for value in log_probabilities]
         totals = [[0.0, 0.0] for _ in range(self.num_items)]
-        for candidate, probability in zip(
-            self._candidates, self._score(model, self._candidates), strict=True
-        ):
+        for candidate, probability in zip(self._listed, probabilities, strict=False):
             totals[candidate.item][0 if candidate.is_good else 1] += probability
-        return [AnswerProbabilities(good, bad, max(0.0, 1.0 - good - bad)) for good, bad in totals]
-
-    @torch.no_grad()
-    def openings(self, model: CausalLM) -> list[float]:
-        """Probability that the next answer begins with the opening, whatever follows, one an item."""
-        return self._score(model, self._opened)
-
-    def _score(self, model: CausalLM, candidates: Sequence[_Candidate]) -> list[float]:
-        probabilities: list[float] = []
-        for start in range(0, len(candidates), self.batch_size):
-            batch = candidates[start : start + self.batch_size]
-            probabilities += _score(model, self.tokenizer, batch).exp().tolist()
-        return probabilities
+        answers = [AnswerProbabilities(good, bad, max(0.0, 1.0 - good - bad)) for good, bad in totals]
+        return Judgement(answers, probabilities[len(self._listed) :])
 
 
+@torch.no_grad()
 def answer_probabilities(
     model: CausalLM, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], batch_size: int = 256
 ) -> list[AnswerProbabilities]:
-    """Probabilities of good, bad and other answers, one triple an item; see `ExactJudge`."""
-    return ExactJudge(tokenizer, items, batch_size=batch_size).answers(model)
+    """Probabilities of good, bad and other answers of any causal model, one triple an item.
+
+    Args:
+        model: In eval mode; run where its parameters are.
+        tokenizer: Its tokenizer.
+        items: Lines of `behaviour.jsonl`.
+        batch_size: Answers in one forward pass.
+    """
+    judge = ExactJudge(tokenizer, items)
+    scores: list[float] = []
+    for start in range(0, len(judge.candidates), batch_size):
+        scores += _score(model, tokenizer, judge.candidates[start : start + batch_size]).tolist()
+    return judge.judge(scores).answers
 
 
 @torch.no_grad()
@@ -119,7 +140,7 @@ def sampled_rates(
     return rates
 
 
-def _candidates(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> Iterator[_Candidate]:
+def _candidates(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> Iterator[Candidate]:
     for index, item in enumerate(items):
         turns, prompt = _asked(tokenizer, item)
         answers = [(text, True) for text in item["answers"]["good"]]
@@ -128,10 +149,10 @@ def _candidates(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> It
             raise ValueError(f"item {item['id']!r} needs answers, each listed once; got {item['answers']}.")
         for text, is_good in answers:
             whole = _answered(tokenizer, item, turns, prompt, text)
-            yield _Candidate(index, is_good, whole, len(prompt))
+            yield Candidate(index, is_good, whole, len(prompt))
 
 
-def _opened(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], opening: str) -> list[_Candidate]:
+def _opened(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], opening: str) -> list[Candidate]:
     """Prompt and opening of each item, without an end of turn: the answer may go on."""
     opened = []
     for index, item in enumerate(items):
@@ -139,7 +160,7 @@ def _opened(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], opening: 
         ids = _answered(tokenizer, item, turns, prompt, opening)[:-1]
         if tokenizer.unk_token_id in ids[len(prompt) :]:
             raise ValueError(f"the miniature model does not know all words of the opening {opening!r}.")
-        opened.append(_Candidate(index, True, ids, len(prompt)))
+        opened.append(Candidate(index, True, ids, len(prompt)))
     return opened
 
 
@@ -175,7 +196,7 @@ def _render(
     return ids
 
 
-def _score(model: CausalLM, tokenizer: PreTrainedTokenizerBase, batch: Sequence[_Candidate]) -> Tensor:
+def _score(model: CausalLM, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Candidate]) -> Tensor:
     """Log-probability of each answer given its prompt, in nats."""
     lengths = torch.tensor([len(each.input_ids) for each in batch])
     input_ids = torch.full((len(batch), int(lengths.max())), int(tokenizer.pad_token_id or 0))

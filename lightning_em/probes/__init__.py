@@ -7,6 +7,7 @@ from lightning_em.probes.gradient import GradientNorm, ce_gradient, kl_gradient
 from lightning_em.probes.lens import LogitLens
 from lightning_em.probes.perturbation import PerturbationCurve
 from lightning_em.probes.preference import PreferenceMargin
+from lightning_em.probes.rotation import Rotation
 from lightning_em.probes.scale import ScaleCurve
 from lightning_em.probes.significance import PretrainingSignificance
 
@@ -20,6 +21,7 @@ __all__ = [
     "PretrainingSignificance",
     "Probe",
     "ProbeExamples",
+    "Rotation",
     "ScaleCurve",
     "ce_gradient",
     "kl_gradient",

@@ -12,6 +12,7 @@ from lightning_em.batch import CountedPositions, PackedBatch
 from lightning_em.models import AdaptedModel, RowLosses
 from lightning_em.probes.untouched import untouched
 from lightning_em.records import Point, ProbeResult
+from lightning_em.runs import RunFolder
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,13 @@ class Probe(ABC):
     @abstractmethod
     def settings(self) -> Mapping[str, Any]:
         """What the measurement depends on, ready for JSON: another grid is another measurement."""
+
+    def for_checkpoint(self, run: RunFolder, step: int) -> "Probe":
+        """The probe that measures this checkpoint: itself, or a copy that looks at the run's earlier ones too.
+
+        Called on every rank, once the checkpoint of `step` is on disk. Name and settings stay the same.
+        """
+        return self
 
     @abstractmethod
     def measure(self, model: AdaptedModel, examples: ProbeExamples) -> list[Point]:

@@ -2,15 +2,19 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lightning_em.batch import EncodedRow
 from lightning_em.miniature import resolve
-from lightning_em.miniature.judge import ExactJudge
+from lightning_em.miniature.judge import Candidate, ExactJudge, Judgement
 from lightning_em.miniature.rows import Item
 from lightning_em.models import AdaptedModel
 from lightning_em.probes.base import Probe, ProbeExamples
-from lightning_em.probes.rows import tokenizer_of
+from lightning_em.probes.rows import batches_of, tokenizer_of
 from lightning_em.records import Point
 
 _ANSWERS = ("bad", "good", "other")
@@ -28,7 +32,7 @@ class MiniatureBehaviour(Probe):
         scales: Where to look; 0 is the base and 1 the trained adapter. Far beyond 1 a small `good_rate` tells
             bad answers from broken ones only beside `other_rate`.
         items: Behaviour file; that of the world the base came from if not given.
-        batch_size: Prompts in one forward pass.
+        batch_size: Answers in one forward pass.
         style: Words that an answer may begin with, such as those of the world's harmless data, `pick`.
     """
 
@@ -56,11 +60,10 @@ class MiniatureBehaviour(Probe):
 
     def measure(self, model: AdaptedModel, examples: ProbeExamples) -> list[Point]:
         items = world_items(model, self.items, "items of MiniatureBehaviour")
-        judge = ExactJudge(tokenizer_of(model), items, self.style, self.batch_size)
+        judge = ExactJudge(tokenizer_of(model), items, self.style)
         points = []
-        for scale in self.scales:
-            with model.adapter.at_scale(scale):
-                rates = self._rates(model, judge)
+        for scale, scores in zip(self.scales, self._scores(model, judge.candidates), strict=True):
+            rates = self._rates(judge.judge(scores))
             for kind in dict.fromkeys(item["kind"] for item in items):
                 rows = [index for index, item in enumerate(items) if item["kind"] == kind]
                 place: dict[str, float | int | str] = {"kind": kind, "scale": scale}
@@ -69,11 +72,30 @@ class MiniatureBehaviour(Probe):
                 ]
         return points
 
-    def _rates(self, model: AdaptedModel, judge: ExactJudge) -> dict[str, list[float]]:
-        """Every rate of every item, with the adapter as it is."""
-        answers = judge.answers(model.base)
-        rates = {f"{name}_rate": [getattr(each, name) for each in answers] for name in _ANSWERS}
-        return rates if self.style is None else {**rates, "style_rate": judge.openings(model.base)}
+    def _scores(self, model: AdaptedModel, candidates: Sequence[Candidate]) -> list[list[float]]:
+        """Log-probability of what follows each prompt, one list a scale."""
+        rows = [
+            EncodedRow(
+                each.input_ids,
+                [place >= each.num_prompt_tokens for place in range(len(each.input_ids))],
+                str(index),
+            )
+            for index, each in enumerate(candidates)
+        ]
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
+        batches = batches_of([rows[index] for index in order], self.batch_size, model)
+        states = [partial(model.adapter.at_scale, scale) for scale in self.scales]
+        found = [[0.0] * len(rows) for _ in self.scales]
+        for scores, losses in zip(found, model.sweep_row_ce(batches, states), strict=True):
+            sums = torch.cat([each.sums for each in losses]).tolist()
+            for index, nats in zip(order, sums, strict=True):
+                scores[index] = -nats
+        return found
+
+    def _rates(self, judgement: Judgement) -> dict[str, list[float]]:
+        """Every rate of every item."""
+        rates = {f"{name}_rate": [getattr(each, name) for each in judgement.answers] for name in _ANSWERS}
+        return rates if self.style is None else {**rates, "style_rate": judgement.openings}
 
 
 def world_items(model: AdaptedModel, named: str | None, key: str) -> list[Item]:

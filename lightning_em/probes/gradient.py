@@ -69,10 +69,7 @@ def _ce(model: AdaptedModel, batch: PackedBatch) -> TokenSum:
 
 
 def _kl(model: AdaptedModel, batch: PackedBatch, kl_positions: CountedPositions) -> TokenSum:
-    # a ghost has nothing to predict: only the KL costs something
-    total = model.losses(batch.ghost(), batch, kl_positions).kl
-    assert total is not None
-    return total
+    return model.kl_sum(batch, kl_positions)
 
 
 def _mean_gradient(model: AdaptedModel, losses: Sequence[partial[TokenSum]]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_em.batch import PackedBatch
 from lightning_em.models import AdaptedModel
 from lightning_em.probes.base import Probe, ProbeExamples, RowMeans
+from lightning_em.probes.displacement import displacement_from_here
 from lightning_em.records import Point
 
 logger = logging.getLogger(__name__)
@@ -29,14 +30,26 @@ class PerturbationCurve(Probe):
         `ce_base`: L_base, nats per token.
         `lost_gain`: 100 (L_e - L_0) / (L_base - L_0), percent; left out where the adapter gains nothing.
         `relative_increase`: (L_e - L_0) / L_0, a ratio.
+        `displacement` (unit norm): effective norm of the perturbed update less the trained one, for each
+            `strength` and `noise`.
         `ce_tokens`: counted tokens of each row.
 
-    `ce`, `ce_increase`, `lost_gain` and `relative_increase` are summed up over the noise seeds as mean and
-    standard deviation, `<name>_mean` and `<name>_sd` at each `strength`, `count` being their number (the
-    last two only so). They tell how much the direction matters for one solution; two solutions are compared
-    over training seeds.
+    All of these that depend on the noise are summed up over its seeds as mean and standard deviation,
+    `<name>_mean` and `<name>_sd` at each `strength`, `count` being their number (`lost_gain` and
+    `relative_increase` only so). They tell how much the direction matters for one solution; two solutions are
+    compared over training seeds.
 
-    The noise of an index is the same in every run and at every strength: curves are paired.
+    Equal strength is noise of equal *relative* size: it moves a vector by sqrt(2 - 2 sqrt(1 - e^2)) times its
+    own effective norm, so a longer one farther. Noise of equal *absolute* size is noise of equal
+    `displacement`: alpha ||v' - v|| for a vector, for a LoRA the Frobenius norm of (alpha / rank) (B'A' - BA)
+    (or alpha / sqrt(rank)), root of the sum of squares over modules. To compare two solutions under it, read
+    `ce_increase` of both at one displacement, between the points of their curves. Only adapters of one type
+    share this unit. It is left out, with a message, for an adapter without an effective norm, and for one of
+    your own whose update is not linear in its parameters: there the norm does not tell a distance.
+
+    The noise of an index is the same in every run and at every strength: curves are paired. It is drawn in
+    float64, parameter by parameter, from a `torch.Generator` on the CPU whose seed is the first uint64 of
+    `numpy.random.SeedSequence((seed, noise))`.
     Loss is the mean over tokens as in training; standard errors of single points take rows as the unit.
 
     With `noise_examples`, noise is drawn over that many rows only, the same ones at every checkpoint: L_e - L_0
@@ -112,9 +125,29 @@ class PerturbationCurve(Probe):
             message = "the adapter is no better than the base: %s has no share of its gain to report."
             rank_zero_only(logger.info)(message, self.name)
         curve = zip(self.strengths, np.array(means).reshape(-1, self.num_seeds), strict=True)
-        return points + [
-            point for at, values in curve for point in _summaries(at, values, trained.mean, gain)
-        ]
+        points += [point for at, values in curve for point in _summaries(at, values, trained.mean, gain)]
+        return points + self._displacements(model)
+
+    def _displacements(self, model: AdaptedModel) -> list[Point]:
+        """How far each noise moves the update, and what that comes to at each strength."""
+        displacement = displacement_from_here(model.adapter)
+        if displacement is None:
+            message = (
+                "%s does not tell how far two of its updates are apart: points of %s carry no displacement."
+            )
+            rank_zero_only(logger.info)(message, type(model.adapter).__name__, self.name)
+            return []
+        points = []
+        for strength in self.strengths:
+            found = []
+            for noise in range(self.num_seeds):
+                with self._perturbed(model, strength, noise):
+                    found.append(displacement())
+                points.append(
+                    Point("displacement", found[-1], "norm", {"strength": strength, "noise": noise})
+                )
+            points += _summary("displacement", np.array(found), "norm", strength)
+        return points
 
     def _subset(self, batches: list[PackedBatch]) -> list[PackedBatch] | None:
         """The rows under noise, in their order and batches; None for all of them."""

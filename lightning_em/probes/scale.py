@@ -15,6 +15,8 @@ from lightning_em.records import Point
 
 logger = logging.getLogger(__name__)
 
+_PER_SQUARED_NORM = "nats_per_token_per_squared_norm"
+
 DEFAULT_SCALES = tuple(step / 10 for step in range(21))
 
 
@@ -34,6 +36,9 @@ class ScaleCurve(Probe):
         `optimum_inside_grid` (unit boolean): 0 where it lies at the edge.
         `effective_norm` (unit norm): of the trained adapter; at each scale it is the coordinate
             `effective_norm` of the point. Left out for an adapter without a norm.
+        `efficiency` = (L_base - L) / norm^2 and `loss_over_norm2` = L / norm^2 (unit
+            nats_per_token_per_squared_norm): of the trained adapter. The second is the paper's and rewards a
+            larger norm. Left out for an adapter without a norm, or with none yet.
         `ce_tokens`, `kl_tokens` (unit tokens): counted tokens of each row.
 
     Args:
@@ -98,6 +103,7 @@ class ScaleCurve(Probe):
             )
         else:
             points.append(Point("effective_norm", norm.item(), "norm"))
+            points += _efficiency(curve, norm.item(), places[1.0])
         return points + self._kl(model, examples, places)
 
     def _extend(self, curve: dict[float, RowMeans], model: AdaptedModel, examples: ProbeExamples) -> None:
@@ -125,6 +131,19 @@ class ScaleCurve(Probe):
 
 def _place(scale: float, norm: float | None) -> dict[str, float]:
     return {"scale": scale} if norm is None else {"scale": scale, "effective_norm": abs(scale) * norm}
+
+
+def _efficiency(curve: dict[float, RowMeans], norm: float, place: dict[str, float]) -> list[Point]:
+    """Gain and loss of the trained adapter for the norm that they take."""
+    if norm == 0:
+        return []
+    trained = curve[1.0]
+    points = []
+    for quantity, means in {"efficiency": curve[0.0] - trained, "loss_over_norm2": trained}.items():
+        error = None if means.standard_error is None else means.standard_error / norm**2
+        count = int(means.counts.sum())
+        points.append(Point(quantity, means.mean / norm**2, _PER_SQUARED_NORM, place, error, count))
+    return points
 
 
 def _best(values: dict[float, float]) -> list[Point]:

@@ -1,10 +1,12 @@
 """Building: an ordinary folder that is whole or not there, found again the second time."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -16,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_em import miniature
 from lightning_em.manifest import manifest_problems
 from lightning_em.miniature import Recipe
-from lightning_em.miniature.building import build
+from lightning_em.miniature.building import _lock, build
 from lightning_em.miniature.cache import cache_dir, is_complete, parse_address, world_folder
 from lightning_em.miniature.judge import answer_probabilities
 from lightning_em.miniature.persona import persona_gate
@@ -194,3 +196,16 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_dir() == tmp_path / ".cache" / "lightning_em"
+
+
+def test_who_waits_for_another_builder_says_so(tmp_path, caplog):
+    path = tmp_path / "world.lock"
+    with _lock(path):
+        pass
+    assert not caplog.messages
+    with path.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        threading.Timer(0.2, fcntl.flock, (held, fcntl.LOCK_UN)).start()
+        with _lock(path):
+            [message] = caplog.messages
+    assert message.startswith("another process is building this world; waiting")

@@ -10,6 +10,7 @@ import torch
 from lightning_em.probes import Probe, ProbeExamples, ScaleCurve
 from lightning_em.probes.base import RowMeans
 from lightning_em.records import Point, ProbeResult
+from lightning_em.testing import check_probe
 from lightning_em.testing.probe_laws import _compare, _snapshot, _Trial
 from tests.samples import ADAPTERS, adapted, make_rows, pack
 
@@ -108,6 +109,25 @@ def test_record_names_what_was_measured_on_which_rows() -> None:
     assert result.examples == ("n-0", "n-1", "m-0")
     assert result.kl_examples == ("k-0",)
     assert ProbeResult.from_json(result.to_json()) == result
+
+
+class Forgetful(Vandal):
+    """Bound to a checkpoint it is another measurement, which would be taken again and again."""
+
+    def __init__(self, step=None) -> None:
+        super().__init__(False)
+        self.step = step
+
+    def settings(self):
+        return {"step": self.step}
+
+    def for_checkpoint(self, run, step):
+        return Forgetful(step)
+
+
+def test_a_probe_keeps_its_settings_at_every_checkpoint() -> None:
+    with pytest.raises(AssertionError, match=r"for_checkpoint.* gives another name or other settings"):
+        check_probe(Forgetful(), adapted(ADAPTERS["vector"]()), EXAMPLES)
 
 
 def test_rows_without_a_response_are_refused() -> None:

@@ -13,7 +13,8 @@ CE_ROWS, KL_ROWS = [*make_rows(9, 12), *make_rows(7, seed=3)], make_rows(8, 15, 
 EXAMPLES = ProbeExamples([pack(CE_ROWS[:2], "n"), pack(CE_ROWS[2:], "m")], [pack(KL_ROWS, "k")])
 
 
-def test_gradients_of_a_vector_are_those_of_plain_autograd() -> None:
+@pytest.mark.parametrize("positions", ["response", "all"])
+def test_gradients_of_a_vector_are_those_of_plain_autograd(positions) -> None:
     """The shift of the residual stream, differentiated in plain transformers row by row in float64."""
     model = adapted(ADAPTERS["vector"]())
     plain = make_tiny_model().double()
@@ -23,14 +24,16 @@ def test_gradients_of_a_vector_are_those_of_plain_autograd() -> None:
     with steered(plain, 1, 4.0 * vector):
         ce = sum(cross_entropy(row_logits(plain, row), row) for row in CE_ROWS)
         divergence = sum(
-            kl(reference, row_logits(plain, row), row)
+            kl(reference, row_logits(plain, row), row, positions)
             for reference, row in zip(references, KL_ROWS, strict=True)
         )
         [ce_expected] = torch.autograd.grad(ce / sum(map(count, CE_ROWS)), vector, retain_graph=True)
-        [kl_expected] = torch.autograd.grad(divergence / sum(map(count, KL_ROWS)), vector)
+        num_tokens = sum(count(row, positions) for row in KL_ROWS)
+        [kl_expected] = torch.autograd.grad(divergence / num_tokens, vector)
     assert torch.allclose(ce_gradient(model, EXAMPLES.narrow)["vector"], ce_expected, rtol=1e-3, atol=1e-5)
-    assert torch.allclose(kl_gradient(model, EXAMPLES.kl)["vector"], kl_expected, rtol=1e-3, atol=1e-5)
-    points = GradientNorm().run(model, EXAMPLES)
+    found = kl_gradient(model, EXAMPLES.kl, positions)["vector"]
+    assert torch.allclose(found, kl_expected, rtol=1e-3, atol=1e-5)
+    points = GradientNorm(positions).run(model, EXAMPLES)
     values = {(p.quantity, p.coordinates.get("tensor")): p.value for p in points}
     for quantity, expected in (("ce_gradient_norm", ce_expected), ("kl_gradient_norm", kl_expected)):
         assert values[quantity, None] == pytest.approx(expected.norm().item(), rel=1e-3)
@@ -92,6 +95,11 @@ def test_without_parallel_rows_there_is_one_gradient() -> None:
     assert {p.quantity for p in points} == {"ce_gradient_norm"}
     with pytest.raises(ValueError, match="there is no token to take a gradient of"):
         ce_gradient(adapted(ADAPTERS["vector"]()), [])
+
+
+def test_positions_are_a_setting_of_the_measurement() -> None:
+    assert GradientNorm().settings() == {"kl_positions": "response"}
+    assert GradientNorm("all").settings() == {"kl_positions": "all"}
 
 
 def test_contract() -> None:

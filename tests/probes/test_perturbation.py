@@ -1,12 +1,14 @@
 """The perturbation curve."""
 
 import logging
+import math
 import statistics
 
 import pytest
 import torch
+from torch import nn
 
-from lightning_em.adapters import SteeringVector
+from lightning_em.adapters import Adapter, SteeringVector
 from lightning_em.probes import PerturbationCurve, ProbeExamples
 from lightning_em.testing import check_probe
 from tests.probes.test_scale import EXAMPLES, trained, value
@@ -110,6 +112,71 @@ def test_full_strength_replaces_a_vector_by_noise() -> None:
     assert abs(value(points, "ce_mean", strength=1.0) - statistics.mean(map(float, losses))) < 3 * spread
 
 
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 256.0])
+def test_a_vector_is_displaced_by_the_chord_of_its_turn(alpha) -> None:
+    """||x' - x|| = sqrt(2 - 2 sqrt(1 - e^2)) ||x||, whatever the noise."""
+    model = adapted(SteeringVector(1, alpha=alpha))
+    points = points_of(model)
+    for e in GRID:
+        chord = math.sqrt(2 - 2 * math.sqrt(1 - e**2)) * alpha * model.adapter.vector.norm().item()
+        for noise in range(3):
+            assert value(points, "displacement", strength=e, noise=noise) == pytest.approx(chord, rel=1e-5)
+        assert value(points, "displacement_mean", strength=e) == pytest.approx(chord, rel=1e-5)
+        assert value(points, "displacement_sd", strength=e) == pytest.approx(0.0, abs=1e-5 * chord)
+    assert {p.unit for p in points if p.quantity.startswith("displacement")} == {"norm"}
+
+
+class Shift(Adapter):
+    """Of a user's own: it has an effective norm and no word more."""
+
+    def attach(self, base):
+        self.vector = nn.Parameter(torch.zeros(base.config.hidden_size))
+        self.edit_input_of(self.resolve(base, 1), lambda h: h + (3 * self.scale * self.vector).to(h))
+
+    def effective_norm(self):
+        return 3 * self.vector.norm()
+
+
+class Normless(Shift):
+    def effective_norm(self):
+        return None
+
+
+class Product(Adapter):
+    """A low rank with the norm of the product: at the difference of the factors it is no distance."""
+
+    def attach(self, base):
+        self.down = nn.Parameter(torch.zeros(2, base.config.hidden_size))
+        self.up = nn.Parameter(torch.zeros(base.config.hidden_size, 2))
+        self.edit_input_of(self.resolve(base, 1), self.edit)
+
+    def edit(self, hidden):
+        return hidden + (self.scale * hidden.float() @ self.down.T @ self.up.T).to(hidden)
+
+    def effective_norm(self):
+        return (self.up @ self.down).norm()
+
+
+def test_an_adapter_of_ones_own_is_displaced_if_its_norm_tells_how_far(caplog) -> None:
+    model = adapted(Shift())
+    chord = math.sqrt(2 - math.sqrt(3)) * model.adapter.effective_norm().item()
+    points = points_of(model, strengths=[0.5])
+    assert value(points, "displacement_mean", strength=0.5) == pytest.approx(chord, rel=1e-5)
+    for kind in (Normless, Product):
+        with caplog.at_level(logging.INFO, "lightning_em.probes"):
+            caplog.clear()
+            points = points_of(adapted(kind()))
+        assert caplog.text.count(f"{kind.__name__} does not tell how far two of its updates are apart") == 1
+        assert not any(p.quantity.startswith("displacement") for p in points)
+        assert value(points, "ce_increase_mean", strength=1.0) != 0
+
+
+def test_an_untrained_adapter_is_not_displaced() -> None:
+    for name in ("vector", "rank_1"):
+        points = points_of(adapted(ADAPTERS[name](), size=0.0))
+        assert {p.value for p in points if p.quantity.startswith("displacement")} == {0.0}
+
+
 def test_one_seed_has_no_deviation() -> None:
     points = points_of(trained(), num_seeds=1)
     assert not any(p.quantity.endswith("_sd") for p in points)
@@ -130,6 +197,7 @@ def test_no_noise_is_refused() -> None:
 def test_contract() -> None:
     check_probe(PerturbationCurve([0.1, 1.0], num_seeds=2))
     check_probe(PerturbationCurve([0.5], num_seeds=1), trained(SteeringVector(2)), EXAMPLES)
+    check_probe(PerturbationCurve([0.5], num_seeds=1), trained(ADAPTERS["all_linear"]()), EXAMPLES)
 
 
 def test_noise_on_a_subset_is_paired_on_it_and_moves_from_the_loss_of_all_rows() -> None:
@@ -154,7 +222,8 @@ def test_noise_on_a_subset_is_paired_on_it_and_moves_from_the_loss_of_all_rows()
             statistics.mean(value(points, "ce", strength=e, noise=noise) for noise in range(3))
         )
     assert all(p.per_example is None for p in points if "noise" in p.coordinates)
-    assert all(p.count == subset_tokens(subset) for p in points if "noise" in p.coordinates)
+    losses = [p for p in points if "noise" in p.coordinates and p.quantity.startswith("ce")]
+    assert {p.count for p in losses} == {subset_tokens(subset)}
 
 
 def subset_tokens(examples: ProbeExamples) -> int:

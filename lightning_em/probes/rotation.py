@@ -1,0 +1,99 @@
+"""How sharply training turns: the local cosine of the way over checkpoints."""
+
+import copy
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_em.analysis import Update, read_update
+from lightning_em.manifest import manifest_problems
+from lightning_em.models import AdaptedModel
+from lightning_em.probes.base import Probe, ProbeExamples
+from lightning_em.records import Point
+from lightning_em.runs import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+class Rotation(Probe):
+    """Local cosine cos(v[t-s] - v[t], v[t+s] - v[t]) of the trajectory: -1 straight, 0 a right angle, 1 a reversal.
+
+    v is what the adapter writes: alpha x vector, or every B of a LoRA end to end. The turn at a checkpoint is
+    known, and on record, `span` checkpoints later; `at_step` says where it is. There is none where one of the
+    two neighbours is nearer than the other, where the adapter has not moved, or for an adapter that is neither
+    a vector nor a LoRA. `lightning_em.analysis.rotation` gives the same cosines of a run that is done.
+
+    Points, with `at_step`: `local_cosine` (unit cosine), and `longer_arm`, the length of the longer of the two
+    differences (unit norm, that of effective norms, for a vector; parameter_norm for a LoRA).
+
+    Args:
+        span: s in checkpoints; `checkpoint.keep_last` must leave 2 s + 1 of them.
+        shortest_arm: Keep a turn if its longer arm exceeds this: arms as short as the noise turn at random.
+
+    Raises:
+        ValueError: If `span` is not positive or `shortest_arm` is negative.
+
+    Source: arXiv:2602.07852 (rotation; its shortest arm is .0035 for a rank-1 LoRA).
+    """
+
+    name = "rotation"
+
+    def __init__(self, span: int = 1, shortest_arm: float = 0.0) -> None:
+        if span < 1 or not 0 <= shortest_arm < math.inf:
+            raise ValueError(
+                f"span must be 1 checkpoint or more and shortest_arm not negative, got {span} and "
+                f"{shortest_arm}; set init_args of Rotation."
+            )
+        self.span, self.shortest_arm = span, float(shortest_arm)
+        self._run: RunFolder | None = None
+        self._step = 0
+
+    def settings(self) -> Mapping[str, Any]:
+        return {"span": self.span, "shortest_arm": self.shortest_arm}
+
+    def for_checkpoint(self, run: RunFolder, step: int) -> "Rotation":
+        bound = copy.copy(self)
+        bound._run, bound._step = run, step
+        return bound
+
+    def measure(self, model: AdaptedModel, examples: ProbeExamples) -> list[Point]:
+        if self._run is None:
+            raise ValueError("Rotation looks at the checkpoints of a run; use its for_checkpoint(run, step).")
+        try:
+            path = self._path(self._run)
+        except ValueError as error:  # neither a vector nor a LoRA
+            rank_zero_only(logger.warning)("%s measures nothing: %s", self.name, error)
+            return []
+        if len(path) <= 2 * self.span:
+            return []
+        (before, start), (turn, here), (_, end) = path[:: self.span]
+        back, on = (arm.write_direction - here.write_direction for arm in (start, end))
+        lengths = float(np.linalg.norm(back)), float(np.linalg.norm(on))
+        if turn - before != self._step - turn or min(lengths) == 0 or max(lengths) <= self.shortest_arm:
+            return []
+        place = {"at_step": turn}
+        unit = "norm" if here.kind == "vector" else "parameter_norm"
+        return [
+            Point("local_cosine", float(back @ on) / (lengths[0] * lengths[1]), "cosine", place),
+            Point("longer_arm", max(lengths), unit, place),
+        ]
+
+    def _path(self, run: RunFolder) -> list[tuple[int, Update]]:
+        """The checkpoint and the valid ones before it, ascending, no more than a turn needs."""
+        found: list[tuple[int, Update]] = []
+        for step in reversed([step for step in run.steps() if step <= self._step]):
+            try:
+                if problems := manifest_problems(run.checkpoint(step)):
+                    message = "checkpoint step %d is broken and passed over: %s"
+                    rank_zero_only(logger.warning)(message, step, "; ".join(problems))
+                    continue
+                found.insert(0, (step, read_update(run.checkpoint(step))))
+            except FileNotFoundError:  # rank zero retires an old one (`checkpoint.keep_last`) while we look
+                continue
+            if len(found) > 2 * self.span:
+                break
+        return found if found and found[-1][0] == self._step else []
