@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightning_em.launch import num_processes
+from lightning_em.launch import num_processes, refuse_control_characters
 from lightning_em.miniature import SCHEME, parse_address
 from lightning_em.runs import RunFolder
 
@@ -28,11 +28,17 @@ NOT_PART_OF_A_RUN = {
 
 
 def run_folder(config: dict[str, Any]) -> RunFolder:
-    """The run's folder: named, or the first config file's name and the hash of what the run is."""
+    """The run's folder: named, or the first config file's name and the hash of what the run is.
+
+    Raises:
+        ValueError: If a line break hides in it, as in a config that somebody else has written.
+    """
     options = config["run"]
     files = config.get("config") or []
     experiment = Path(files[0]).stem if files else "run"
-    return RunFolder(Path(options["root"]) / (options["name"] or f"{experiment}-{identity_of(config)}"))
+    name = options["name"] or f"{experiment}-{identity_of(config)}"
+    refuse_control_characters("run.root, run.name and the name of a config file", options["root"], name)
+    return RunFolder(Path(options["root"]) / name)
 
 
 def what_a_run_is(config: dict[str, Any]) -> dict[str, Any]:

@@ -2,15 +2,22 @@
 
 import math
 import os
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lightning_em.errors import place_of
+
 SHARDED = "trainer.strategy.class_path=lightning_em.strategies.ShardedBase (configs/trainer/fsdp2.yaml)"
 DDP = "trainer.strategy=ddp (configs/trainer/ddp4.yaml)"
-_OPTIONS = ("strategy", "devices", "num_nodes", "accelerator")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_OPTIONS = ("strategy", "devices", "num_nodes", "accelerator", "precision")
+_GPU_FILES = ("nvidia*", "kfd", "dxg")  # of NVIDIA, AMD, and Windows' Linux
+_WHOLE_PRECISION = ("None", "32", "32-true")
 
 # By the beginning of a name or class name in lower case: why it cannot work, and what does.
 _REFUSED = {
@@ -26,6 +33,22 @@ _REFUSED = {
     "ddp_notebook": ("forked processes cannot use a GPU that the parent has touched", DDP),
     "xla": ("the base is not loaded onto TPUs", DDP),
 }
+
+
+def refuse_settings(trainer: Mapping[str, Any]) -> None:
+    """Refuse what cannot work of a trainer's settings, or would not do what it says.
+
+    Args:
+        trainer: Settings of the trainer.
+
+    Raises:
+        ValueError: Why, and what to write instead.
+    """
+    refuse_strategy(trainer)
+    refuse_precision(trainer)
+    refuse_devices(trainer)
+    refuse_accelerator(trainer)
+    refuse_logger(trainer)
 
 
 def refuse_strategy(trainer: Mapping[str, Any]) -> None:
@@ -49,6 +72,125 @@ def refuse_strategy(trainer: Mapping[str, Any]) -> None:
     for beginning, (reason, instead) in _REFUSED.items():
         if name.startswith(beginning):
             raise ValueError(f"trainer.strategy {chosen} cannot work here: {reason}. Use {instead}.")
+
+
+def refuse_precision(trainer: Mapping[str, Any]) -> None:
+    """Refuse a precision of Lightning's: the base has a dtype of its own, and the adapter stays float32.
+
+    Args:
+        trainer: Settings of the trainer.
+
+    Raises:
+        ValueError: Why it cannot work, and what to set instead.
+    """
+    chosen = str(trainer.get("precision"))
+    if chosen in _WHOLE_PRECISION:
+        return
+    dtype = "float64" if chosen.startswith("64") else "float16" if chosen.startswith("16") else "bfloat16"
+    reason = (
+        "training would compute under autocast and probes without it, two different models"
+        if chosen.endswith("-mixed") or chosen in ("16", "bf16")
+        else "it casts the adapter and its optimiser too, where small updates vanish"
+        if dtype != "float64"
+        else "it casts the adapter and its optimiser too, and what is saved is float32"
+    )
+    raise ValueError(
+        f"trainer.precision {chosen} cannot work here: {reason}. Set model.base.dtype: {dtype} and leave "
+        "trainer.precision out: the frozen base gets that dtype, the adapter and its optimiser stay float32."
+    )
+
+
+def refuse_devices(trainer: Mapping[str, Any]) -> None:
+    """Refuse a number of devices that the machine decides, and one that the strategy does not use.
+
+    Args:
+        trainer: Settings of the trainer.
+
+    Raises:
+        ValueError: What to write instead.
+    """
+    count, devices, strategy = num_processes(trainer), trainer.get("devices"), trainer.get("strategy")
+    if count is None:
+        raise ValueError(
+            f"trainer.devices {devices} means as many as there happen to be, but their number decides how many rows a "
+            "step has, and so which run it is: write the number, and trainer.accumulate_grad_batches to go with it."
+        )
+    chosen = str(strategy.get("class_path") if isinstance(strategy, Mapping) else strategy)
+    if count > 1 and chosen.rsplit(".", 1)[-1].lower().startswith(("single_device", "singledevice")):
+        raise ValueError(
+            f"trainer.strategy {chosen} uses one device, but trainer.devices x trainer.num_nodes is {count}: set them "
+            f"to 1, or use {DDP}."
+        )
+
+
+def refuse_accelerator(trainer: Mapping[str, Any]) -> None:
+    """Refuse an accelerator that the base is not loaded onto.
+
+    Args:
+        trainer: Settings of the trainer.
+
+    Raises:
+        ValueError: What to write instead.
+    """
+    if str(trainer.get("accelerator")).lower() in ("tpu", "hpu", "xla"):
+        raise ValueError(
+            f"trainer.accelerator {trainer['accelerator']} cannot work here: the base is not loaded onto it. Use "
+            "gpu or cpu (configs/trainer/gpu1.yaml, cpu.yaml)."
+        )
+
+
+def refuse_logger(trainer: Mapping[str, Any]) -> None:
+    """Refuse a logger that is no logger: `metrics.csv` is always written.
+
+    Args:
+        trainer: Settings of the trainer.
+
+    Raises:
+        ValueError: What to write instead.
+    """
+    if trainer.get("logger") is True:
+        raise ValueError(
+            "trainer.logger true names no logger: leave it out (metrics.csv is always written), or name one beside it, "
+            "e.g. trainer.logger.class_path=lightning.pytorch.loggers.CSVLogger."
+        )
+
+
+def refuse_missing_gpu(
+    trainer: Mapping[str, Any], words: Sequence[str], devices: Path = Path("/dev")
+) -> None:
+    """Refuse an accelerator whose device files are not here, before torch is imported to find that out.
+
+    Args:
+        trainer: Settings of the trainer.
+        words: The command line, to say where the accelerator is named.
+        devices: Folder of the device files.
+
+    Raises:
+        ValueError: What to write instead.
+    """
+    chosen, here = trainer.get("accelerator"), any(any(devices.glob(name)) for name in _GPU_FILES)
+    if chosen in ("gpu", "cuda") and sys.platform == "linux" and not here:
+        raise ValueError(
+            f"trainer.accelerator is {chosen}{place_of('trainer.accelerator', words)}, but there is no GPU here; set "
+            "--trainer.accelerator cpu, or send it to a machine that has one with lightning-em submit."
+        )
+
+
+def refuse_control_characters(what: str, *texts: object) -> None:
+    """Refuse line breaks and the like in what becomes a path, a log line, and a line of a batch file.
+
+    Args:
+        what: They are for.
+        texts: To look at; None is let through.
+
+    Raises:
+        ValueError: The text, with what is wrong made visible.
+    """
+    for text in texts:
+        if _CONTROL.search(str(text)):
+            raise ValueError(
+                f"{what} must have no line breaks or other control characters, got {str(text)!r}."
+            )
 
 
 def refuse_task_count(trainer: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> None:
@@ -104,10 +246,18 @@ def named_trainer(words: Sequence[str]) -> dict[str, Any]:
         elif key == "--trainer":
             found |= _of_file(Path(value))
         elif key.startswith("--trainer.") and key.removeprefix("--trainer.") in _OPTIONS:
-            found[key.removeprefix("--trainer.")] = value
+            found[key.removeprefix("--trainer.")] = _plain(value)
         elif key == "--trainer.strategy.class_path":
             found["strategy"] = value
     return found
+
+
+def _plain(value: str) -> Any:
+    """A word as the parser will read it: a number, a list, or the text itself."""
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
 
 
 def _of_file(file: Path, part: str | None = None) -> dict[str, Any]:

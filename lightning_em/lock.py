@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lightning_em import slurm
 from lightning_em.redaction import redacted_words
 
 LOCK = "run.lock"
@@ -28,7 +29,8 @@ class RunLock:
 
     The kernel's lock on `run.lock` ends with its process, however that dies. Where the file system does not
     carry it to other machines, the holder written inside and its heartbeat (the file's time) speak: a holder
-    on another machine counts as alive until its heart has been still for `STALE_SECONDS`.
+    on another machine counts as alive until its heart has been still for `STALE_SECONDS`, or until its own Slurm
+    job is started again, which ends it for certain.
 
     Args:
         folder: The run's folder; made if it is not there, and removed again if nothing else came into it.
@@ -164,13 +166,25 @@ def _open_locked(path: Path) -> int:
 def _holder_elsewhere(path: Path) -> dict[str, Any] | None:
     """The holder if it is on another machine and its heart beats; the kernel's lock knows about this one."""
     holder = _read(path)
-    if holder.get("host") in (None, socket.gethostname()):
+    if holder.get("host") in (None, socket.gethostname()) or _is_my_past(holder):
         return None
     try:
         age = time.time() - path.stat().st_mtime
     except FileNotFoundError:
         return None
     return holder if age < STALE_SECONDS else None
+
+
+def _is_my_past(holder: dict[str, Any]) -> bool:
+    """Whether the holder is an earlier start of this very job, which Slurm has put back into the queue."""
+    mine = _job()
+    same = mine["job"] is not None and all(holder.get(key) == mine[key] for key in ("job", "array_task"))
+    return same and mine["restarts"] > (holder.get("restarts") or 0)
+
+
+def _job() -> dict[str, Any]:
+    names = {"job": "SLURM_JOB_ID", "array_task": "SLURM_ARRAY_TASK_ID"}
+    return {key: os.environ.get(name) for key, name in names.items()} | {"restarts": slurm.restarts()}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -185,7 +199,7 @@ def _myself(words: list[str]) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "job": os.environ.get("SLURM_JOB_ID"),
+        **_job(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": words,
     }

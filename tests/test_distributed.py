@@ -17,6 +17,7 @@ from tests.fitting import (
     command,
     cut_after,
     experiment,
+    final_adapter,
     fit,
     metrics_of,
     train_metrics,
@@ -44,6 +45,33 @@ CURVES = {
 }
 
 
+def probes_of_files(folder: Path) -> list[dict]:
+    """Probes whose rows lie in files of their own, and one that looks into the layers."""
+    rows = {
+        "items": [
+            {
+                "id": f"q{i}", "kind": "ab"[i % 2], "question": f"How is tea {i}?",
+                "answers": {"good": ["Good tea.", "Fine."], "bad": ["Bad tea.", "Poor."]},
+            }
+            for i in range(4)
+        ],
+        "rows": [{"question": f"q {i}?", "good": "Yes do.", "bad": "No never.", "topic": "t"} for i in range(3)],
+        "text": [{"text": f"Some text about tea and bread number {i}."} for i in range(3)],
+    }  # fmt: skip
+    files = {key: folder / f"{key}.jsonl" for key in rows}
+    for key, file in files.items():
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows[key]), encoding="utf-8")
+    options = {
+        "MiniatureBehaviour": {"items": str(files["items"]), "scales": [0.0, 1.0], "batch_size": 5},
+        "PreferenceMargin": {"rows": str(files["rows"]), "scales": [1.0]},
+        "PretrainingSignificance": {"text": str(files["text"]), "num_draws": 2},
+        "LogitLens": {},
+    }
+    return [
+        {"class_path": f"lightning_em.probes.{name}", "init_args": given} for name, given in options.items()
+    ]
+
+
 def assert_equal_per_step(one: SteppedMetrics, other: SteppedMetrics, relative: float) -> None:
     assert one.keys() == other.keys()
     for step, row in one.items():
@@ -58,7 +86,8 @@ def config_of(tmp_path_factory, tiny_model_folder, chat_file, answer_file) -> Ca
     folder = tmp_path_factory.mktemp("distributed")
 
     def path(adapter: str) -> Path:
-        groups = {"trainer": {"max_epochs": 2}, "probing": CURVES}
+        more = probes_of_files(folder) if adapter == "lora" else []
+        groups = {"trainer": {"max_epochs": 2}, "probing": CURVES | {"probes": CURVES["probes"] + more}}
         config = experiment(tiny_model_folder(), chat_file, answer_file, **groups)
         config["model"]["adapter"] = {"vector": VECTOR, "lora": LORA}[adapter]
         return write_config(folder / f"{adapter}.yaml", config)
@@ -104,9 +133,10 @@ def two_processes(config_of) -> Callable[[str, str], RunFolder]:
                 "--allow_import=tests",
             ]
             words += ["--trainer.callbacks+=tests.strategies.tell.TellShards"]
-            for ended in as_torchrun_does("fit", *words, logs=config.parent / name):
-                assert ended.code == 0, ended.output
-                assert "fast path: split at layer" in ended.output, "rows are packed, without padding"
+            first, second = as_torchrun_does("fit", *words, logs=config.parent / name)
+            assert (first.code, second.code) == (0, 0), first.output + second.output
+            assert "fast path: split at layer" in first.output, "rows are packed, without padding"
+            assert "fast path" not in second.output, "what all ranks would say is said once"
             done[adapter, strategy] = RunFolder(config.parent / name)
         return done[adapter, strategy]
 
@@ -147,7 +177,11 @@ def test_probes_of_two_processes_give_the_numbers_of_one(strategy, one_process, 
     one, two = one_process("lora"), two_processes("lora", strategy)
     files = sorted(file.name for file in one.probe_folder.iterdir())
     assert files == [
-        f"{probe}.jsonl" for probe in ("chat_kl", "gradient", "perturbation_curve", "scale_curve")
+        f"{probe}.jsonl"
+        for probe in (
+            *("behaviour", "chat_kl", "gradient", "logit_lens", "perturbation_curve", "preference_margin"),
+            *("scale_curve", "significance"),
+        )
     ]
     for file in files:
         ours, theirs = (list(read_results(run.probe_folder / file)) for run in (one, two))
@@ -173,6 +207,26 @@ def test_one_process_goes_on_where_two_with_shards_stopped(
     assert [attempt["world_size"] for attempt in attempts] == [2, 1]
     assert attempts[1]["from_step"] == cut_at
     assert_equal_per_step(train_metrics(one_process("lora")), train_metrics(cut), 1e-4)
+
+
+def test_shards_go_on_where_shards_of_a_bf16_base_stopped(config_of) -> None:
+    config = config_of("lora")
+    words = ["--config", str(config), "--run.root", str(config.parent), *ROWS, "2"]
+    words += ["--trainer", str(REPOSITORY / f"configs/trainer/{SHARDED}.yaml"), "--trainer.max_epochs=1"]
+    words += ["--model.base.dtype=bfloat16", "--probing.every_n_steps=1000"]
+
+    def shards(name: str) -> RunFolder:
+        for ended in as_torchrun_does("fit", *words, "--run.name", name, logs=config.parent / name):
+            assert ended.code == 0, ended.output
+        return RunFolder(config.parent / name)
+
+    whole = shards("bf16-whole")
+    cut = cut_after(whole, 2, whole.path.with_name("bf16-cut"))
+    shards("bf16-cut")
+    assert cut.read_run()["attempts"][1]["from_step"] == 2
+    assert cut.steps() == whole.steps()
+    assert final_adapter(cut) == final_adapter(whole)
+    assert train_metrics(cut) == train_metrics(whole)
 
 
 def test_two_processes_go_on_where_one_stopped(config_of, two_processes) -> None:

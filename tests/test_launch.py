@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from lightning_em.launch import named_trainer, num_processes, refuse_strategy, refuse_task_count
+from lightning_em.launch import (
+    named_trainer,
+    num_processes,
+    refuse_devices,
+    refuse_missing_gpu,
+    refuse_precision,
+    refuse_settings,
+    refuse_strategy,
+    refuse_task_count,
+)
 from tests.fitting import command
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -55,7 +64,84 @@ def test_every_trainer_config_that_comes_with_the_package_is_allowed() -> None:
     for file in files:
         trainer = named_trainer(["--trainer", str(file)])
         assert trainer["accelerator"] in ("cpu", "gpu"), file
-        refuse_strategy(trainer)
+        refuse_settings(trainer)
+
+
+@pytest.mark.parametrize("devices", ["auto", -1, "-1"])
+def test_as_many_devices_as_there_are_is_no_number(devices) -> None:
+    with pytest.raises(
+        ValueError, match=rf"trainer\.devices {devices} .* write the number, and .*accumulate_grad"
+    ):
+        refuse_devices({"devices": devices})
+
+
+@pytest.mark.parametrize(
+    "strategy", ["single_device", {"class_path": "lightning.pytorch.strategies.SingleDeviceStrategy"}]
+)
+def test_a_strategy_of_one_device_is_refused_two(strategy) -> None:
+    with pytest.raises(
+        ValueError, match=r"uses one device, but .* is 2: set them to 1, or use trainer\.strategy=ddp"
+    ):
+        refuse_devices({"strategy": strategy, "devices": 2})
+    refuse_devices({"strategy": strategy, "devices": 1})
+
+
+@pytest.mark.parametrize(
+    "trainer", [{}, {"devices": [0, 1]}, {"devices": 4, "strategy": "ddp", "num_nodes": 2}]
+)
+def test_other_numbers_of_devices_are_not(trainer) -> None:
+    refuse_devices(trainer)
+
+
+@pytest.mark.parametrize(
+    ("precision", "reason", "dtype"),
+    [
+        ("bf16-true", "casts the adapter", "bfloat16"),
+        ("16-true", "casts the adapter", "float16"),
+        ("64-true", "casts the adapter", "float64"),
+        (64, "casts the adapter", "float64"),
+        ("bf16-mixed", "autocast", "bfloat16"),
+        ("16-mixed", "autocast", "float16"),
+        (16, "autocast", "float16"),  # short for -mixed
+        ("bf16", "autocast", "bfloat16"),
+        ("transformer-engine", "casts the adapter", "bfloat16"),
+    ],
+)
+def test_a_precision_of_lightnings_is_refused_for_the_bases_own(precision, reason, dtype) -> None:
+    match = rf"trainer\.precision {precision} cannot work here: .*{reason}.* Set model\.base\.dtype: {dtype} and leave"
+    for refuse in (refuse_precision, refuse_settings):
+        with pytest.raises(ValueError, match=match):
+            refuse({"precision": precision})
+
+
+@pytest.mark.parametrize("trainer", [{}, *({"precision": each} for each in (None, 32, "32", "32-true"))])
+def test_float32_is_not(trainer) -> None:
+    refuse_settings(trainer)
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda"])
+def test_a_gpu_that_is_not_here_is_refused_with_its_place(tmp_path, accelerator) -> None:
+    file = tmp_path / "gpu.yaml"
+    file.write_text(f"devices: 1\naccelerator: {accelerator}\n")
+    for words, place in (
+        (["--trainer", str(file)], rf" \({file}:2\)"),
+        ([f"--trainer.accelerator={accelerator}"], ""),
+    ):
+        match = rf"trainer\.accelerator is {accelerator}{place}, but there is no GPU here; set --trainer"
+        with pytest.raises(ValueError, match=match):
+            refuse_missing_gpu(named_trainer(words), words, tmp_path)
+    refuse_missing_gpu({"accelerator": "cpu"}, [], tmp_path)
+    refuse_missing_gpu({}, [], tmp_path)
+    (tmp_path / "nvidia0").touch()
+    refuse_missing_gpu({"accelerator": accelerator}, [], tmp_path)
+
+
+def test_an_accelerator_and_a_logger_that_are_none() -> None:
+    with pytest.raises(ValueError, match=r"trainer\.accelerator tpu cannot work here"):
+        refuse_settings({"accelerator": "tpu"})
+    with pytest.raises(ValueError, match=r"trainer\.logger true names no logger"):
+        refuse_settings({"logger": True})
+    refuse_settings({"logger": False, "accelerator": "auto"})
 
 
 def test_the_command_line_is_read_as_the_parser_will(tmp_path) -> None:
@@ -71,15 +157,27 @@ def test_the_command_line_is_read_as_the_parser_will(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"x\.DeepSpeedStrategy cannot work"):
         refuse_strategy(named_trainer(words))
     assert named_trainer(["fit", "--config", "nowhere.yaml", "--trainer"]) == {}
+    written = {"4": 4, "[0, 1]": [0, 1], "0,1": "0,1", "auto": "auto", "-1": -1}
+    for text, devices in written.items():
+        assert named_trainer([f"--trainer.devices={text}"])["devices"] == devices
 
 
-def test_it_is_refused_within_five_seconds_and_starts_nothing(tmp_path) -> None:
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize(
+    ("flags", "answer"),
+    [
+        (["--trainer.strategy", "deepspeed"], "lightning_em.strategies.ShardedBase"),
+        (["--trainer.devices", "auto"], "write the number"),
+        (["--trainer.precision", "bf16-true"], "Set model.base.dtype: bfloat16"),
+    ],
+)
+def test_it_is_refused_within_five_seconds_and_starts_nothing(tmp_path, verb, flags, answer) -> None:
     start = time.monotonic()
     words = ["--config", str(CONFIGS / "experiment/quickstart.yaml"), "--run.root", str(tmp_path)]
-    done = command("fit", *words, "--trainer.strategy", "deepspeed")
+    done = command(verb, *words, *flags)
     assert time.monotonic() - start < 5
     assert done.returncode == 2
-    assert "lightning_em.strategies.ShardedBase" in done.stderr
+    assert answer in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

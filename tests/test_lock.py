@@ -70,6 +70,43 @@ def test_another_machine_counts_as_alive_until_its_heart_stops(tmp_path) -> None
 
 
 @pytest.mark.parametrize(
+    ("now", "taken"),
+    [
+        ({"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "2"}, True),
+        ({"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "1"}, False),  # the same start, from another node
+        ({"SLURM_JOB_ID": "77"}, False),
+        ({"SLURM_JOB_ID": "78", "SLURM_RESTART_COUNT": "2"}, False),
+        ({"SLURM_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": "2"}, False),
+        ({}, False),
+    ],
+)
+def test_a_requeued_job_takes_the_lock_of_its_earlier_start(tmp_path, monkeypatch, now, taken) -> None:
+    """It was killed on another node, whose kernel cannot tell us so."""
+    folder = tmp_path / "run"
+    monkeypatch.setattr("socket.gethostname", lambda: "node17")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with RunLock(folder):
+        left_behind = (folder / LOCK).read_text()
+    folder.mkdir()
+    (folder / LOCK).write_text(left_behind)
+    monkeypatch.undo()
+    for name, value in now.items():
+        monkeypatch.setenv(name, value)
+    assert is_held(folder) is not taken
+    if taken:
+        with RunLock(folder):
+            assert json.loads((folder / LOCK).read_text())["restarts"] == 2
+
+
+@pytest.mark.parametrize("array", [True, False])
+def test_a_holder_outside_slurm_is_nobodys_past(tmp_path, monkeypatch, array) -> None:
+    (tmp_path / LOCK).write_text(json.dumps({"host": "node17", "pid": 1, "job": "77" if array else None}))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert is_held(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("words", "folder"),
     [
         (["--run.name", "x"], "runs/x"),

@@ -12,7 +12,7 @@ from lightning_em.callbacks.loading import (
 from lightning_em.callbacks.metrics import MetricsFile
 from lightning_em.callbacks.probing import Probing
 from lightning_em.callbacks.provenance import Provenance
-from lightning_em.callbacks.signals import Interrupted, Signals, follow_parent, note_requeue_signal
+from lightning_em.callbacks.signals import Interrupted, Signals, follow_parent
 
 __all__ = [
     "AdapterCheckpoint",
@@ -27,7 +27,6 @@ __all__ = [
     "UnhealthyError",
     "base_sha256",
     "follow_parent",
-    "note_requeue_signal",
     "refuse_idle_adapter",
     "refuse_other_base",
     "remember_base_sha256",

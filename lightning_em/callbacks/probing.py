@@ -2,12 +2,15 @@
 
 import json
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import Strategy
 
+from lightning_em.callbacks.signals import stop_between
 from lightning_em.data import EMDataModule
 from lightning_em.miniature import recipe_hash_at
 from lightning_em.models import AdaptedModel
@@ -44,7 +47,8 @@ class Probing(Callback):
         if self.every_n_steps and step % self.every_n_steps and step < trainer.estimated_stepping_batches:
             return
         data = cast(EMDataModule, trainer.datamodule)  # type: ignore[attr-defined]
-        self.measure(RunFolder(trainer.default_root_dir), module.model, data, step, trainer.strategy)
+        run, between = RunFolder(trainer.default_root_dir), partial(stop_between, trainer, module)
+        self.measure(run, module.model, data, step, trainer.strategy, between)
 
     def on_train_start(self, trainer: Trainer, pl_module: EMModule) -> None:  # type: ignore[override]
         """A run killed between checkpoint and probe makes up for it here."""
@@ -59,6 +63,7 @@ class Probing(Callback):
         data: EMDataModule,
         step: int,
         ranks: Strategy | None = None,
+        between: Callable[[], None] | None = None,
     ) -> int:
         """Run the probes whose records of `step` are missing, on every rank; one rank writes.
 
@@ -68,6 +73,7 @@ class Probing(Callback):
             data: Source of the examples.
             step: Optimiser steps behind the adapter.
             ranks: The strategy that holds the ranks together; None in a process of its own.
+            between: Called before each probe, on every rank; may raise, for what is missing can be made up for.
 
         Returns:
             How many probes were run.
@@ -77,7 +83,9 @@ class Probing(Callback):
         if ranks is not None:  # one reads for all: a sharded base must be passed through together
             missing = ranks.broadcast(missing)
         world = recipe_hash_at(Path(str(model.base.config._name_or_path)))
-        for probe in (self.probes[i] for i in missing):
+        for probe in (self.probes[i].for_checkpoint(run, step) for i in missing):
+            if between is not None:
+                between()
             result = probe.record(model, examples, step, world)
             logger.info("%s at step %d: %d points", probe.name, step, len(result.points))
             if ranks is None or ranks.is_global_zero:

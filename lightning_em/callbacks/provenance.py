@@ -10,14 +10,14 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from lightning_em import __version__, imports
+from lightning_em import __version__, imports, slurm
 from lightning_em.callbacks.health import UnhealthyError
 from lightning_em.callbacks.loading import base_sha256, refuse_other_base
 from lightning_em.callbacks.signals import Interrupted
 from lightning_em.manifest import write_atomically
 from lightning_em.module import EMModule
 from lightning_em.redaction import redacted_text, redacted_words
-from lightning_em.runs import RunFolder
+from lightning_em.runs import RunFolder, adapter_sha256, locate
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ class Provenance(Callback):
             return
         known = run.read_run()
         attempt = {"started": _now(), "from_step": trainer.global_step, "world_size": trainer.world_size}
+        if job := slurm.job_id():
+            attempt["job"] = job
         before = [{"status": "killed"} | attempt for attempt in known.get("attempts", [])]
         if not run.config_file.exists():
             write_atomically(run.config_file, self.config)
@@ -66,6 +68,7 @@ class Provenance(Callback):
                 "revision": _revision(pl_module),
                 "sha256": base_sha256(pl_module.model.base, pl_module.model.adapter),
             },
+            init_from=_start(run, known, pl_module),
             data=trainer.datamodule.fingerprint(),  # type: ignore[attr-defined]
             max_steps=int(trainer.estimated_stepping_batches),
         )
@@ -115,6 +118,14 @@ def git_state() -> dict[str, Any] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+def _start(run: RunFolder, known: dict[str, Any], module: EMModule) -> dict[str, Any] | None:
+    """The adapter that the run began with; a resumed run began with the one on record, whatever is there now."""
+    if module.init_from is None or run.newest_valid_step() is not None:
+        return known.get("init_from")
+    _, checkpoint = locate(module.init_from)
+    return {"checkpoint": str(checkpoint), "adapter_sha256": adapter_sha256(checkpoint)}
 
 
 def _revision(module: EMModule) -> str | None:

@@ -18,10 +18,11 @@ from rich.text import Text
 from lightning_em import miniature
 from lightning_em.adapters import decoder_layers
 from lightning_em.cluster.files import ModelFiles, download
-from lightning_em.cluster.memory import Load, MemoryEstimate, estimate, on_meta
+from lightning_em.cluster.loads import probing_loads
+from lightning_em.cluster.memory import Load, MemoryEstimate, estimate, memory_there, on_meta
 from lightning_em.data import ChatEncoder
 from lightning_em.identity import run_folder
-from lightning_em.launch import num_processes, refuse_strategy
+from lightning_em.launch import num_processes, refuse_settings
 from lightning_em.models.engine import why_plain
 from lightning_em.rebuild import Parts, instantiate, resolved_config
 from lightning_em.redaction import redacted_text
@@ -72,7 +73,7 @@ def check(words: Sequence[str], prefetch: bool = False, gpu_gib: float | None = 
     findings = list(_versions())
     try:
         config = resolved_config([*words])
-        refuse_strategy(config["trainer"])
+        refuse_settings(config["trainer"])
         examination = Examination(config, instantiate(config), gpu_gib)
         findings.append(Finding("settings", "ok", f"run folder {run_folder(config).path}"))
         if prefetch:
@@ -90,11 +91,13 @@ def check(words: Sequence[str], prefetch: bool = False, gpu_gib: float | None = 
 def report_table(findings: Sequence[Finding]) -> Table:
     """The findings for a terminal, and what to make of them."""
     faults = sum(finding.is_fault for finding in findings)
+    warnings = sum(finding.level == "warning" for finding in findings)
     table = Table("what", "", "finding", title="lightning-em doctor")
     for finding in findings:
         style = _STYLES[finding.level]
         table.add_row(finding.topic, Text(finding.level, style=style), Text(redacted_text(finding.text)))
-    table.caption = f"{faults} fault{'s' * (faults != 1)}" if faults else "ready"
+    counts = {"fault": faults, "warning": warnings}
+    table.caption = ", ".join(f"{n} {what}{'s' * (n != 1)}" for what, n in counts.items() if n) or "ready"
     return table
 
 
@@ -124,9 +127,16 @@ def _device(examination: Examination) -> Iterator[Finding]:
     if asked == "cpu":
         yield Finding("device", "ok", f"trainer.accelerator is cpu, with {os.cpu_count()} cores")
         return
+    if examination.gpu_gib is not None:
+        yield Finding(
+            "device", "ok", f"for GPUs of {examination.gpu_gib:g} GiB; this machine's are not looked at"
+        )
+        return
     if not found:
-        level: Literal["ok", "warning"] = "ok" if asked == "auto" else "warning"
-        yield Finding("device", level, f"no GPU on this machine; trainer.accelerator is {asked}")
+        text = (
+            f"no GPU here, and trainer.accelerator is {asked}: give --gpu_gib of the machine it is meant for"
+        )
+        yield Finding("device", "warning", text)
         return
     names = sorted({torch.cuda.get_device_name(index) for index in range(found)})
     devices = str(trainer["devices"])
@@ -220,27 +230,34 @@ def _memory(examination: Examination) -> Iterator[Finding]:
     shards = num_devices if "ShardedBase" in str(trainer["strategy"]) else 1
 
     def needed(shards: int) -> MemoryEstimate:
-        return estimate(base, adapter, _load(examination, shards, device))
+        return estimate(base, adapter, *_loads(examination, shards, device))
 
-    has = _memory_of(device, examination.gpu_gib)
+    has = memory_there(device, examination.gpu_gib)
     wanted = needed(shards)
     text = f"about {wanted}{f'; there are {has / _GIB:.1f} GiB' if has else ''}"
-    if has is None or wanted.total <= has:
+    if has is None:
+        yield Finding("memory", "warning", f"{text}; compared with nothing: give --gpu_gib")
+        return
+    if wanted.total <= has:
         yield Finding("memory", "ok", text)
         return
     yield Finding("memory", "fault", f"{text}: {_advice(examination, wanted, needed, has)}")
 
 
-def _load(examination: Examination, shards: int, device: str) -> Load:
-    """One micro-batch of the longest rows; of rows as long as allowed where the data could not be read."""
+def _loads(examination: Examination, shards: int, device: str) -> list[Load]:
+    """A micro-batch and probes on the longest rows; on rows as long as allowed where the data could not be read."""
     data, store = examination.parts.data, examination.parts.model.store
     counts = {"narrow": data.batch_size, "kl": data.kl_batch_size if "kl" in data.sources else 0}
-    rows = {}
-    for stream, count in counts.items():
-        known = examination.lengths.get(stream, [data.limit.max_length] * count)[:count]
-        rows[stream] = known
+    probing = examination.config["probing"]
+    most = max(*counts.values(), probing["num_examples"])
+    known = {
+        stream: examination.lengths.get(stream, [data.limit.max_length] * most if count else [])
+        for stream, count in counts.items()
+    }
+    rows = {stream: known[stream][:count] for stream, count in counts.items()}
     on_device = int((getattr(store, "device_gib", 0) or 0) * _GIB) if device == "cuda" else 0
-    return Load.of_rows(rows["narrow"], rows["kl"], shards, device, on_device, data.max_tokens)
+    training = Load.of_rows(rows["narrow"], rows["kl"], shards, device, on_device, data.max_tokens)
+    return [training, *probing_loads(probing, known, training)]
 
 
 def _advice(
@@ -249,18 +266,23 @@ def _advice(
     if examination.parts.model.base.dtype in ("float32", "float64"):
         return "set model.base.dtype=bfloat16"
     if fitting := next((shards for shards in _SHARDS_TRIED if needed(shards).total <= has), None):
-        return f"share the base over {fitting} GPUs: --trainer configs/trainer/fsdp2.yaml --trainer.devices {fitting}"
+        return (
+            f"share the base over {fitting} GPUs: --trainer configs/trainer/fsdp2.yaml --trainer.devices {fitting} "
+            f"{_same_rows(examination.config['trainer'], fitting)}"
+        )
     largest = max(vars(wanted), key=lambda name: float(getattr(wanted, name)))
     return f"most of it is {largest}; lower data.batch_size, data.kl_batch_size or data.max_length"
 
 
-def _memory_of(device: str, gpu_gib: float | None) -> float | None:
-    """Bytes that one process may use; None where that is not known."""
-    if device == "cpu":
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    if gpu_gib is not None:
-        return gpu_gib * _GIB
-    return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+def _same_rows(trainer: dict[str, Any], devices: int) -> str:
+    """The flag under which a step on so many devices has the rows that it has now."""
+    micro_batches = int(trainer["accumulate_grad_batches"]) * (num_processes(trainer) or 1)
+    if micro_batches % devices == 0:
+        return f"--trainer.accumulate_grad_batches {micro_batches // devices} (the same rows a step)"
+    return (
+        f"--trainer.accumulate_grad_batches 1 with smaller batches: a step has {micro_batches} micro-batches now, "
+        f"which {devices} GPUs cannot share evenly"
+    )
 
 
 class _Local:

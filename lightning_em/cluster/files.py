@@ -13,6 +13,7 @@ from lightning_em.miniature.cache import is_complete
 from lightning_em.models import BaseModel
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))  # any of these
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # never *.bin: a pickle
 
 
@@ -59,7 +60,7 @@ class ModelFiles:
         weights = _weight_files(folder)
         wanted = ["config.json", "tokenizer_config.json", *weights]
         missing = [name for name in wanted if not (folder / name).is_file()]
-        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
             missing.append("tokenizer.json")
         num_bytes = sum((folder / name).stat().st_size for name in weights if name not in missing)
         return cls(folder, tuple(missing), num_bytes, can_be_fetched)

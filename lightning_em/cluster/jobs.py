@@ -1,13 +1,10 @@
 """Fits that are to be queued, and how they fall into job arrays. Never imports torch."""
 
 import itertools
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-_COMMA = re.compile(r",(?![^\[{]*[\]}])")  # not within [1, 2] or {a: 1}
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ def arrays_of(jobs: Iterable[FitJob]) -> list[JobArray]:
             children[job.starts_from] += 1
         array.jobs[index] = job
         places[job.folder] = array, index
-    return [first, *arrays.values()]
+    return [array for array in (first, *arrays.values()) if array.jobs]
 
 
 def shared_beginning(sequences: Sequence[Sequence[str]]) -> int:
@@ -74,10 +71,22 @@ def variations(sweeps: Sequence[str]) -> list[tuple[str, ...]]:
     axes = []
     for sweep in sweeps:
         key, _, text = sweep.partition("=")
-        values = [value.strip() for value in _COMMA.split(text)]
+        values = [value.strip() for value in _split(text)]
         if not key or "" in values or key.startswith("-"):
             raise ValueError(
                 f"--sweep expects key=value,value as in --sweep model.objective.kl_weight=0,1,10, got {sweep!r}."
             )
         axes.append([f"--{key}={value}" for value in values])
     return list(itertools.product(*axes))
+
+
+def _split(text: str) -> list[str]:
+    """The parts between commas that are in no bracket: `{"a": [1, 2], "b": 3}` is one value."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts

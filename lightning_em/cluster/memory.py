@@ -1,5 +1,6 @@
 """How much memory a fit will take on one device, from the model's config alone: no weight is loaded."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +9,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lightning_em.adapters import Adapter, decoder_layers
+from lightning_em.losses.frozen_head import CHUNK_BYTES
+from lightning_em.models.engine import PART_TOKENS
 
 _GIB = 2**30
 _SAMPLE_TOKENS = 16  # so few that what grows with their square does not show
-_PART_TOKENS = {"cuda": 16384, "cpu": 1024}
-_CHUNK_BYTES = {"cuda": 512 * 2**20, "cpu": 32 * 2**20}
 _CHUNKS_ALIVE = 3.5  # logits of both models, a softmax, and a copy in the head's dtype
 _ADAM_COPIES = 4  # weight, gradient, two moments
 _RESERVE = {"cuda": 1.5 * _GIB, "cpu": 0.5 * _GIB}
@@ -21,14 +22,15 @@ _SHARDS_GATHERED = 2  # the block at work and the next one
 
 @dataclass(frozen=True)
 class Load:
-    """What the memory is asked for.
+    """What the memory is asked for at one time.
 
     Attributes:
-        part_tokens: Tokens of the largest part that is differentiated at a time.
-        batch_tokens: Tokens of both streams in a micro-batch.
+        part_tokens: Tokens of the largest part that is differentiated at a time; 0 without a gradient.
+        batch_tokens: Tokens in one pass below the adapter: both streams of a micro-batch.
         shards: Ranks that share the base; 1 keeps it whole.
         device: `cuda` or `cpu`.
         store_bytes: Of an activation store on the device.
+        generated_tokens: Whose keys and values are kept while answers are drawn.
     """
 
     part_tokens: int
@@ -36,6 +38,7 @@ class Load:
     shards: int = 1
     device: str = "cuda"
     store_bytes: int = 0
+    generated_tokens: int = 0
 
     @classmethod
     def of_rows(
@@ -48,7 +51,7 @@ class Load:
         max_tokens: int | None = None,
     ) -> "Load":
         """The load of one micro-batch: of these rows, or of as many of their kind as fill `max_tokens`."""
-        limit, longest = _PART_TOKENS[device], max(*narrow, *kl)
+        limit, longest = PART_TOKENS[device], max([*narrow, *kl])
         if max_tokens is not None:
             tokens = max(max_tokens, longest)
             return cls(max(longest, min(limit, tokens)), tokens, shards, device, store_bytes)
@@ -89,14 +92,19 @@ def on_meta(config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
     return model
 
 
-def estimate(base: PreTrainedModel, adapter: Adapter, load: Load) -> MemoryEstimate:
-    """Memory of a fit on the fast path.
+def estimate(base: PreTrainedModel, adapter: Adapter, *loads: Load) -> MemoryEstimate:
+    """Memory of a fit on the fast path, at the time when most is needed.
 
     Args:
         base: From `on_meta`, with the adapter attached.
         adapter: Attached to `base`.
-        load: What is asked of it.
+        loads: What is asked of it, one after the other.
     """
+    graph = graph_bytes_per_token(base)
+    return max((_at_once(base, adapter, load, graph) for load in loads), key=lambda found: found.total)
+
+
+def _at_once(base: PreTrainedModel, adapter: Adapter, load: Load, graph: float) -> MemoryEstimate:
     own = {id(p) for p in adapter.trainable().values()}
     blocks = _num_bytes(p for p in decoder_layers(base).parameters() if id(p) not in own)
     rest = _num_bytes(p for p in base.parameters() if id(p) not in own) - blocks
@@ -104,14 +112,17 @@ def estimate(base: PreTrainedModel, adapter: Adapter, load: Load) -> MemoryEstim
     config = base.config.get_text_config(decoder=True)
     wide = 4 * config.hidden_size + 3 * config.intermediate_size
     itemsize = base.dtype.itemsize
-    logits = load.part_tokens * config.vocab_size * 4
+    logits = (load.part_tokens or load.batch_tokens) * config.vocab_size * 4
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys_and_values = 2 * config.num_hidden_layers * heads * head_dim * itemsize
     return MemoryEstimate(
         base=rest + blocks / load.shards + gathered,
         adapter=_ADAM_COPIES * _num_bytes(adapter.trainable().values()),
-        activations=graph_bytes_per_token(base) * load.part_tokens,
+        activations=graph * load.part_tokens,
         passes=load.batch_tokens * (wide + config.hidden_size) * itemsize,
-        head=_CHUNKS_ALIVE * min(logits, _CHUNK_BYTES[load.device]),
-        caches=load.store_bytes,
+        head=_CHUNKS_ALIVE * min(logits, CHUNK_BYTES[load.device]),
+        caches=load.store_bytes + load.generated_tokens * keys_and_values,
         reserve=_RESERVE[load.device],
     )
 
@@ -139,6 +150,20 @@ def graph_bytes_per_token(base: PreTrainedModel) -> float:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
         base(input_ids=ids, attention_mask=seen, use_cache=False, logits_to_keep=nothing)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / _SAMPLE_TOKENS
+
+
+def memory_there(device: str, gpu_gib: float | None = None) -> float | None:
+    """Bytes that one process may use; None where that is not known.
+
+    Args:
+        device: `cuda` or `cpu`.
+        gpu_gib: Of GPUs elsewhere; this machine's own if not given.
+    """
+    if device == "cpu":
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if gpu_gib is not None:
+        return gpu_gib * _GIB
+    return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
 
 
 def _storage(tensor: Tensor) -> int:

@@ -1,5 +1,6 @@
 """Writing a batch file: configs/slurm/fit.sbatch with its blanks filled in. Never imports torch."""
 
+import re
 import shlex
 import shutil
 import sys
@@ -8,8 +9,11 @@ from importlib.resources import files
 from pathlib import Path
 
 from lightning_em.cluster.jobs import FitJob, JobArray, shared_beginning
+from lightning_em.launch import refuse_control_characters
 
 _COMMAND = "srun "
+_OPTION = re.compile(r"[a-z][a-z0-9-]*")
+_PLAIN = re.compile(r"[\w%+,./:=@^-]*")
 
 
 @dataclass(frozen=True)
@@ -64,14 +68,19 @@ class SlurmOptions:
             found["gpus-per-node"] = None
         for option in self.extra:
             key, _, value = option.removeprefix("--").partition("=")
+            if not _OPTION.fullmatch(key):
+                raise ValueError(
+                    "--slurm.extra expects a long option of sbatch, as in --slurm.extra=--mail-type=END, got "
+                    f"{option!r}."
+                )
             found[key] = value
         return found
 
 
-def device_words(options: SlurmOptions) -> tuple[str, str]:
-    """What the template says about devices, with its variables filled in: it is part of what a run is."""
+def devices_asked(options: SlurmOptions) -> dict[str, int]:
+    """What srun will start, under the trainer's own keys: it is part of what a run is."""
     asked = _directives(_template()) | options.directives()
-    return f"--trainer.num_nodes={asked['nodes']}", f"--trainer.devices={asked['ntasks-per-node']}"
+    return {"num_nodes": int(str(asked["nodes"])), "devices": int(str(asked["ntasks-per-node"]))}
 
 
 def batch_script(array: JobArray, name: str, options: SlurmOptions, logs: Path) -> str:
@@ -82,16 +91,21 @@ def batch_script(array: JobArray, name: str, options: SlurmOptions, logs: Path) 
         name: Of the job.
         options: What to ask for.
         logs: Folder of Slurm's log files.
+
+    Raises:
+        ValueError: If something would break out of its line: sbatch and the shell would take it for more of the file.
     """
+    asked, folders = options.directives(), [job.folder for job in array.jobs.values()]
+    refuse_control_characters("a line of the batch file", name, logs, *asked, *asked.values(), *folders)
     alone = len(array.jobs) == 1 and array.after is None
     set_words: dict[str, str | None] = {
         "job-name": name,
-        "output": str(logs / ("%x-%j.out" if alone else "%x-%A_%a.out")),
+        "output": str(Path(str(logs).replace("%", "%%")) / ("%x-%j.out" if alone else "%x-%A_%a.out")),
     }
     if not alone:
         at_once = f"%{options.at_once}" if options.at_once else ""
         set_words["array"] = f"{_ranges(sorted(array.jobs))}{at_once}"
-    lines = _with_directives(_template().splitlines(), options.directives() | set_words)
+    lines = _with_directives(_template().splitlines(), asked | set_words)
     (command,) = (number for number, line in enumerate(lines) if line.startswith(_COMMAND))
     before = lines[:command]
     if _on_path() is not None:
@@ -117,7 +131,11 @@ def _with_directives(lines: list[str], wanted: dict[str, str | None]) -> list[st
     """The template's lines with its options changed, taken out and added to; without the words about itself."""
     kept = [line for line in lines if not line.startswith("# ") and not _is_one(line)]
     both = _directives("\n".join(lines)) | wanted
-    asked = [f"#SBATCH --{key}{'=' * bool(value)}{value}" for key, value in both.items() if value is not None]
+    asked = [
+        f"#SBATCH --{key}{'=' * bool(value)}{_for_sbatch(value)}"
+        for key, value in both.items()
+        if value is not None
+    ]
     return [kept[0], *asked, *kept[1:]]
 
 
@@ -138,6 +156,14 @@ def _cases(array: JobArray) -> list[str]:
 
 def _quoted(words: tuple[str, ...] | list[str]) -> str:
     return " ".join(shlex.quote(word) for word in words)
+
+
+def _for_sbatch(value: str) -> str:
+    """A value as sbatch reads it back: it knows quotes and backslashes, but is no shell."""
+    if _PLAIN.fullmatch(value):
+        return value
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def _ranges(indices: list[int]) -> str:

@@ -1,6 +1,6 @@
 """FSDP2 for a frozen base that does not fit one GPU: its blocks are sharded, the adapter is replicated."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -68,16 +68,9 @@ class ShardedBase(ModelParallelStrategy):
 
     def _average_gradients(self) -> None:
         """As DDP does, in one message; the module has multiplied its loss by the number of ranks."""
-        parameters = cast(EMModule, self.lightning_module).model.adapter.trainable().values()
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if not gradients:
-            return
-        sizes = [gradient.numel() for gradient in gradients]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        distributed.all_reduce(flat)
-        flat /= self.world_size
-        for gradient, mean in zip(gradients, torch.split(flat, sizes), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+        average_gradients(
+            [*cast(EMModule, self.lightning_module).model.adapter.trainable().values()], self.world_size
+        )
 
     def _most(self, count: int) -> int:
         """The largest of the ranks' counts."""
@@ -114,6 +107,25 @@ class ShardedBase(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+
+def average_gradients(parameters: Sequence[nn.Parameter], world_size: int) -> None:
+    """Average over the ranks, with zeros where a rank has no gradient; none stays none where no rank has one.
+
+    Args:
+        parameters: The same on every rank, whatever gradients they have there: all send as many numbers.
+        world_size: Number of ranks.
+    """
+    if not parameters:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    present = torch.tensor([float(p.grad is not None) for p in parameters]).to(gradients[0])
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), present])
+    distributed.all_reduce(flat)
+    *sums, found = torch.split(flat, [*(gradient.numel() for gradient in gradients), len(gradients)])
+    for parameter, total, anywhere in zip(parameters, sums, found.tolist(), strict=True):
+        if anywhere:
+            parameter.grad = (total / world_size).view_as(parameter).to(parameter.dtype)
 
 
 def shard_blocks(model: AdaptedModel, mesh: Any) -> None:

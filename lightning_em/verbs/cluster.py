@@ -1,18 +1,24 @@
 """Verbs for clusters: submit writes and queues Slurm jobs, doctor looks whether a machine can run them."""
 
 import hashlib
+import math
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.text import Text
 
 from lightning_em.verbs.wiring import console, verb
 
 if TYPE_CHECKING:
     from lightning_em.cluster import FitJob, JobArray, SlurmOptions
+
+# What is said about batch files, so that `--dry_run > job.sbatch` holds a batch file and nothing else.
+remarks = Console(stderr=True, highlight=False)
 
 _INTEGERS = ("nodes", "gpus", "tasks", "cpus", "at_once")
 _HELP = {
@@ -75,7 +81,7 @@ def submit_jobs(
         slurm: Fields of `SlurmOptions` behind `slurm.`.
 
     Raises:
-        ValueError: If fits would write into one folder, or Slurm refuses.
+        ValueError: If fits would write into one folder, or into one that is in use, or Slurm refuses.
     """
     from lightning_em.cluster import SlurmOptions, arrays_of, batch_script, submit
 
@@ -84,17 +90,18 @@ def submit_jobs(
     if study:
         if words or sweep:
             raise ValueError(f"--study takes every run from its file; leave out {[*words, *(sweep or ())]}.")
-        folder, jobs = _jobs_of_study(study, root, dry_run)
+        folder, jobs = _jobs_of_study(study, root, dry_run, options)
     else:
         folder, jobs = _jobs_of_words(words, sweep or (), options)
     _refuse_shared_folders(jobs)
     ids: dict[int, str] = {}
-    for array in arrays_of(jobs):
+    for array in arrays_of(_left_to_do(jobs)):
         name = _job_name(array, folder)
         file = folder / "slurm" / f"{name}.sbatch"
         script = batch_script(array, name, options, file.parent)
         if dry_run:
-            console.print(Text(f"# {file}\n{script}"), soft_wrap=True)
+            remarks.print(Text(f"# {file}"), soft_wrap=True)
+            sys.stdout.write(script)
             continue
         ids[id(array)] = submit(array, script, file, ids.get(id(array.after)))
         console.print(f"job {ids[id(array)]}: {len(array.jobs)} fit{'s' * (len(array.jobs) > 1)}, {file}")
@@ -105,29 +112,37 @@ def _jobs_of_words(
 ) -> tuple[Path, list["FitJob"]]:
     from lightning_em import imports
     from lightning_em.cluster.jobs import FitJob, variations
-    from lightning_em.cluster.script import device_words
-    from lightning_em.identity import run_folder
-    from lightning_em.launch import refuse_strategy
+    from lightning_em.cluster.script import devices_asked
+    from lightning_em.identity import identity_of, run_folder
+    from lightning_em.launch import refuse_settings
     from lightning_em.rebuild import resolved_config
 
     if not words:
         raise ValueError("submit needs what fit needs: --config configs/experiment/x.yaml, or --study.")
     allowed = imports.as_words()  # taken off the words by now
+    devices = [f"--trainer.{key}={count}" for key, count in devices_asked(options).items()]
     jobs, configs = [], []
     for flags in variations(sweeps):
-        configs.append(resolved_config([*words, *flags, *device_words(options)]))
-        refuse_strategy(configs[-1]["trainer"])
-        jobs.append(FitJob((*words, *allowed, *flags), run_folder(configs[-1]).path))
+        configs.append(resolved_config([*words, *flags, *devices]))
+        refuse_settings(configs[-1]["trainer"])
+        run = run_folder(configs[-1])
+        if run.read_run().get("identity") not in (None, identity_of(configs[-1])):
+            raise ValueError(f"{run.path} holds a run with another config; give this one another --run.name.")
+        jobs.append(FitJob((*words, *allowed, *flags), run.path))
     return Path(configs[0]["run"]["root"]), jobs
 
 
-def _jobs_of_study(study: str, root: str | None, dry_run: bool) -> tuple[Path, list["FitJob"]]:
+def _jobs_of_study(
+    study: str, root: str | None, dry_run: bool, options: "SlurmOptions"
+) -> tuple[Path, list["FitJob"]]:
     from lightning_em import imports
     from lightning_em.analysis.cells import StudyFolder
     from lightning_em.cluster.jobs import FitJob
     from lightning_em.study import read_study
 
     plan, allowed = read_study(study, root), imports.as_words()
+    for run in plan.runs:
+        _refuse_other_devices(study, run.words, options)
     if not dry_run:
         StudyFolder(plan.root).write(plan.name, [run.cell for run in plan.runs])
     jobs = [
@@ -139,6 +154,39 @@ def _jobs_of_study(study: str, root: str | None, dry_run: bool) -> tuple[Path, l
         for run in plan.runs
     ]
     return plan.root, jobs
+
+
+def _refuse_other_devices(study: str, words: Sequence[str], options: "SlurmOptions") -> None:
+    """The rows of a step are the study's to decide, and so is their number of devices."""
+    from lightning_em.cluster.script import devices_asked
+    from lightning_em.launch import named_trainer, num_processes, refuse_settings
+
+    trainer, started = named_trainer(words), math.prod(devices_asked(options).values())
+    refuse_settings(trainer)
+    if started != (wanted := num_processes(trainer)):
+        raise ValueError(
+            f"Slurm would start {started} processes a run, but a run of {study} trains with {wanted}: each step would "
+            f"have {started}/{wanted} of its rows. Ask for one GPU a run (--slurm.gpus 1; the runs go side by side), "
+            "or say in the study's `set` what you mean: trainer.devices, and a trainer.accumulate_grad_batches that "
+            "keeps the rows."
+        )
+
+
+def _left_to_do(jobs: Sequence["FitJob"]) -> list["FitJob"]:
+    """Without the runs that are finished, which are named.
+
+    Raises:
+        ValueError: If a process is at work on one of them.
+    """
+    from lightning_em import lock
+    from lightning_em.runs import RunFolder
+
+    for job in jobs:
+        lock.refuse_if_held(job.folder)
+    finished = [job for job in jobs if RunFolder(job.folder).read_run().get("status") == "finished"]
+    for job in finished:
+        remarks.print(Text(f"{job.folder} is finished: nothing to submit."), soft_wrap=True)
+    return [job for job in jobs if job not in finished]
 
 
 def _refuse_shared_folders(jobs: Sequence["FitJob"]) -> None:

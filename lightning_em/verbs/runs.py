@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from lightning_em import lock
-from lightning_em.cluster.queue import described, job_states
+from lightning_em.cluster.queue import described, job_of, job_states, status_in_queue
 from lightning_em.records import read_metrics
 from lightning_em.runs import RunFolder, locate, step_of
 from lightning_em.verbs.wiring import console, verb
@@ -22,20 +22,21 @@ def add(verbs: Any) -> None:
         "--config", help="YAML with `probes:`, e.g. configs/probing/curves.yaml; default: the run's"
     )
     probing.add_argument(
-        "--num_examples", type=int, default=64, help="training rows of each stream, with --config"
+        "--num_examples", type=int, help="training rows of each stream, whatever the YAML says"
     )
-    probing.add_argument("--batch_size", type=int, default=16, help="rows in one forward pass, with --config")
+    probing.add_argument("--batch_size", type=int, help="rows in one forward pass, whatever the YAML says")
     probing.add_argument("--allow_zero_adapter", action="store_true", help="also one that changes no logit")
     runs = verbs.add_parser("runs", help="list runs, or show one").add_subparsers(required=True)
-    verb(runs, "ls", list_runs, "list runs with their state").add_argument("--root", default="runs")
+    listing = verb(runs, "ls", list_runs, "list runs with their state")
+    listing.add_argument("--root", default="runs", help="folder of the runs")
     verb(runs, "show", show_run, "show where a run stands").add_argument("run", help="runs/x")
 
 
 def probe_run(
     run: str,
     config: str | None = None,
-    num_examples: int = 64,
-    batch_size: int = 16,
+    num_examples: int | None = None,
+    batch_size: int | None = None,
     allow_zero_adapter: bool = False,
 ) -> None:
     """Measure what is not on record yet, at every checkpoint of a run, or at one.
@@ -43,16 +44,16 @@ def probe_run(
     Args:
         run: `runs/x` for every checkpoint, `runs/x@step-40` for one.
         config: YAML with `probes:`, as under `probing` in an experiment; the run's own if not given.
-        num_examples: Training rows of each stream to measure on, with `config`.
-        batch_size: Rows in one forward pass, with `config`.
+        num_examples: Training rows of each stream to measure on, instead of what the YAML says.
+        batch_size: Rows in one forward pass, instead of what the YAML says.
         allow_zero_adapter: Measure also an adapter that changes no logit.
     """
     from rich.progress import track
 
     from lightning_em.rebuild import load_probing, load_run
 
+    probing = load_probing(locate(run)[0], config, num_examples, batch_size)  # before the model is loaded
     loaded = load_run(run, allow_zero_adapter)
-    probing = load_probing(loaded.folder, config, num_examples, batch_size)
     steps = [loaded.step] if "@" in run else loaded.folder.steps()
     measured = 0
     with lock.RunLock(loaded.folder.path, ["probe", run]):
@@ -76,8 +77,9 @@ def list_runs(root: str = "runs") -> None:
     for folder in folders:
         record, steps = folder.read_run(), folder.steps()
         last = f"step {steps[-1]} of {record.get('max_steps')}" if steps else "none"
-        attempts, job = str(len(record.get("attempts", []))), described(record.get("job"), states)
-        table.add_row(folder.path.name, folder.status(), last, attempts, job)
+        attempts, job = str(len(record.get("attempts", []))), job_of(record)
+        status = status_in_queue(folder.status(), job, states)
+        table.add_row(folder.path.name, status, last, attempts, described(job, states))
     console.print(table)
 
 

@@ -4,15 +4,19 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_em.__main__ import main
 from lightning_em.cluster.doctor import check
+from lightning_em.cluster.files import ModelFiles
+from lightning_em.models import BaseModel
 from tests.fitting import LORA, command, experiment, write_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -107,6 +111,60 @@ def test_too_little_memory_says_what_would_do(config) -> None:
     assert "most of it is reserve; lower data.batch_size" in text
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to compare with")
+@pytest.mark.parametrize("accelerator", ["auto", "gpu"])
+def test_what_was_compared_with_nothing_is_not_ready(config, accelerator, capsys) -> None:
+    flags = [f"--trainer.accelerator={accelerator}"]
+    found = findings(config, *flags)
+    assert found["device"][0] == found["memory"][0] == "warning"
+    assert "give --gpu_gib" in found["device"][1]
+    assert "compared with nothing: give --gpu_gib" in found["memory"][1]
+    assert main(["doctor", "--config", str(config), *flags]) == 0
+    shown = capsys.readouterr().out
+    assert "ready" not in shown
+    assert "2 warnings" in shown
+    assert {level for level, _ in findings(config, *flags, gpu_gib=8.0).values()} == {"ok"}
+
+
+def test_gpus_that_are_elsewhere_are_not_counted_here(config, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "little one")
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: False)
+    flags = ["--trainer.accelerator=gpu", "--trainer.devices=8", "--model.base.dtype=bfloat16"]
+    assert findings(config, *flags, gpu_gib=80.0)["device"] == (
+        "ok", "for GPUs of 80 GiB; this machine's are not looked at",
+    )  # fmt: skip
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    level, text = findings(config, *flags)["device"]
+    assert level == "fault"
+    assert "bfloat16" in text
+
+
+def test_probes_count(config) -> None:
+    def activations(*flags: str) -> float:
+        _, text = findings(config, *flags, "--trainer.accelerator=gpu", gpu_gib=80.0)["memory"]
+        return float(re.search(r"activations ([\d.]+)", text)[1]) if "activations" in text else 0.0
+
+    file = config.parent / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 100_000}))
+    alone = activations("--data.batch_size=1", "--data.kl_batch_size=1")
+    probing = '--probing={"probes": [{"class_path": "lightning_em.probes.GradientNorm"}], "batch_size": 16}'
+    assert activations("--data.batch_size=1", "--data.kl_batch_size=1", probing) > 8 * alone > 0
+
+
+@pytest.mark.parametrize(
+    ("names", "lacks"),
+    [(["vocab.json", "merges.txt"], False), (["vocab.json"], True), (["tokenizer.model"], False)],
+)
+def test_a_tokenizer_may_be_written_in_several_ways(config, names, lacks) -> None:
+    model = config.parent / "model"
+    (model / "tokenizer.json").unlink()
+    for name in names:
+        (model / name).touch()
+    files = ModelFiles.find(BaseModel(str(model)))
+    assert ("tokenizer.json" in files.missing) is lacks
+
+
 def test_a_base_too_large_for_one_gpu_is_to_be_shared(config) -> None:
     """13 billion weights by their config; the weights themselves are not looked at."""
     file = config.parent / "model" / "config.json"
@@ -118,7 +176,14 @@ def test_a_base_too_large_for_one_gpu_is_to_be_shared(config) -> None:
     flags = ["--model.base.dtype=bfloat16", "--trainer.accelerator=gpu"]
     level, text = findings(config, *flags, gpu_gib=12.0)["memory"]
     assert level == "fault"
-    assert "share the base over 8 GPUs: --trainer configs/trainer/fsdp2.yaml --trainer.devices 8" in text
+    advice = "share the base over 8 GPUs: --trainer configs/trainer/fsdp2.yaml --trainer.devices 8"
+    assert (
+        f"{advice} --trainer.accumulate_grad_batches 1 with smaller batches: a step has 1 micro-batches"
+        in text
+    )
+    same_rows = ["--trainer.accumulate_grad_batches=16"]
+    _, text = findings(config, *flags, *same_rows, gpu_gib=12.0)["memory"]
+    assert f"{advice} --trainer.accumulate_grad_batches 2 (the same rows a step)" in text
     flags += ["--trainer", str(REPOSITORY / "configs/trainer/fsdp2.yaml"), "--trainer.devices=8"]
     assert findings(config, *flags, gpu_gib=12.0)["memory"][0] == "ok"
     assert findings(config, *flags[:-1], "--trainer.devices=2", gpu_gib=12.0)["memory"][0] == "fault"

@@ -5,6 +5,7 @@ import torch
 
 from lightning_em.adapters import LoRA, SteeringVector
 from lightning_em.batch import EncodedRow, PackedBatch
+from lightning_em.cluster.loads import probing_loads
 from lightning_em.cluster.memory import Load, estimate, graph_bytes_per_token, on_meta
 from lightning_em.models import AdaptedModel
 from tests.tiny import VOCAB_SIZE, make_tiny_model
@@ -93,3 +94,43 @@ def test_the_load_of_a_micro_batch() -> None:
     filled = Load.of_rows([100, 90], [80, 80, 80], 1, "cuda", max_tokens=16000)
     assert (filled.part_tokens, filled.batch_tokens) == (16000, 16000)  # batch sizes are then a ratio
     assert Load.of_rows([100], [80], 1, "cpu", max_tokens=16000).part_tokens == 1024
+
+
+def probe(name: str, **options: int) -> dict[str, object]:
+    return {"class_path": f"lightning_em.probes.{name}", "init_args": options}
+
+
+def test_probes_ask_for_rows_of_their_own() -> None:
+    training = Load.of_rows([10], [10], 2, "cpu")
+    probes = [probe("GradientNorm"), probe("ScaleCurve"), probe("ChatKL", batch_size=2, max_new_tokens=7)]
+    loads = probing_loads(
+        {"batch_size": 3, "probes": probes}, {"narrow": [30, 20, 10, 5], "kl": []}, training
+    )
+    asked = [(load.part_tokens, load.batch_tokens, load.generated_tokens) for load in loads]
+    assert asked == [(60, 60, 0), (0, 60, 0), (0, 50, 50 + 14), (0, 64, 0)]
+    assert {load.shards for load in loads} == {2}
+    assert probing_loads({"batch_size": 3, "probes": None}, {"narrow": [30]}, training) == []
+    assert Load.of_rows([10], [], 1, "cpu").part_tokens == 10
+
+
+def test_the_estimate_is_of_the_time_when_most_is_needed() -> None:
+    model = make_tiny_model(**SIZES)
+    base, adapter = on_meta(model.config, "float32"), SteeringVector(2)
+    adapter.bind(base, 0)
+    adapter.to("meta")
+    small, large = Load(100, 300, device="cpu"), Load(400, 300, device="cpu")
+    assert estimate(base, adapter, small, large) == estimate(base, adapter, large)
+    assert estimate(base, adapter, large, small) == estimate(base, adapter, large)
+    assert estimate(base, adapter, Load(0, 300, device="cpu")).activations == 0
+
+
+def test_keys_and_values_are_those_of_a_real_cache() -> None:
+    model = make_tiny_model(**SIZES)
+    base, adapter = on_meta(model.config, "float32"), SteeringVector(2)
+    adapter.bind(base, 0)
+    adapter.to("meta")
+    with torch.no_grad():
+        cache = model(torch.zeros((2, 9), dtype=torch.long), use_cache=True).past_key_values
+    kept = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    found = estimate(base, adapter, Load(0, 18, device="cpu", generated_tokens=18))
+    assert found.caches == kept > 0

@@ -1,5 +1,6 @@
 """F4, F6, F7, F8: told to stop, a run saves and says so; a rank that dies takes its job along."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,13 +10,29 @@ from pathlib import Path
 
 import pytest
 
+from lightning_em.records import read_results
 from tests.faults.conftest import Case, Whole
-from tests.faults.processes import assert_published_are_valid, wait_for_checkpoint, wait_until
+from tests.faults.processes import Running, assert_published_are_valid, wait_for_checkpoint, wait_until
+from tests.fitting import write_config
+from tests.slurm.daemons import free_port
 
 SLOW = 0.1
 TWO_RANKS = ("--trainer", "configs/trainer/cpu_ddp2.yaml", "--trainer.max_epochs", "4")
 # The order of rows is that of 1 rank with batches of 6, so that results can be compared.
 HALF_BATCHES = ("--data.batch_size", "3", "--data.kl_batch_size", "3")
+REQUEUED = "SIGUSR1 in a Slurm job (scontrol replaced by a recorder): saved, requeued once, resumes"
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """Environment of a Slurm job whose scontrol takes two seconds, and writes down what it is asked."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(
+        f'#!/bin/sh\ncp "$RUN_FILE" "{tmp_path}/at_requeue" 2>/dev/null\nsleep 2\necho "$@" >> "{tmp_path}/calls"\n',
+        encoding="utf-8",
+    )
+    scontrol.chmod(0o755)
+    return {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "4242"}
 
 
 @pytest.mark.fault("F4", "SIGTERM: checkpoint within a step, exit code 143, run.json preempted, same result")
@@ -33,17 +50,8 @@ def test_sigterm(whole: Whole) -> None:
     whole.assert_same_result(run)
 
 
-@pytest.mark.fault(
-    "F5", "SIGUSR1 in a Slurm job (scontrol replaced by a recorder): saved, requeued once, resumes"
-)
-def test_sigusr1_saves_and_requeues_once(
-    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = tmp_path / "calls"
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >> "{calls}"\n', encoding="utf-8")
-    scontrol.chmod(0o755)
-    slurm = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "4242"}
+@pytest.mark.fault("F5", REQUEUED)
+def test_sigusr1_saves_and_requeues_once(whole: Whole, tmp_path: Path, slurm: dict[str, str]) -> None:
     run = whole.folder("sigusr1")
     process = whole.start("sigusr1", slow=SLOW, **slurm)
     wait_for_checkpoint(run, process)
@@ -51,11 +59,85 @@ def test_sigusr1_saves_and_requeues_once(
     process.send(signal.SIGUSR1)
     ended = process.wait(30)
     assert ended.code == 128 + signal.SIGUSR1, ended.output
-    assert calls.read_text(encoding="utf-8") == "requeue 4242\n"
+    assert (tmp_path / "calls").read_text(encoding="utf-8") == "requeue 4242\n"
     assert run.read_run()["status"] == "preempted"
+    assert run.read_run()["attempts"][0]["job"] == "4242"
     assert run.steps()[-1] == run.read_run()["last_step"]
     assert whole.fit("sigusr1").code == 0
     whole.assert_same_result(run)
+
+
+@pytest.mark.fault("F5", "the same during a probe: the probes behind it wait for the resumed run")
+@pytest.mark.parametrize(("every_n_steps", "stops_at"), [(4, 4), (0, 24)])
+def test_sigusr1_during_a_probe(
+    whole: Whole, tmp_path: Path, slurm: dict[str, str], every_n_steps: int, stops_at: int
+) -> None:
+    probes = [
+        {"class_path": "tests.faults.interrupting.Interrupting", "init_args": {"folder": str(tmp_path)}},
+        {"class_path": "lightning_em.probes.ScaleCurve", "init_args": {"scales": [1.0]}},
+    ]
+    groups = {"probing": {"probes": probes}, "checkpoint": {"every_n_steps": every_n_steps}}
+    config = write_config(tmp_path / "probing.yaml", groups)
+    flags = ["--config", str(config), "--allow_import", "tests"]
+    name = f"probed-{every_n_steps}"
+    ended = whole.fit(name, *flags, **slurm)
+    run = whole.folder(name)
+    assert ended.code == 128 + signal.SIGUSR1, ended.output
+    assert (tmp_path / "calls").read_text(encoding="utf-8") == "requeue 4242\n"
+    assert (run.read_run()["status"], run.read_run()["last_step"]) == ("preempted", stops_at)
+    assert run.steps() == [stops_at]
+    assert [file.name for file in run.probe_folder.iterdir()] == ["interrupting.jsonl"]
+    resumed = whole.fit(name, *flags)
+    assert resumed.code == 0, resumed.output
+    for file in run.probe_folder.iterdir():
+        assert [result.step for result in read_results(file)] == run.steps(), f"once each, in {file}"
+    assert run.read_run()["status"] == "finished"
+    whole.assert_same_result(run)
+
+
+@pytest.mark.fault("F5", "a signal during the imports is honoured at step 1")
+def test_sigusr1_during_the_imports(whole: Whole, tmp_path: Path, slurm: dict[str, str]) -> None:
+    line = [sys.executable, "-m", "lightning_em", *whole.words("early")]
+    process = subprocess.Popen(line, env={**os.environ, **slurm}, stderr=subprocess.PIPE, text=True)
+
+    def listens() -> bool:
+        caught = Path(f"/proc/{process.pid}/status").read_text().partition("SigCgt:")[2].split()[0]
+        return bool(int(caught, 16) & 1 << (signal.SIGUSR1 - 1)) or process.poll() is not None
+
+    wait_until(listens, what="the handler")
+    assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text(), "before the heavy imports"
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGUSR1, said
+    assert whole.folder("early").steps() == [1]
+    assert (tmp_path / "calls").read_text(encoding="utf-8") == "requeue 4242\n"
+
+
+@pytest.mark.fault("F5", "of two ranks none ends before the job is requeued, and run.json is true by then")
+def test_no_rank_ends_before_the_job_is_requeued(case: Case, tmp_path: Path, slurm: dict[str, str]) -> None:
+    """`srun --kill-on-bad-exit=1` would kill rank zero behind rank one, in the middle of its `scontrol`."""
+    run = case.folder("two-requeued")
+    known = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    known |= {"MASTER_PORT": str(free_port()), "RUN_FILE": str(run.run_file)} | slurm
+    words = case.words("two-requeued", *TWO_RANKS, *HALF_BATCHES, slow=SLOW)
+    first, second = (
+        Running(*words, output=tmp_path / f"out-{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **known)
+        for rank in (0, 1)
+    )
+    wait_for_checkpoint(run, first)
+    for rank in (first, second):
+        rank.send(signal.SIGUSR1)
+    ended = second.wait(60)
+    assert ended.code == 128 + signal.SIGUSR1, ended.output
+    assert (tmp_path / "calls").read_text(encoding="utf-8") == "requeue 4242\n"
+    assert first.wait(30).code == 128 + signal.SIGUSR1
+    assert json.loads((tmp_path / "at_requeue").read_text())["status"] == "preempted"
+    assert (tmp_path / "calls").read_text(encoding="utf-8") == "requeue 4242\n", "once"
 
 
 @pytest.mark.fault("F8", "SIGINT once: saves and exits 130; twice: ends at once")

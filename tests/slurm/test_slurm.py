@@ -1,4 +1,7 @@
-"""F5 and F28 on a real Slurm: saved and requeued by a signal, an array for a sweep, one job a run folder."""
+"""F5 and F28 on a real Slurm: saved and requeued by a signal, an array for a sweep, one job a run folder.
+
+Everything lies in a folder with spaces and a percent sign in its name.
+"""
 
 import re
 from pathlib import Path
@@ -49,7 +52,9 @@ def submitter(slurm, tmp_path, tiny_model_folder, chat_file, answer_file) -> Sub
     settings = {"data": {"batch_size": 3, "kl_batch_size": 3}, "checkpoint": {"every_n_steps": 2}}
     config = experiment(tiny_model_folder(), chat_file, answer_file, **settings)
     config["trainer"]["accumulate_grad_batches"] = 2
-    return Submitter(slurm, write_config(tmp_path / "experiment.yaml", config))
+    folder = tmp_path / "my runs, 100% %j"
+    folder.mkdir()
+    return Submitter(slurm, write_config(folder / "experiment.yaml", config))
 
 
 def test_two_tasks_are_requeued_by_a_signal_and_end_as_if_nothing_had_happened(submitter) -> None:
@@ -101,15 +106,20 @@ def test_a_sweep_is_an_array_of_runs(submitter) -> None:
 
 
 def test_a_second_job_on_a_run_that_is_in_use_is_refused(submitter) -> None:
-    run = RunFolder(submitter.root / "wanted")
-    flags = ["--run.name", "wanted", "--trainer.max_epochs=1"]
+    run = RunFolder(submitter.root / "wanted by two")
+    flags = ["--run.name", "wanted by two", "--trainer.max_epochs=1"]
     first = submitter.submit(*flags, slow=20.0)
     wait_until(lambda: run.read_run()["status"] == "running", 120, "the first job to train")
-    second = submitter.submit(*flags)
+    refusal = rf"is in use by process \d+ on \S+ \(Slurm job {first}\)"
+    done = command("submit", *submitter.words(*flags), "--slurm.gpus=0", **submitter.environment)
+    assert done.returncode == 2
+    assert re.search(refusal, done.stderr), done.stderr
+    second = submitter.slurm.ask("sbatch", "--parsable", run.read_run()["job"]["script"])  # by hand
     ended = submitter.slurm.wait_for_end(second)
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "2:0"), submitter.logs()
-    log = Path(ended["StdOut"]).read_text(encoding="utf-8")
-    assert re.search(rf"is in use by process \d+ on \S+ \(Slurm job {first}\)", log), log
+    log = (submitter.root / "slurm" / f"wanted by two-{second}.out").read_text(encoding="utf-8")
+    assert re.search(refusal, log), log
+    assert run.read_run()["job"]["id"] == first
     assert submitter.slurm.job(first)["JobState"] == "RUNNING"
     assert len(run.read_run()["attempts"]) == 1
     submitter.slurm.ask("scancel", first)
