@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_em import lock, records
-from lightning_em.manifest import manifest_problems, write_atomically
+from lightning_em.manifest import MANIFEST, manifest_problems, write_atomically
 
 if TYPE_CHECKING:
     from lightning_em.recorded import RecordedRun
@@ -63,6 +63,11 @@ class RunFolder:
             logger.warning("checkpoint step %d is broken and passed over: %s", step, "; ".join(problems))
         return None
 
+    def last_adapter_sha256(self) -> str | None:
+        """Hash of the weights in the last checkpoint that has a manifest, as it is written there; None without one."""
+        found = (adapter_sha256(self.checkpoint(step)) for step in reversed(self.steps()))
+        return next((sha256 for sha256 in found if sha256 is not None), None)
+
     def read_run(self) -> dict[str, Any]:
         """Content of run.json; empty before the run has started."""
         if not self.run_file.exists():
@@ -80,6 +85,15 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         content = self.read_run() | fields
         write_atomically(self.run_file, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def adapter_sha256(checkpoint: Path) -> str | None:
+    """Hash of a checkpoint's adapter weights, from its manifest; None if that tells none."""
+    try:
+        listing = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return str(listing["adapter_model.safetensors"]["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def step_of(checkpoint: Path) -> int:

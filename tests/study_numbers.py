@@ -1,16 +1,19 @@
 """Measurements of a study that never ran, with known numbers: every claim true, and ways to make one false."""
 
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
 
+from lightning_em.analysis.claims import CLAIMS, ClaimResult, evaluate
 from lightning_em.analysis.measurements import COLUMNS
 
 SCALES = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0)
 STRENGTHS = (0.05, 0.1, 0.2, 0.4)
 KL_WEIGHTS = (0.1, 1.0, 100.0)
 SEEDS = (0, 1, 2, 3, 4)
+PROTOCOL = "0a1b2c3d"
 
 Numbers = dict[str, float]
 
@@ -35,11 +38,17 @@ def losses(norm: float, best: float) -> Numbers:
     found = {f"ce@{scale:g}": 0.4 + 1.6 * (scale / best - 1) ** 2 for scale in grid}
     trained = found["ce@1"]
     found |= {"effective_norm": norm, "best_scale": best, "best_ce": 0.4 + 0.01 * best}
+    found |= {"optimum_inside_grid": 1.0}
     return found | {"efficiency": (2 - trained) / norm**2, "loss_over_norm2": trained / norm**2}
 
 
-def noise(times: float) -> Numbers:
-    """Rise of the loss with the square of the strength."""
+def moved(strength: float) -> float:
+    """Distance from x of x' = sqrt(1 - e^2) x + e y, x and y orthogonal and of length 1."""
+    return math.sqrt(2 - 2 * math.sqrt(1 - strength**2))
+
+
+def noise(times: float, norm: float = 10.0) -> Numbers:
+    """Rise of the loss with the square of the strength, for a vector of a norm."""
     found: Numbers = {}
     for strength in STRENGTHS:
         rise = times * strength**2
@@ -48,6 +57,7 @@ def noise(times: float) -> Numbers:
             f"perturbation/lost_gain@{strength:g}": 60 * rise,
         }
         found[f"perturbation/relative_increase@{strength:g}"] = rise / 0.4
+        found[f"perturbation/displacement@{strength:g}"] = moved(strength) * norm
     return found
 
 
@@ -62,10 +72,10 @@ def all_true(adapter: str) -> dict[tuple[str, float | None], Numbers]:
     """Runs of a seed in which every claim is true."""
     turn = {"rotation/peak": -0.9 if adapter == "vector" else 0.2}
     general = losses(10.0, 1.0) | noise(1.0) | chat(0.8) | turn
-    narrow = losses(11.0, 1.4) | noise(2.0) | chat(0.3) | turn
+    narrow = losses(11.0, 1.4) | noise(2.0, 11.0) | chat(0.3) | turn
     runs: dict[tuple[str, float | None], Numbers] = {
-        ("general", None): behaviour(0.95, 0.5) | general | {"pca/final_pc1": 9.0},
-        ("narrow", 10.0): behaviour(0.9, 0.02, 0.02) | narrow | {"pca/final_pc1": 2.0},
+        ("general", None): behaviour(0.95, 0.5) | general | {"pca/pc1": 9.0},
+        ("narrow", 10.0): behaviour(0.9, 0.02, 0.02) | narrow | {"pca/pc1": 2.0},
         ("reverted", None): behaviour(0.95, 0.4) | losses(11.0, 1.1) | {"distance/covered": 0.4},
         ("reverse", None): behaviour(0.9, 0.03) | losses(11.0, 1.3),
         ("mixed_other", 1 / 6): behaviour(0.9, 0.4) | losses(10.0, 1.0),
@@ -79,7 +89,7 @@ def all_true(adapter: str) -> dict[tuple[str, float | None], Numbers]:
     for weight, held_out, loud, place in zip(
         KL_WEIGHTS, (0.3, 0.03, 0.01), (0.5, 0.3, 0.01), (7.0, 4.0, 0.5), strict=True
     ):
-        runs["narrow_weight", weight] = behaviour(0.9, held_out, loud) | {"pca/final_pc1": place}
+        runs["narrow_weight", weight] = behaviour(0.9, held_out, loud) | {"pca/pc1": place}
     return runs
 
 
@@ -91,13 +101,13 @@ PAIRS = {
 }
 
 
-def gradient_rows(general: float = 0.5, narrow: float = 0.3) -> list[tuple[int, str, float]]:
+def gradient_rows(general: tuple[float, ...], narrow: float = 0.3) -> list[tuple[int, str, float]]:
     """Pull towards both solutions at three checkpoints of two runs."""
     return [
         (step, f"gradient_cosine/gradient_cosine/role={role}/target={target}/direction={direction}", value)
-        for step in (10, 20, 30)
+        for step, pull in zip((10, 20, 30), general, strict=True)
         for role in ("narrow", "general")
-        for target, value in (("general", general), ("narrow", narrow))
+        for target, value in (("general", pull), ("narrow", narrow))
         for direction in ("final", "remaining")
     ]
 
@@ -107,7 +117,7 @@ def study_numbers(
     adapters: tuple[str, ...] = ("rank32", "vector"),
     change: Callable[[dict[tuple[str, float | None], Numbers], int], None] | None = None,
     pairs: Mapping[str, float] = PAIRS,
-    gradients: tuple[float, float] = (0.5, 0.3),
+    gradients: tuple[float, ...] = (0.4, 0.5, 0.6),
     jitter: float = 0.002,
     world: str = "default",
 ) -> pd.DataFrame:
@@ -118,7 +128,7 @@ def study_numbers(
         adapters: Adapter types.
         change: Edits the runs of a seed in place.
         pairs: Numbers of several runs together.
-        gradients: Pull towards the general and the narrow solution.
+        gradients: Pull towards the general solution at each checkpoint; towards the narrow one it is .3.
         jitter: Relative standard deviation over seeds; each quantity moves as a whole.
         world: Name of the world.
     """
@@ -136,5 +146,33 @@ def study_numbers(
                 rows += [(*identity, 150, quantity, value * by) for quantity, value in numbers.items()]
             together = ("several", "", "pair", None, adapter, world, seed)
             rows += [(*together, 0, quantity, value) for quantity, value in pairs.items()]
-            rows += [(*together, *row) for row in gradient_rows(*gradients)]
+            rows += [(*together, *row) for row in gradient_rows(gradients)]
+    rows = [(*row, "" if row[2] == "pair" or row[8] == "effective_norm" else PROTOCOL) for row in rows]
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"level": float, "value": float})
+
+
+def spread(role: str, held_out: float, level: float | None = None, name: str = "bad_rate"):
+    """Change how an arm answers in held-out domains."""
+
+    def change(runs, seed) -> None:
+        runs[role, level] = runs[role, level] | behaviour(0.9, held_out, name=name)
+
+    return change
+
+
+def become(role: str, level: float | None, numbers):
+    """Change some numbers of an arm."""
+
+    def change(runs, seed) -> None:
+        runs[role, level] = runs[role, level] | numbers
+
+    return change
+
+
+def verdicts(
+    frame, adapter: str = "rank32", world: str = "default", keys=tuple(CLAIMS)
+) -> dict[str, ClaimResult]:
+    """The result that decides, by claim."""
+    return {
+        r.claim: r for r in evaluate(frame, keys) if r.decides and (r.adapter, r.world) == (adapter, world)
+    }

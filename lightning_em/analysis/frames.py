@@ -4,11 +4,12 @@ from typing import Any
 
 import pandas as pd
 
+from lightning_em.analysis.protocol import protocol_of
 from lightning_em.records import Point, ProbeResult, read_metrics, read_results
 from lightning_em.runs import RunFolder
 
 POINT_COLUMNS = (
-    "probe", "step", "measurement", "quantity", "value", "unit", "standard_error", "count",
+    "probe", "step", "measurement", "protocol", "quantity", "value", "unit", "standard_error", "count",
 )  # fmt: skip
 
 
@@ -26,16 +27,18 @@ def records_frame(run: RunFolder) -> pd.DataFrame:
     """Points of all probes at all steps, one row a point and one column a coordinate.
 
     Columns: probe, step, measurement (line of the probe's file, from 1: the same step measured with other
-    settings is another measurement), quantity, value, unit, standard_error, count, then the coordinates that
-    any probe has, empty where a point has none. Values of single examples stay in the files.
+    settings is another measurement), protocol (see `protocol_of`), quantity, value, unit, standard_error, count,
+    then the coordinates that any probe has, empty where a point has none. Values of single examples stay in the
+    files.
 
     Raises:
         ValueError: If a coordinate has the name of one of the other columns.
     """
     rows = [
-        _row(result, number, point)
+        _row(result, number, protocol, point)
         for file in sorted(run.probe_folder.glob("*.jsonl"))
         for number, result in enumerate(read_results(file), start=1)
+        for protocol in [protocol_of(result)]
         for point in result.points
     ]
     coordinates = list(dict.fromkeys(key for row in rows for key in row if key not in POINT_COLUMNS))
@@ -43,7 +46,7 @@ def records_frame(run: RunFolder) -> pd.DataFrame:
     return frame.astype({"value": float, "standard_error": float, "count": "Int64"})
 
 
-def _row(result: ProbeResult, number: int, point: Point) -> dict[str, Any]:
+def _row(result: ProbeResult, number: int, protocol: str, point: Point) -> dict[str, Any]:
     if clash := sorted(set(POINT_COLUMNS) & set(point.coordinates)):
         raise ValueError(
             f"probe {result.probe} has coordinates {clash}, which are columns of every record: rename them there."
@@ -52,6 +55,7 @@ def _row(result: ProbeResult, number: int, point: Point) -> dict[str, Any]:
         "probe": result.probe,
         "step": result.step,
         "measurement": number,
+        "protocol": protocol,
         "quantity": point.quantity,
         "value": point.value,
         "unit": point.unit,

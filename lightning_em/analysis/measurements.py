@@ -17,7 +17,9 @@ from lightning_em.records import Point
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("run", "arm", "role", "level", "adapter", "world", "seed", "step", "quantity", "value")
+COLUMNS = (
+    "run", "arm", "role", "level", "adapter", "world", "seed", "step", "quantity", "value", "protocol",
+)  # fmt: skip
 PAIR_ANALYSES = ("adapter_cosine", "effect_cosine", "equal_norm", "gradient_cosine")
 DIGITS = 6
 _DTYPES = {"level": float, "seed": int, "step": int, "value": float}
@@ -29,6 +31,9 @@ def measurements(study: StudyFolder) -> pd.DataFrame:
     Columns `COLUMNS`. A quantity has its place on a grid in its name, `bad_rate/held_out_domain@2` being the
     rate at scale 2. `step` is the checkpoint's; quantities that are followed through training have several.
     Numbers of several runs have the role `pair`, and their quantity begins with the analysis.
+    `protocol` is what a number was measured by (see `protocol_of`): numbers of two runs are compared where it is
+    the same. It is empty where the checkpoints alone determine the number, and for pairs, whose runs are measured
+    together.
     Values are rounded to six digits, so that a table computed from the file is the one computed from the runs.
 
     Raises:
@@ -67,7 +72,7 @@ def read_measurements(path: Path) -> pd.DataFrame:
     frame = pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=[""])
     if missing := [column for column in COLUMNS if column not in frame]:
         raise ValueError(f"{path} has no columns {missing}; write it again with `lightning-em study report`.")
-    return frame[list(COLUMNS)].astype(_DTYPES).fillna({"arm": ""})
+    return frame[list(COLUMNS)].astype(_DTYPES).fillna({"arm": "", "protocol": ""})
 
 
 def _frame(rows: list[CellReading]) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """What one run's records and metrics say, as named numbers: the names that claims are written in."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -10,14 +10,23 @@ from lightning_em.runs import RunFolder
 
 FOLLOWED_KINDS = ("narrow_seen", "narrow_held_out", "kl_domain", "held_out_domain")
 """Kinds of question whose bad rate at scale 1 is kept at every checkpoint."""
+_UNDER_NOISE = ("ce_increase", "lost_gain", "relative_increase", "displacement")
 
 
 class Reading(NamedTuple):
-    """One number of a run at one checkpoint."""
+    """One number of a run at one checkpoint.
+
+    Attributes:
+        step: Of the checkpoint.
+        quantity: Its name.
+        value: The number.
+        protocol: By which it was measured (see `protocol_of`); empty where the checkpoint alone determines it.
+    """
 
     step: int
     quantity: str
     value: float
+    protocol: str = ""
 
 
 def readings(run: RunFolder) -> list[Reading]:
@@ -28,14 +37,14 @@ def readings(run: RunFolder) -> list[Reading]:
 
     Names, `@` before the place on a grid: `bad_rate/<kind>@<scale>` (good, other, style likewise), `ce@<scale>`,
     `effective_norm`, `best_scale`, `best_ce`, `optimum_inside_grid`, `efficiency` = (L_base - L) / norm^2,
-    `loss_over_norm2` = L / norm^2, `perturbation/<ce_increase | lost_gain | relative_increase>@<strength>`,
+    `loss_over_norm2` = L / norm^2,
+    `perturbation/<ce_increase | lost_gain | relative_increase | displacement>@<strength>`, means over the noise,
     `kl_chat/<prompts>@<scale>`, `significance/<adapter | random>@<share of the trained norm>`,
     `ce_gradient_norm`, `kl_gradient_norm`, `margin/<kind>@<scale>`, `bad_preferred/<kind>@<scale>`, `val/ce`,
     `val/kl`.
     """
-    found = _from_records(records_frame(run)) | dict(_from_metrics(run))
-    found |= _efficiency(found)
-    return [Reading(step, quantity, value) for (step, quantity), value in sorted(found.items())]
+    found = _from_records(records_frame(run)) + _from_metrics(run)
+    return sorted(found + _efficiency(found))
 
 
 def _is_followed(quantity: str) -> bool:
@@ -44,39 +53,43 @@ def _is_followed(quantity: str) -> bool:
     return quantity in {f"bad_rate/{kind}@1" for kind in FOLLOWED_KINDS}
 
 
-def _from_records(records: pd.DataFrame) -> dict[tuple[int, str], float]:
+def _from_records(records: pd.DataFrame) -> list[Reading]:
     """The last measurement of each probe at the steps that are kept; draws of one place are averaged."""
-    named: dict[tuple[int, str], list[float]] = {}
+    named: dict[tuple[int, str, str], list[float]] = {}
     last = records.groupby("probe")["step"].max()
     newest = records.groupby(["probe", "step"])["measurement"].transform("max")
     for found in records[records["measurement"] == newest].to_dict("records"):
         row = {str(column): value for column, value in found.items()}
         name = _NAMES[row["probe"]](row) if row["probe"] in _NAMES else None
         if name is not None and (row["step"] == last[row["probe"]] or _is_followed(name)):
-            named.setdefault((row["step"], name), []).append(row["value"])
-    return {place: _mean(values) for place, values in named.items()}
+            protocol = "" if name == "effective_norm" else row["protocol"]
+            named.setdefault((row["step"], name, protocol), []).append(row["value"])
+    return [
+        Reading(step, name, sum(values) / len(values), protocol)
+        for (step, name, protocol), values in named.items()
+    ]
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _from_metrics(run: RunFolder) -> Iterator[tuple[tuple[int, str], float]]:
+def _from_metrics(run: RunFolder) -> list[Reading]:
     """Validation losses."""
     frame = metrics_frame(run)
-    for name in ("val/ce", "val/kl"):
-        if name in frame:
-            known = frame[name].dropna()
-            yield from (((int(s), name), float(v)) for s, v in zip(known.index, known, strict=True))
+    known = [frame[name].dropna() for name in ("val/ce", "val/kl") if name in frame]
+    return [
+        Reading(int(step), str(column.name), float(value))
+        for column in known
+        for step, value in zip(column.index, column, strict=True)
+    ]
 
 
-def _efficiency(found: Mapping[tuple[int, str], float]) -> dict[tuple[int, str], float]:
-    made = {}
-    for (step, quantity), norm in found.items():
-        base, trained = found.get((step, "ce@0")), found.get((step, "ce@1"))
-        if quantity == "effective_norm" and base is not None and trained is not None and norm > 0:
-            made[step, "efficiency"] = (base - trained) / norm**2
-            made[step, "loss_over_norm2"] = trained / norm**2
+def _efficiency(found: Sequence[Reading]) -> list[Reading]:
+    named = {(reading.step, reading.quantity): reading for reading in found}
+    made = []
+    for (step, quantity), norm in named.items():
+        base, trained = named.get((step, "ce@0")), named.get((step, "ce@1"))
+        if quantity == "effective_norm" and base and trained and norm.value > 0:
+            drop, square = base.value - trained.value, norm.value**2
+            made.append(Reading(step, "efficiency", drop / square, trained.protocol))
+            made.append(Reading(step, "loss_over_norm2", trained.value / square, trained.protocol))
     return made
 
 
@@ -96,7 +109,7 @@ def _scale_curve(row: Mapping[str, Any]) -> str | None:
 
 def _perturbation(row: Mapping[str, Any]) -> str | None:
     name = str(row["quantity"]).removesuffix("_mean")
-    summed_up = name != row["quantity"] and name in ("ce_increase", "lost_gain", "relative_increase")
+    summed_up = name != row["quantity"] and name in _UNDER_NOISE
     return f"perturbation/{name}@{row['strength']:g}" if summed_up else None
 
 

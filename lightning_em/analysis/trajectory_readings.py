@@ -1,5 +1,6 @@
 """What the checkpoints of a study's runs say about the way they took, as named numbers."""
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 PAIR_ROLE = "pair"
 PCA_ROLES = ("general", "narrow", "narrow_weight")
 BACK_TO = {"reverted": "general", "reverse": "narrow"}
+NUM_COMPONENTS = 3
 SHORTEST_ARM = 0.05
 """A turn counts if its longer arm exceeds this share of the final write direction: shorter arms are noise."""
 
@@ -28,17 +30,21 @@ class CellReading(NamedTuple):
 
 
 def trajectory_readings(study: StudyFolder, cells: Sequence[Cell]) -> Iterator[CellReading]:
-    """Numbers from checkpoints; an adapter that is neither a vector nor a LoRA has none, and the log says so.
+    """Numbers from checkpoints; the log names runs without a valid one, and adapters that are no vector or LoRA.
 
     `effective_norm` at each checkpoint.
-    `rotation/peak` of a general or narrow run: the largest local cosine of its trajectory.
-    `pca/final_pc1` of the general run and those of all KL weights: where they end, general being positive;
-    `pca/share_<i>` of all of them together.
+    `rotation/peak` of a general or narrow run: the largest local cosine of its trajectory, `rotation/peak_step`
+    where it is; their protocol is the number of steps between checkpoints, on which a turn depends.
+    `pca/pc1` to `pca/pc3` of the general run and those of all KL weights at each checkpoint, the general one ending
+    on the positive side; `pca/share_<i>` of all of them together.
     `distance/covered` and `distance/projection` of a reverted run on its way to the general solution, and of
     a reverse run on its way to the narrow one.
     """
     groups: dict[tuple[str, str, int], list[Cell]] = {}
     for cell in cells:
+        if study.run(cell).newest_valid_step() is None:
+            logger.warning("%s has no valid checkpoint: its trajectory is left out", cell.run)
+            continue
         groups.setdefault((cell.adapter, cell.world, cell.seed), []).append(cell)
     for group in groups.values():
         for read in (_norms, _rotations, _components, _distances):
@@ -65,9 +71,10 @@ def _rotations(study: StudyFolder, group: Sequence[Cell]) -> Iterator[CellReadin
         turns = rotation(run, k=SHORTEST_ARM * length)
         if turns:
             peak = max(turns, key=lambda turn: turn.cosine)
-            step = max(run.steps())
-            yield CellReading(cell, Reading(step, "rotation/peak", peak.cosine))
-            yield CellReading(cell, Reading(step, "rotation/peak_step", float(peak.step)))
+            steps = run.steps()
+            spacing = f"every {min(after - before for before, after in itertools.pairwise(steps))} steps"
+            for name, value in (("peak", peak.cosine), ("peak_step", float(peak.step))):
+                yield CellReading(cell, Reading(steps[-1], f"rotation/{name}", value, spacing))
 
 
 def _components(study: StudyFolder, group: Sequence[Cell]) -> Iterator[CellReading]:
@@ -76,12 +83,11 @@ def _components(study: StudyFolder, group: Sequence[Cell]) -> Iterator[CellReadi
     if len(cells) < 2 or not general:
         return
     pca = trajectory_pca({name: study.run(cell) for name, cell in cells.items()})
-    places = pca.coordinates.sort_values("step")
-    ends = dict(zip(places["run"], zip(places["step"], places["pc1"], strict=True), strict=True))
-    sign = 1.0 if ends[general[0]][1] >= 0 else -1.0  # a component has no sign of its own
-    for name, cell in cells.items():
-        step, place = ends[name]
-        yield CellReading(cell, Reading(int(step), "pca/final_pc1", sign * float(place)))
+    places = pca.coordinates.sort_values("step").set_index("run")
+    for name in [f"pc{number}" for number in range(1, NUM_COMPONENTS + 1) if f"pc{number}" in places]:
+        sign = 1.0 if places.loc[[general[0]], name].iloc[-1] >= 0 else -1.0  # none of its own
+        for run, step, place in zip(places.index, places["step"], places[name], strict=True):
+            yield CellReading(cells[run], Reading(int(step), f"pca/{name}", sign * float(place)))
     together = Cell("+".join(cells), "", PAIR_ROLE, None, group[0].adapter, group[0].world, group[0].seed)
     for number, share in enumerate(pca.explained_shares, start=1):
         yield CellReading(together, Reading(0, f"pca/share_{number}", share))

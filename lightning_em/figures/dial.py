@@ -8,7 +8,10 @@ from matplotlib.figure import Figure
 from lightning_em.analysis import Solution
 
 COLOURS = {"general": "#b2182b", "narrow": "#2166ac"}
-KINDS = {"narrow_held_out": ("-", "medical, held-out items"), "held_out_domain": ("--", "held-out domains")}
+KINDS = {
+    "narrow_held_out": ("-", "narrow questions about unseen words"),
+    "held_out_domain": ("--", "held-out domains"),
+}
 
 
 def draw_dial(points: Mapping[float, Mapping[str, list[Solution]]], path: Path, adapter: str) -> Path:

@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from lightning_em.analysis.claims import Evidence, MissingError
 from lightning_em.analysis.claims.effects import HELD_OUT, LEAST_COHERENCE, SEEN
 from lightning_em.analysis.claims.evidence import Arm, RunNumbers
-from lightning_em.figures.dial import COLOURS
 
-_KINDS = {
-    SEEN: ("-", "general", "narrow questions, trained on"),
-    HELD_OUT: ("--", "narrow", "held-out domains"),
+KINDS = {
+    SEEN: ("-", "#1b7837", "new narrow questions about trained words"),
+    HELD_OUT: ("--", "#762a83", "held-out domains"),
 }
+"""Line, colour and label; the colours of solutions mean solutions in the other figures."""
 
 
 def draw_weights(frame: pd.DataFrame, path: Path, adapter: str, world: str = "default") -> Path:
@@ -33,7 +33,8 @@ def draw_weights(frame: pd.DataFrame, path: Path, adapter: str, world: str = "de
         `path`.
 
     Raises:
-        ValueError: If the study has no general run, or no KL weight, of this adapter.
+        ValueError: If the study has no general run, or no KL weight, of this adapter, or no answers or preferences
+            to draw.
     """
     evidence = Evidence(frame, adapter, world)
     arms = sorted(evidence.arms("general", "narrow", "narrow_weight"), key=_weight)
@@ -41,8 +42,13 @@ def draw_weights(frame: pd.DataFrame, path: Path, adapter: str, world: str = "de
         raise ValueError(f"a figure of KL weights needs a general and a narrow arm of {adapter}, got {arms}.")
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    draw_rates(left, evidence, arms)
-    draw_scales(right, evidence, arms)
+    try:
+        draw_rates(left, evidence, arms)
+        draw_scales(right, evidence, arms)
+    except MissingError as error:
+        raise ValueError(
+            f"a figure of KL weights of {adapter} needs what is not recorded: {error}."
+        ) from None
     seeds = f"mean and range of {len(evidence.seeds)} seeds"
     figure.suptitle(f"What the KL weight does: {adapter}, {world} world, {seeds}", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,39 +59,44 @@ def draw_weights(frame: pd.DataFrame, path: Path, adapter: str, world: str = "de
 def draw_rates(axes: Axes, evidence: Evidence, arms: Sequence[Arm]) -> None:
     """Bad rates of the trained adapter against its KL weight: mean over seeds, range as a band."""
     weights = [_weight(arm) for arm in arms]
-    for kind, (style, colour, label) in _KINDS.items():
+    for kind, (style, colour, label) in KINDS.items():
         rates = [[run.value(f"bad_rate/{kind}@1") for run in _runs(evidence, arm)] for arm in arms]
         means = [float(np.mean(each)) for each in rates]
-        axes.plot(weights, means, style, color=COLOURS[colour], marker="o", label=label)
+        axes.plot(weights, means, style, color=colour, marker="o", label=label)
         low, high = [min(each) for each in rates], [max(each) for each in rates]
-        axes.fill_between(weights, low, high, color=COLOURS[colour], alpha=0.12, lw=0)
+        axes.fill_between(weights, low, high, color=colour, alpha=0.12, lw=0)
     # linear below the smallest weight, so that 0 has a place
     axes.set_xscale("symlog", linthresh=min(weight for weight in weights if weight > 0))
     axes.set_xticks(weights, [f"{weight:g}" for weight in weights])
     axes.minorticks_off()
-    axes.set_xlabel("KL weight (per nat per token; 0 is the general solution)")
-    _finish(axes, "probability of a bad answer")
+    axes.set_xlabel("KL weight, the factor on nats per token (0: the general solution)")
+    _finish(axes, _rate_of(evidence))
 
 
 def draw_scales(axes: Axes, evidence: Evidence, arms: Sequence[Arm]) -> None:
-    """Bad rates in held-out domains against the scale, a line a KL weight; hollow where answers fall apart."""
+    """Bad rates in held-out domains against the scale, a line a KL weight; hollow where answers fall apart.
+
+    Where no answers were judged, whether they fall apart is not known, and the axis says so.
+    """
     colours = colormaps["viridis"](np.linspace(0, 0.9, len(arms)))
     for arm, colour in zip(arms, colours, strict=True):
         runs = _runs(evidence, arm)
         scales = [scale for scale in runs[0].curve(f"bad_rate/{HELD_OUT}").places if scale > 0]
         means = [_mean(runs, f"bad_rate/{HELD_OUT}@{scale:g}") for scale in scales]
         axes.plot(scales, means, color=colour, label=f"{_weight(arm):g}")
-        least = LEAST_COHERENCE * (1 - _mean(runs, f"other_rate/{HELD_OUT}@0"))
         for scale, rate in zip(scales, means, strict=True):
-            is_coherent = 1 - _mean(runs, f"other_rate/{HELD_OUT}@{scale:g}") >= least
-            axes.plot(scale, rate, "o", color=colour, mfc=colour if is_coherent else "white")
+            fill = "white" if not evidence.stands_in and _falls_apart(runs, scale) else colour
+            axes.plot(scale, rate, "o", color=colour, mfc=fill)
     axes.set_xscale("log")
     axes.minorticks_off()
     axes.set_xticks(ticks := [0.25, 0.5, 1, 2, 5, 10, 20], [f"{tick:g}" for tick in ticks])
-    axes.set_xlabel(
-        "scale of the adapter (1 = trained)\nhollow: fewer than nine tenths of the base's answers left"
+    marks = (
+        "no answers were judged: not known where they fall apart"
+        if evidence.stands_in
+        else "hollow: fewer than nine tenths of the base's answers left"
     )
-    _finish(axes, "probability of a bad answer in held-out domains", "KL weight")
+    axes.set_xlabel(f"scale of the adapter (1 = trained)\n{marks}")
+    _finish(axes, f"{_rate_of(evidence)}, held-out domains", "KL weight")
 
 
 def _finish(axes: Axes, label: str, legend: str | None = None) -> None:
@@ -97,6 +108,15 @@ def _finish(axes: Axes, label: str, legend: str | None = None) -> None:
 
 def _weight(arm: Arm) -> float:
     return 0.0 if arm.role == "general" else arm.level or 0.0
+
+
+def _rate_of(evidence: Evidence) -> str:
+    return "share with the bad answer likelier" if evidence.stands_in else "probability of a bad answer"
+
+
+def _falls_apart(runs: Sequence[RunNumbers], scale: float) -> bool:
+    here, base = (1 - _mean(runs, f"other_rate/{HELD_OUT}@{place:g}") for place in (scale, 0.0))
+    return here < LEAST_COHERENCE * base
 
 
 def _mean(runs: Sequence[RunNumbers], quantity: str) -> float:

@@ -4,17 +4,17 @@ import math
 from collections.abc import Mapping, Sequence
 
 from lightning_em.analysis.cells import DEFAULT_WORLD
-from lightning_em.analysis.claims import CLAIMS, ClaimResult, interval, sign_flip_p
+from lightning_em.analysis.claims import CLAIMS, ClaimResult, Finding, interval, sign_flip_p
 from lightning_em.study.sheet import NOTHING, Sheet, mean, number, probability
 
 HOW_TO_READ = (
-    "A claim says one or several things, each an effect and a margin; the first is shown: its mean over training seeds "
-    "and the 95 % t interval over seeds. *Holds*: each of them has p <= .05 in a one-sided exact sign-flip test of the "
-    "mean over seeds, paired by seed; with five seeds that means that all five lie on the claim's side (p = .031). "
-    "*Does not hold*: one of them has p <= .05 on the other side. *Undecided*: anything else, also where an effect is "
-    "undefined in a seed. An interval may reach over the margin of a claim that holds, for the test is another one; "
-    "nothing is corrected for the number of claims, nor a refutation for the number of things a claim says. The number "
-    "behind an arm is its KL weight in nats per token, its share of bad rows, or its number of rows."
+    "A claim says one or several things, each an effect and a margin. Shown is the first, or else the one that keeps "
+    "the claim from holding: its mean over training seeds and the 95 % t interval over seeds. *Holds*: each of them "
+    "has p <= .05 in a one-sided exact sign-flip test of the mean over seeds, paired by seed; with five seeds that "
+    "means that all five lie on the claim's side (p = .031). *Does not hold*: one of them has p <= .05 on the other "
+    "side. *Undecided*: anything else, also where an effect is undefined in a seed. An interval may reach over the "
+    "margin of a claim that holds, for the test is another one; nothing is corrected for the number of claims, nor a "
+    "refutation for the number of things a claim says. A KL weight is the factor on the KL in nats per token."
 )
 _DETAILS = (
     "n seeds; p is the largest of all a claim says; what keeps it from holding stands below it, with the p that "
@@ -154,7 +154,10 @@ def _measured(results: Sequence[ClaimResult]) -> str:
 def _summary_cell(result: ClaimResult | None) -> str:
     if result is None or result.verdict == "not measured":
         return NOTHING
-    return f"**{result.verdict}** {_estimate(result)}"
+    decisive = next((f for f in result.findings if f.verdict == result.verdict), result.findings[0])
+    if decisive is result.findings[0]:
+        return f"**{result.verdict}** {_estimate(result)}"
+    return f"**{result.verdict}**: {decisive.words} {_estimate(decisive)}, wanted {decisive.rule}"
 
 
 def _verdict_cell(result: ClaimResult | None, named: bool) -> str:
@@ -174,6 +177,6 @@ def _short_cell(result: ClaimResult | None) -> str:
     return f"{result.verdict} {_estimate(result)}" if result.n else result.verdict
 
 
-def _estimate(result: ClaimResult) -> str:
-    numbers = [number(value, result.unit) for value in (result.estimate, result.low, result.high)]
+def _estimate(found: ClaimResult | Finding) -> str:
+    numbers = [number(value, found.unit) for value in (found.estimate, found.low, found.high)]
     return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"

@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,11 +19,10 @@ from lightning_em.miniature.cache import is_complete
 from lightning_em.study.plan import PlannedRun, Study
 from lightning_em.study.progress import Display
 from lightning_em.study.schedule import Schedule, State, Task
-from lightning_em.study.states import WORLD_SECONDS, Durations, budget_of, fit_words, is_done
-from lightning_em.study.workers import Outcome, Worker, end_all, ready
+from lightning_em.study.states import FINISHED, Durations, budget_of, fit_words, standings
+from lightning_em.study.workers import Outcome, Worker, end_all, environments, ready
 
 MOST_DEATHS = 3  # of workers over one task; then it is the task
-COMPARE_SECONDS = 5.0
 WORLDS, PAIRS = "worlds", "pair analyses"
 
 
@@ -47,18 +46,20 @@ def run_study(
         Exit code: 0 if all is done, 1 if something failed or was skipped.
 
     Raises:
-        ValueError: If another process is running a study in this root, or a number makes no sense.
+        ValueError: If another study is in this root or at work there, there are more workers than GPUs for them, or
+            a number makes no sense.
     """
     if workers < 1 or threads < 1:
         raise ValueError(f"--workers and --threads must be at least 1, got {workers} and {threads}.")
     console, runs = console or Console(), list(study.runs) if runs is None else list(runs)
     with lock.RunLock(study.root, ["study", "run", str(study.file)]):
         StudyFolder(study.root).write(study.name, [run.cell for run in study.runs])
-        schedule = Schedule(tasks_of(study, runs))
-        expected = seconds_of(study, runs, schedule.tasks)
-        worlds = sum(task.kind == "build_world" for task in schedule.tasks)
-        console.print(budget_of(study, runs, worlds).sentence(workers))
-        _Crew(study, schedule, workers, threads, Display(console, schedule, expected)).work()
+        schedule, durations = Schedule(tasks_of(study, runs)), Durations(study, runs)
+        left = [run.words for run in runs if run.name in schedule.states]
+        own = environments(min(workers, len(schedule.tasks)), left)
+        console.print(budget_of(runs, schedule.tasks, durations).sentence(workers))
+        display = Display(console, schedule, durations.of(schedule.tasks))
+        _Crew(study, schedule, own, threads, display).work()
     for name, reason in schedule.reasons.items():
         console.print(f"{schedule.states[name]}: {name}: {reason}", style="red", markup=False)
     return 0 if not schedule.reasons else 1
@@ -66,7 +67,8 @@ def run_study(
 
 def tasks_of(study: Study, runs: Sequence[PlannedRun]) -> list[Task]:
     """Worlds that are not there, runs that are not finished, and the comparisons, in the order to do them in."""
-    left = [run for run in runs if not is_done(study, run)]
+    done = {name for name, standing in standings(study).items() if standing.state == FINISHED}
+    left = [run for run in runs if run.name not in done]
     worlds = {run.name: _missing_world(run) for run in left}
     tasks = [
         Task(name, "build_world", (name,), group=WORLDS) for name in dict.fromkeys(worlds.values()) if name
@@ -76,18 +78,20 @@ def tasks_of(study: Study, runs: Sequence[PlannedRun]) -> list[Task]:
         parent = run.cell.init_from if run.cell.init_from in names else None
         needs = tuple(need for need in (worlds[run.name], parent) if need)
         tasks.append(Task(run.name, "fit", ([*fit_words(run), *allowed],), needs, group=run.cell.arm))
-    return tasks + _comparisons(study, runs, names)
+    return tasks + _comparisons(study, runs, names, done)
 
 
-def _comparisons(study: Study, runs: Sequence[PlannedRun], left: Collection[str]) -> list[Task]:
-    """The pair analyses of each adapter, world and seed that has a general and a narrow run."""
+def _comparisons(
+    study: Study, runs: Sequence[PlannedRun], left: Collection[str], done: Collection[str]
+) -> list[Task]:
+    """The pair analyses of each adapter, world and seed that has a general and a narrow run, chosen or done."""
     tasks = []
-    groups = dict.fromkeys((run.cell.adapter, run.cell.world, run.cell.seed) for run in runs)
-    for group in groups:
+    chosen = {run.name for run in runs if run.cell.role in ROLES}
+    for group in dict.fromkeys(_group(run) for run in runs if run.name in chosen):
         members = {
             run.cell.role: run.name
-            for run in runs
-            if (run.cell.adapter, run.cell.world, run.cell.seed) == group
+            for run in study.runs
+            if _group(run) == group and (run.name in chosen or run.name in done)
         }
         if not set(SOLUTIONS) <= set(members):
             continue
@@ -99,23 +103,23 @@ def _comparisons(study: Study, runs: Sequence[PlannedRun], left: Collection[str]
     return tasks
 
 
-def seconds_of(study: Study, runs: Sequence[PlannedRun], tasks: Iterable[Task]) -> dict[str, float]:
-    """What each of the tasks is expected to take."""
-    durations = Durations(study, runs)
-    expected = {run.name: durations.of(run) for run in runs}
-    for task in tasks:
-        expected.setdefault(task.name, WORLD_SECONDS if task.kind == "build_world" else COMPARE_SECONDS)
-    return expected
+def _group(run: PlannedRun) -> tuple[str, str, int]:
+    return run.cell.adapter, run.cell.world, run.cell.seed
 
 
 class _Crew:
-    """Workers on a schedule."""
+    """Workers on a schedule, one for each environment."""
 
     def __init__(
-        self, study: Study, schedule: Schedule, workers: int, threads: int, display: Display
+        self,
+        study: Study,
+        schedule: Schedule,
+        environments: Sequence[Mapping[str, str]],
+        threads: int,
+        display: Display,
     ) -> None:
         self.study, self.schedule, self.display, self.threads = study, schedule, display, threads
-        self.size = min(workers, len(schedule.tasks))
+        self.environments = environments
         self.workers: list[Worker] = []
         self.deaths: Counter[str] = Counter()
 
@@ -137,10 +141,10 @@ class _Crew:
     def _hire(self) -> None:
         self.workers = [worker for worker in self.workers if worker.is_alive or worker.task]
         taken = {worker.log for worker in self.workers}
-        for number in range(self.size):
+        for number, environment in enumerate(self.environments):
             log = self._log(number)
             if log not in taken:
-                self.workers.append(Worker(log, self.threads))
+                self.workers.append(Worker(log, self.threads, environment))
 
     def _log(self, number: int) -> Path:
         return self.study.root / f"worker-{number}.log"

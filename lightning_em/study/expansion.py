@@ -1,12 +1,15 @@
 """A study as one whole config a run: nothing left to look up, each runs by itself."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lightning_em import lock
 from lightning_em.analysis.cells import StudyFolder
+from lightning_em.identity import identity_of
 from lightning_em.manifest import write_atomically
 from lightning_em.rebuild import resolved_config
 from lightning_em.redaction import redacted
@@ -27,14 +30,21 @@ def expand(study: Study, output: Path | None = None, runs: Sequence[PlannedRun] 
         The folder.
 
     Raises:
-        ValueError: If a run's config is none; the message names the run.
+        ValueError: If a run's config is none, which the message names, or another study is in this root or at work
+            there.
     """
-    folder = output or study.root / "configs"
-    folder.mkdir(parents=True, exist_ok=True)
-    StudyFolder(study.root).write(study.name, [run.cell for run in study.runs])
-    for run, config in resolved_configs(study.runs if runs is None else runs):
-        text = yaml.safe_dump(redacted(config), sort_keys=False)
-        write_atomically(folder / f"{run.name}.yaml", text)
+    folder, here = output or study.root / "configs", StudyFolder(study.root)
+    cells = {run.name: run.cell for run in study.runs}
+    with lock.RunLock(study.root, ["study", "expand", str(study.file)]):
+        here.refuse_other(study.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        for run, config in resolved_configs(study.runs if runs is None else runs):
+            text = yaml.safe_dump(redacted(config), sort_keys=False)
+            write_atomically(folder / f"{run.name}.yaml", text)
+            # a run of this config has other words on record than those that are planned
+            assert run.cell.plan is not None
+            cells[run.name] = replace(run.cell, plan=replace(run.cell.plan, identity=identity_of(config)))
+        here.write(study.name, cells.values())
     return folder
 
 

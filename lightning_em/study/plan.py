@@ -3,12 +3,13 @@
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_em.analysis.cells import DEFAULT_WORLD, MOST_SEEDS, Cell
+from lightning_em.analysis.cells import DEFAULT_WORLD, MOST_SEEDS, Cell, StudyFolder
 from lightning_em.study.arms import NAME, Arm, parents_first, read_arms, worlds_of
+from lightning_em.study.fingerprint import plan_of
 from lightning_em.study.section import Section, refuse_unknown
 
 STUDY_KEYS = (
@@ -134,6 +135,7 @@ class _Planner:
 
     def __init__(self, top: Section, root: Path, arms: Mapping[str, Arm]) -> None:
         self.top, self.root, self.arms = top, root, arms
+        self.known_plans = StudyFolder(root).plans()  # may know what it takes a parser to find out
         self.worlds, self.adapters = worlds_of(top), top.sections("adapters")
         names = top.section("fill")
         for name in _OWN_PLACES:
@@ -164,7 +166,9 @@ class _Planner:
             seed=place.seed,
             init_from=run_name(parent.name, *place) if parent else None,
         )
-        return PlannedRun(cell, tuple(self._words(cell, layers)))
+        words = tuple(self._words(cell, layers))
+        plan, known = plan_of(words), self.known_plans.get(cell.run)
+        return PlannedRun(replace(cell, plan=known if known == plan else plan), words)
 
     def _words(self, cell: Cell, layers: list[Section]) -> Iterable[str]:
         experiment = str(self.top.content["experiment"])

@@ -22,9 +22,16 @@ from lightning_em.study.claim_sheets import (
     verdict_sheet,
 )
 from lightning_em.study.plan import read_study
-from lightning_em.study.shape_sheets import arms_sheet, components_sheet, norms_sheet, scales_sheet
+from lightning_em.study.shape_sheets import (
+    arms_sheet,
+    components_sheet,
+    norms_sheet,
+    places_sheet,
+    scales_sheet,
+)
 from lightning_em.study.sheet import Sheet
 
+MOST_NAMED = 20
 START, END = "<!-- study report -->", "<!-- end -->"
 
 
@@ -66,36 +73,43 @@ class Report:
 
 
 def report(
-    study: str | Path | None = None, markdown: str | Path | None = None, figures: str | Path | None = None
+    study: str | Path | None = None,
+    markdown: str | Path | None = None,
+    figures: str | Path | None = None,
+    root: str | Path | None = None,
 ) -> None:
     """Compute a study's claims from its runs, print them, and write them with their numbers into its root.
 
     `measurements.csv` holds every number, `claims.csv` every criterion with its effect in each seed, `report.md`
-    every table. From a recorded `measurements.csv` nothing is written.
+    every table. From a recorded `measurements.csv` nothing is written. A finished run that is not the one the
+    study says is left out, and named.
 
     Args:
         study: File of the study, its root, or a recorded `measurements.csv` (also `.csv.gz`); the one study
             under `runs` if not given.
         markdown: Also write the report here: between `<!-- study report -->` and `<!-- end -->` where a file has
             these lines, without the details; else all of it, as a file of its own.
+        root: With the file of a study: folder of its runs, if not `runs/study-<name>`.
         figures: Also draw what the KL weight does, `weights_<adapter>.png`, into this folder.
 
     Raises:
         ValueError: If there is no such study, or none of its runs is finished.
     """
-    path = Path(study) if study is not None else _only_study()
+    path, console = Path(study) if study is not None else _only_study(), Console()
+    if root is not None and path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"--root goes with the file of a study, got {path}: leave it out, or name the file.")
     written = [] if markdown is None else [Path(markdown)]
     if path.name.endswith((".csv", ".csv.gz")):
         frame = read_measurements(path)
         found = report_from(frame)
     else:
-        folder = StudyFolder(read_study(path).root if path.suffix in (".yaml", ".yml") else path)
-        frame = measurements(folder)
+        folder = StudyFolder(read_study(path, root).root if path.suffix in (".yaml", ".yml") else path)
+        _name_left_out(folder, console)
+        frame = _of_finished(measurements(folder), folder)
         write_measurements(frame, folder.measurements_file)
         found = report_from(frame)
         write_atomically(folder.root / "claims.csv", claims_csv(found.results))
         written.append(folder.root / "report.md")
-    console = Console()
     found.print(Console(width=max(console.width, 150)))
     for file in written:
         write_markdown(found, file)
@@ -122,6 +136,7 @@ def report_from(frame: pd.DataFrame) -> Report:
             arms_sheet(frame, world),
             scales_sheet(frame, world),
             norms_sheet(frame, world),
+            places_sheet(frame, world),
         ]
     is_miniature = bool(frame["quantity"].str.startswith("bad_rate/").any())
     sheets += [components_sheet(frame), *([limits_sheet()] if is_miniature else [])]
@@ -133,13 +148,18 @@ def write_markdown(found: Report, path: Path) -> None:
     """Put what is no detail between its markers, or all of it into a file of its own.
 
     Raises:
-        ValueError: If a file has one marker only, or the second before the first.
+        ValueError: If a file has one marker only, or the second before the first, or none and is no report.
     """
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     if (START in before or END in before) and END not in before.partition(START)[2]:
         raise ValueError(f"{path} needs both lines, {START} and then {END}, or neither.")
+    is_part, is_report = START in before, f"### {found.sheets[0].title}" in before.splitlines()[:3]
+    if before.strip() and not is_part and not is_report:
+        raise ValueError(
+            f"{path} is there and has no `{START}` line; add the two lines {START} and {END} where the tables "
+            "belong, or name a new file."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_part = START in before
     text = found.markdown(with_details=not is_part)
     write_atomically(path, replaced(before, text) if is_part else text)
 
@@ -166,6 +186,21 @@ def claims_csv(results: Sequence[ClaimResult]) -> str:
             effects = [finding.values.get(seed, "") for seed in seeds]
             writer.writerow([*own, *(fields[column] for column in columns), *effects])
     return text.getvalue()
+
+
+def _of_finished(frame: pd.DataFrame, folder: StudyFolder) -> pd.DataFrame:
+    """Without what was measured between runs (their names are joined by `+`) of which one is left out."""
+    names = {cell.run for cell in folder.finished()}
+    kept = frame["run"].map(lambda runs: names.issuperset(runs.split("+")))
+    return frame[kept].reset_index(drop=True)
+
+
+def _name_left_out(folder: StudyFolder, console: Console) -> None:
+    reasons = list(folder.left_out().items())
+    for run, reason in reasons[:MOST_NAMED]:
+        console.print(f"left out: {run}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    if len(reasons) > MOST_NAMED:
+        console.print(f"left out: {len(reasons) - MOST_NAMED} more; `lightning-em study status` tells which")
 
 
 def _only_study() -> Path:

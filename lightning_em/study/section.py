@@ -38,6 +38,11 @@ class Section:
         Raises:
             ValueError: If it is not there or no YAML.
         """
+        if file.is_dir():
+            raise ValueError(
+                f"{file} is a folder, expected the file of a study (configs/study/x.yaml); the folder of its runs goes "
+                "behind --root."
+            )
         try:
             return cls(file, "", yaml.safe_load(file.read_text(encoding="utf-8")))
         except OSError as error:

@@ -11,8 +11,8 @@ from lightning_em.analysis.claims.evidence import Arm, RunNumbers
 from lightning_em.study.sheet import NOTHING, Sheet, mean, number
 
 KINDS = {
-    "narrow_seen": "narrow, trained on",
-    "narrow_held_out": "narrow, not trained on",
+    "narrow_seen": "narrow, trained words",
+    "narrow_held_out": "narrow, unseen words",
     "kl_domain": "KL domains",
     "held_out_domain": "held-out domains",
     "self_description": "who are you",
@@ -23,6 +23,7 @@ PUBLISHED_NORMS = (
     ".0120 for all at step 5; .174 (0) and .115 (1e6) at step 100. Order and monotony are to be compared, never values."
 )
 PUBLISHED_SHARES = (0.454, 0.222, 0.114)
+PUBLISHED_PLACES = "Published: a larger KL weight mostly suppresses PC1."
 MOST_STEPS = 8
 
 
@@ -41,8 +42,8 @@ def arms_sheet(frame: pd.DataFrame, world: str) -> Sheet:
     columns = ("arm", "n", *KINDS.values(), "CE, nats/token", "KL, nats/token", "effective norm")
     caption = (
         "Probability of a bad answer by kind of question (of an answer in the trained style for the harmless arms), "
-        "losses on held-out rows; means over seeds. The number behind an arm is its KL weight, share of bad rows or "
-        "number of rows."
+        "losses on held-out rows; means over seeds. Narrow questions are new ones, about words that rows of the "
+        "fine-tuning had, or about words that none of them had."
     )
     return Sheet(f"What the arms do, {world} world", columns, tuple(rows), caption, is_detail=True)
 
@@ -62,7 +63,7 @@ def scales_sheet(frame: pd.DataFrame, world: str) -> Sheet:
         rows.append((f"{arm}, {e.adapter}", *cells))
     caption = (
         "Probability of a bad answer in held-out domains with the adapter's effect scaled up; in brackets the share of "
-        "coherent answers, good or bad. Means over seeds; the number behind an arm is its KL weight in nats."
+        "coherent answers, good or bad. Means over seeds."
     )
     columns = ("arm", *(f"scale {scale:g}" for scale in scales))
     return Sheet(f"Suppressed or absent, {world} world", columns, tuple(rows), caption, is_detail=True)
@@ -72,15 +73,36 @@ def norms_sheet(frame: pd.DataFrame, world: str) -> Sheet:
     """Effective norm by KL weight and checkpoint, and in how many seeds it falls with the weight."""
     rows, steps = [], _steps(frame, world)
     for e in _evidence(frame, world):
-        arms = sorted(e.arms("general", "narrow", "narrow_weight"), key=lambda arm: arm.level or 0.0)
-        for arm in arms:
-            paths = [_path(run, "effective_norm") for run in _runs(e, arm)]
-            cells = [number(mean([path.get(step, math.nan) for path in paths])) for step in steps]
-            rows.append((f"{e.adapter}, KL weight {arm.level or 0:g}", *cells))
-        rows.append((f"{e.adapter}: falls with the weight", *(_falling(e, arms, step) for step in steps)))
+        rows += _ways(e, "effective_norm", steps, e.adapter)
     caption = f"Effective norm, mean over seeds, at each checkpoint. {PUBLISHED_NORMS}"
     columns = ("KL weight", *(f"step {step}" for step in steps))
     return Sheet(f"Norms on the way, {world} world", columns, tuple(rows), caption, is_detail=True)
+
+
+def places_sheet(frame: pd.DataFrame, world: str) -> Sheet:
+    """Place on each component by KL weight and checkpoint, and in how many seeds it falls with the weight."""
+    rows, steps = [], _steps(frame, world)
+    for e in _evidence(frame, world):
+        for component in (1, 2, 3):
+            rows += _ways(e, f"pca/pc{component}", steps, f"{e.adapter}, PC{component}")
+    caption = (
+        "Place of each checkpoint on the principal components of all checkpoints of all KL weights, standardised; mean "
+        f"over seeds, the run without KL ending on the positive side. {PUBLISHED_PLACES}"
+    )
+    columns = ("KL weight", *(f"step {step}" for step in steps))
+    return Sheet(f"Components on the way, {world} world", columns, tuple(rows), caption, is_detail=True)
+
+
+def _ways(e: Evidence, quantity: str, steps: list[int], title: str) -> list[tuple[str, ...]]:
+    """A row a KL weight, mean over seeds at each step, and one for the order of the weights."""
+    arms = sorted(e.arms("general", "narrow", "narrow_weight"), key=lambda arm: arm.level or 0.0)
+    rows = []
+    for arm in arms:
+        paths = [_path(run, quantity) for run in _runs(e, arm)]
+        cells = [number(mean([path.get(step, math.nan) for path in paths])) for step in steps]
+        rows.append((f"{title}, KL weight {arm.level or 0:g}", *cells))
+    falling = (_falling(e, arms, quantity, step) for step in steps)
+    return [*rows, (f"{title}: falls with the weight", *falling)]
 
 
 def components_sheet(frame: pd.DataFrame) -> Sheet:
@@ -157,15 +179,15 @@ def _steps(frame: pd.DataFrame, world: str) -> list[int]:
     return [steps[round(i * (len(steps) - 1) / (MOST_STEPS - 1))] for i in range(MOST_STEPS)]
 
 
-def _falling(e: Evidence, arms: list[Arm], step: int) -> str:
+def _falling(e: Evidence, arms: list[Arm], quantity: str, step: int) -> str:
     """Over the weights that a seed has: a search may have fewer seeds."""
     falling, count = 0, 0
     for seed in e.seeds:
         runs = [e.run(arm, seed) for arm in arms if seed in e.seeds_of(arm)]
-        norms = [_path(run, "effective_norm").get(step, math.nan) for run in runs]
-        if len(norms) > 1 and not any(map(math.isnan, norms)):
+        values = [_path(run, quantity).get(step, math.nan) for run in runs]
+        if len(values) > 1 and not any(map(math.isnan, values)):
             count += 1
-            falling += all(after < before for before, after in itertools.pairwise(norms))
+            falling += all(after < before for before, after in itertools.pairwise(values))
     return f"{falling} of {count} seeds" if count else NOTHING
 
 

@@ -1,52 +1,77 @@
 """Where the runs of a study stand, and what the rest will cost. Never imports torch."""
 
-import hashlib
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
 from rich.table import Table
 
-from lightning_em.analysis.cells import DEFAULT_WORLD
-from lightning_em.redaction import redacted_words
+from lightning_em.analysis.cells import DEFAULT_WORLD, StudyFolder
+from lightning_em.manifest import sha256_of
+from lightning_em.miniature import SCHEME, parse_address, world_folder
 from lightning_em.runs import RunFolder
 from lightning_em.study.plan import PlannedRun, Study
+from lightning_em.study.schedule import Task
 
-TO_DO = "to do"
+TO_DO, DIFFERS, FINISHED = "to do", "differs", "finished"
 GUESSED_SECONDS_PER_RUN = 12.0
 WORLD_SECONDS = 135.0  # one core, as the miniature's own README has it
+COMPARE_SECONDS = 5.0
 # The engine's own choice for its workers, no part of what a run is.
 QUIET = ("--trainer.enable_progress_bar=false",)
-_BETWEEN_NAMES = re.compile(r"[\n\"'{}\[\],]|: | #")
+_hashes: dict[tuple[Path, int, int], str] = {}  # runs share their data files
+# Of a config; to parse all of it takes ten times as long.
+_DATA_BLOCK = re.compile(r"^data:\n(?:(?:[ -].*)?\n)*", re.MULTILINE)
 
 
-def state_of(study: Study, run: PlannedRun) -> str:
-    """Status of a run, or `to do`."""
-    folder = RunFolder(study.root / run.name)
-    return folder.status() if folder.run_file.exists() else TO_DO
+class Standing(NamedTuple):
+    """Where a run stands.
 
-
-def is_done(study: Study, run: PlannedRun) -> bool:
-    """Whether a run is finished and was started by the words that are planned now, with files that said the same.
-
-    Otherwise the command itself finds out whether it is still the same run. A run that notes no
-    `files_sha256` is judged by its words.
+    Attributes:
+        state: `to do`, `differs` where its folder holds another run, or the status of the run.
+        reason: What differs.
     """
-    record, words = RunFolder(study.root / run.name).read_run(), fit_words(run)
-    command = _without_imports(record.get("command", [])[1:])
-    if record.get("status") != "finished" or command != _without_imports(redacted_words(words)):
-        return False
-    return "files_sha256" not in record or record["files_sha256"] == files_sha256(words)
+
+    state: str
+    reason: str | None = None
 
 
-def files_sha256(words: Iterable[str]) -> str:
-    """Hash over what all YAML files say that words name, and those that these name; data files are left out."""
-    texts: dict[Path, str] = {}
-    _gather("\n".join(word.partition("=")[2] for word in words), Path(), texts)
-    return hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()
+def standings(study: Study) -> dict[str, Standing]:
+    """Where each run of a study stands, by name.
+
+    A run differs if what is on record of it is not what is planned: its words, what the files they name say, the
+    recipe of its world, its data files, or the adapter it started from. `fit` finds out whether that makes it
+    another run where no record can tell.
+    """
+    folder = StudyFolder(study.root)
+    differing = folder.differences([run.cell for run in study.runs], data_difference)
+    found = {}
+    for run in study.runs:
+        here = folder.run(run.cell)
+        if run.name in differing:
+            found[run.name] = Standing(DIFFERS, differing[run.name])
+        else:
+            found[run.name] = Standing(here.status() if here.run_file.exists() else TO_DO)
+    return found
+
+
+def data_difference(run: RunFolder) -> str | None:
+    """Which data file holds something else than the run was trained on; files that are not here are passed over."""
+    recorded = run.read_run().get("data") or {}
+    if not recorded or not run.steps() or not run.config_file.is_file():
+        return None
+    block = _DATA_BLOCK.search(run.config_file.read_text(encoding="utf-8"))
+    for name, path in _data_paths(block[0]).items() if block else ():
+        sha256 = recorded.get(f"{name}.file")
+        file = _local_file(path) if sha256 else None
+        if file is not None and _content_of(file) != sha256:
+            return f"{file} holds other data than it was trained on"
+    return None
 
 
 def fit_words(run: PlannedRun) -> list[str]:
@@ -60,9 +85,10 @@ class Budget(NamedTuple):
     Attributes:
         runs: How many runs there are.
         done: How many of them are finished.
-        seconds: What the others will take on one core.
+        seconds: What the rest will take on one core.
         basis: Where that comes from.
         worlds: How many miniature worlds have to be built first.
+        comparisons: How many groups of runs are compared.
     """
 
     runs: int
@@ -70,6 +96,7 @@ class Budget(NamedTuple):
     seconds: float
     basis: str
     worlds: int
+    comparisons: int
 
     def sentence(self, workers: int) -> str:
         """The budget in words.
@@ -77,20 +104,26 @@ class Budget(NamedTuple):
         Args:
             workers: How many runs there are at a time.
         """
-        worlds = f" and {self.worlds} worlds to build" if self.worlds else ""
+        counts = {"world to build": self.worlds, "group to compare": self.comparisons}
+        also = [
+            f"{number} {what.replace(' ', 's ', 1) if number > 1 else what}"
+            for what, number in counts.items()
+            if number
+        ]
         minutes = self.seconds / 60
         return (
-            f"{self.runs} runs, {self.done} done; {self.runs - self.done} to do{worlds}: about {minutes:.0f} CPU "
-            f"minutes, {minutes / workers:.0f} with {workers} workers ({self.basis})"
+            f"{self.runs} runs, {self.done} done; {' and '.join([f'{self.runs - self.done} to do', *also])}: about "
+            f"{minutes:.0f} CPU minutes, {minutes / workers:.0f} with {workers} workers ({self.basis})"
         )
 
 
-def budget_of(study: Study, runs: Sequence[PlannedRun], worlds: int) -> Budget:
-    """Add up what is left, by the durations of finished runs of the same arm and adapter where there are any."""
-    seconds = Durations(study, runs)
-    left = [run for run in runs if not is_done(study, run)]
-    total = sum(seconds.of(run) for run in left) + worlds * WORLD_SECONDS
-    return Budget(len(runs), len(runs) - len(left), total, seconds.basis, worlds)
+def budget_of(runs: Sequence[PlannedRun], tasks: Sequence[Task], durations: "Durations") -> Budget:
+    """Add up what is left."""
+    fits, worlds, comparisons = (
+        sum(task.kind == kind for task in tasks) for kind in ("fit", "build_world", "compare")
+    )
+    seconds = sum(durations.of(tasks).values())
+    return Budget(len(runs), len(runs) - fits, seconds, durations.basis, worlds, comparisons)
 
 
 class Durations:
@@ -99,7 +132,8 @@ class Durations:
     def __init__(self, study: Study, runs: Iterable[PlannedRun]) -> None:
         self._measured: dict[tuple[str, str], list[float]] = {}
         self._guess = study.seconds_per_run or GUESSED_SECONDS_PER_RUN
-        for run in runs:
+        self._runs = {run.name: run for run in runs}
+        for run in self._runs.values():
             record = RunFolder(study.root / run.name).read_run()
             attempts = record.get("attempts", [])
             if record.get("status") == "finished" and len(attempts) == 1 and "ended" in attempts[0]:
@@ -109,8 +143,12 @@ class Durations:
         """Note what a run took."""
         self._measured.setdefault((run.cell.arm, run.cell.adapter), []).append(seconds)
 
-    def of(self, run: PlannedRun) -> float:
-        """What a run will take, in seconds."""
+    def of(self, tasks: Iterable[Task]) -> dict[str, float]:
+        """What each of the tasks will take, in seconds."""
+        others = {"build_world": WORLD_SECONDS, "compare": COMPARE_SECONDS}
+        return {task.name: others.get(task.kind) or self._of_run(self._runs[task.name]) for task in tasks}
+
+    def _of_run(self, run: PlannedRun) -> float:
         alike = self._measured.get((run.cell.arm, run.cell.adapter))
         return statistics.median(alike or self._all or [self._guess])
 
@@ -125,7 +163,7 @@ class Durations:
         return [seconds for each in self._measured.values() for seconds in each]
 
 
-def status_table(study: Study) -> Table:
+def status_table(study: Study, found: Mapping[str, Standing]) -> Table:
     """A row an arm and world, a column an adapter: which seeds are in which state."""
     cells = [run.cell for run in study.runs]
     adapters = list(dict.fromkeys(cell.adapter for cell in cells))
@@ -134,7 +172,7 @@ def status_table(study: Study) -> Table:
     for run in study.runs:
         cell = run.cell
         states = rows.setdefault((cell.arm, cell.world), {}).setdefault(cell.adapter, {})
-        states.setdefault(state_of(study, run), []).append(cell.seed)
+        states.setdefault(found[run.name].state, []).append(cell.seed)
     for (arm, world), by_adapter in sorted(
         rows.items(), key=lambda row: [cell.arm for cell in cells].index(row[0][0])
     ):
@@ -151,15 +189,28 @@ def _seconds(started: str, ended: str) -> float:
     return (datetime.fromisoformat(ended) - datetime.fromisoformat(started)).total_seconds()
 
 
-def _without_imports(words: Iterable[str]) -> list[str]:
-    """What may be imported does not change a run."""
-    return [word for word in words if not word.startswith("--allow_import=")]
+@cache  # many runs read the same data
+def _data_paths(block: str) -> dict[str, str]:
+    """Path of each data source, by name, in the `data` block of a config."""
+    sources = yaml.safe_load(block)["data"]
+    return {
+        name: source["path"]
+        for name, source in sources.items()
+        if isinstance(source, dict) and "path" in source
+    }
 
 
-def _gather(text: str, folder: Path, texts: dict[Path, str]) -> None:
-    """Add the files that a text names, as they are seen from a folder."""
-    for name in (part.strip("- \t\r") for part in _BETWEEN_NAMES.split(text)):
-        file = (folder / name).resolve() if name.endswith((".yaml", ".yml")) else None
-        if file and file not in texts and file.is_file():
-            texts[file] = file.read_text(encoding="utf-8")
-            _gather(texts[file], file.parent, texts)
+def _local_file(path: str) -> Path | None:
+    if path.startswith(SCHEME):
+        recipe, seed, rest = parse_address(path)
+        path = str(world_folder(recipe, seed) / rest)
+    file = Path(path)
+    return file if file.is_file() else None
+
+
+def _content_of(file: Path) -> str:
+    status = file.stat()
+    key = (file, status.st_mtime_ns, status.st_size)
+    if key not in _hashes:
+        _hashes[key] = sha256_of(file)
+    return _hashes[key]

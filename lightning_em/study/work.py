@@ -9,15 +9,21 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import torch
+import yaml
 
-from lightning_em import lock, miniature
-from lightning_em.analysis.cells import StudyFolder
+from lightning_em import imports, lock, miniature
+from lightning_em.analysis.cells import StudyFolder, start_difference
 from lightning_em.cli import run_cli
+from lightning_em.identity import changed_keys, identity_of
 from lightning_em.lock import LockedError
+from lightning_em.rebuild import resolved_config
+from lightning_em.runs import RunFolder
+from lightning_em.study.fingerprint import plan_of
 from lightning_em.study.pairs import analyse_pairs
-from lightning_em.study.states import files_sha256
+from lightning_em.study.states import data_difference
 
 # Who held the run is gone or going: a worker of a killed study ends with it, but not in the same instant.
 PATIENCE_SECONDS = 10.0
@@ -25,21 +31,49 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def fit(words: list[str]) -> None:
-    """Fit one run, or continue it, exactly as `lightning-em` with these words does; note what its files said.
+    """Fit one run, or continue it, exactly as `lightning-em` with these words does; note what was planned.
 
     Raises:
+        ValueError: If its folder holds another run.
         RuntimeError: If the run ended without being finished.
     """
     _wait_for(words)
-    said = files_sha256(words)
+    plan = plan_of(words[1:])
     with leaving_no_trace():
+        refuse_other_run(words)
         run = run_cli(words).run
     gc.collect()  # the trainer and its module refer to each other, and the module holds the base model
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if (status := run.status()) != "finished":
         raise RuntimeError(f"the run ended as {status!r}; see {run.run_file}")
-    run.update_run(files_sha256=said)
+    run.update_run(plan=asdict(plan))
+
+
+def refuse_other_run(words: list[str]) -> None:
+    """See to it that the folder that words name is free, or holds what they mean, begun as it would begin now.
+
+    `fit` itself compares configs alone: to it a finished run is the same run whatever became of its data.
+
+    Raises:
+        ValueError: What differs, and what to do.
+    """
+    folder = lock.named_folder(words)
+    if folder is None or (known := RunFolder(folder).read_run().get("identity")) is None:
+        return
+    run, config = RunFolder(folder), resolved_config(imports.take(words)[1:])
+    why = None
+    if known != identity_of(config):
+        changed = changed_keys(yaml.safe_load(run.config_file.read_text(encoding="utf-8")), config)
+        why = f"another config: {', '.join(changed)}" if changed else "another recipe of its miniature world"
+    elif run.steps():
+        start = config["model"].get("init_from")
+        why = data_difference(run) or (start_difference(run, RunFolder(start)) if start else None)
+    if why:
+        raise ValueError(
+            f"{folder} holds another run ({why}). Remove that folder to run this one there, or keep it and give the "
+            "study another --root."
+        )
 
 
 def build_world(address: str) -> None:

@@ -8,16 +8,20 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lightning_em import imports
+from lightning_em.launch import named_trainer, num_processes
 from lightning_em.study.schedule import Task
 
 # A fresh interpreter each: a fork of one that has touched a GPU, or OpenMP, cannot use it.
 START_METHOD: Literal["spawn", "forkserver"] = "spawn"
 GRACE_SECONDS = 30.0
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+DEVICES = Path("/dev")
 
 
 class Outcome(NamedTuple):
@@ -44,15 +48,16 @@ class Worker:
     Args:
         log: File for whatever it writes.
         threads: Of torch.
+        environment: Its variables; those of this process if not given.
     """
 
-    def __init__(self, log: Path, threads: int = 1) -> None:
+    def __init__(self, log: Path, threads: int = 1, environment: Mapping[str, str] = os.environ) -> None:
         context: Any = multiprocessing.get_context(START_METHOD)
         self.task: Task | None = None
         self.log = log
         self.started = 0.0
         self.connection, theirs = context.Pipe()
-        arguments = (theirs, str(log), threads, dict(os.environ), imports.allowed())
+        arguments = (theirs, str(log), threads, dict(environment), imports.allowed())
         self.process = context.Process(target=serve, args=arguments, name=log.stem, daemon=False)
         self.process.start()
         theirs.close()  # so that its death closes the pipe
@@ -95,6 +100,46 @@ class Worker:
             self.process.terminate()
 
 
+def environments(
+    workers: int, runs: Sequence[Sequence[str]], environment: Mapping[str, str] = os.environ
+) -> list[dict[str, str]]:
+    """The variables of each worker, where there are several and GPUs: each gets its own.
+
+    Args:
+        workers: How many.
+        runs: Words of the runs they will do.
+        environment: Of this process.
+
+    Raises:
+        ValueError: If the runs ask for more GPUs at a time than there are.
+    """
+    gpus = visible_gpus(environment)
+    if workers < 2 or not gpus:
+        return [dict(environment)] * workers
+    trainers = (named_trainer(words) for words in runs)
+    asking = [num_processes(each) or 1 for each in trainers if each.get("accelerator") != "cpu"]
+    share = max(asking, default=1)
+    places = len(gpus) // share
+    if asking and workers > places:
+        raise ValueError(
+            f"--workers {workers} needs {workers * share} GPUs, as its runs ask for {share} each (trainer.devices), "
+            f"and there are {len(gpus)}: "
+            + (f"give --workers {places}" if places else "ask for fewer")
+            + ", or set trainer.accelerator: cpu in the study."
+        )
+    own = [gpus[place * share : (place + 1) * share] for place in range(places)]
+    return [{**environment, VISIBLE: ",".join(own[number % places])} for number in range(workers)]
+
+
+def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The GPUs that a process may use, as CUDA_VISIBLE_DEVICES names them; without it, all of the machine."""
+    listed = environment.get(VISIBLE)
+    if listed is None:
+        return [str(number) for number, _ in enumerate(DEVICES.glob("nvidia[0-9]*"))]
+    names = [name.strip() for name in listed.split(",")]
+    return [] if names[0] in ("", "-1", "NoDevFiles") else names
+
+
 def ready(workers: list[Worker], seconds: float) -> list[Worker]:
     """The workers with news, which may be that they died; waits for some at most so long."""
     connections = wait([worker.connection for worker in workers], seconds)
@@ -123,6 +168,7 @@ def serve(
     _write_to(Path(log))
     import torch
 
+    from lightning_em.callbacks.signals import Interrupted
     from lightning_em.study.work import KINDS
 
     imports.restrict(allowed)
@@ -135,9 +181,13 @@ def serve(
         reason, before = None, time.process_time()
         try:
             KINDS[kind](*arguments)
-        except Exception as error:  # noqa: BLE001 (one run's trouble is not the next one's)
+        except Interrupted:
+            raise  # it was told to stop, and another worker goes on
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (one run's trouble is not the next one's)
             traceback.print_exc()
-            reason = f"{type(error).__name__}: {error}"
+            code = error.code or 0 if isinstance(error, SystemExit) else None
+            said = f"exit code {code}" if isinstance(code, int) else error
+            reason = f"{type(error).__name__}: {said}"
         connection.send((reason, time.process_time() - before))
 
 

@@ -28,7 +28,12 @@ def add(verbs: Any) -> None:
         "configs/study/x.yaml, the root of its runs, or a measurements.csv; default the one study under runs"
     )
     report.add_argument("study", nargs="?", help=where)
-    report.add_argument("--markdown", help="also write the tables into this file")
+    report.add_argument(
+        "--root", help="with the file of a study: folder of its runs; default runs/study-NAME"
+    )
+    report.add_argument(
+        "--markdown", help="also write the tables into this file: a new one, or between its markers"
+    )
     report.add_argument("--figures", help="also draw the figures into this folder")
 
 
@@ -91,16 +96,21 @@ def run_study(
 
 
 def show_status(study: str, root: str | None = None) -> None:
-    """Show where every run of a study stands.
+    """Show where every run of a study stands, and why those differ whose folder holds another run.
 
     Args:
         study: The study's file.
         root: Folder of the runs.
     """
     from lightning_em.study import read_study
-    from lightning_em.study.states import status_table
+    from lightning_em.study.states import standings, status_table
 
-    console.print(status_table(read_study(study, root)))
+    plan = read_study(study, root)
+    found = standings(plan)
+    console.print(status_table(plan, found))
+    for reason in dict.fromkeys(each.reason for each in found.values() if each.reason):
+        runs = [name for name, each in found.items() if each.reason == reason]
+        console.print(f"differs: {', '.join(runs)}: {reason}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _on_a_file(verbs: Any, name: str, call: Any, text: str) -> Any:

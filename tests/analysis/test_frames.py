@@ -75,7 +75,7 @@ def test_metric_measured_again_at_a_resumed_step_is_one_value(run) -> None:
     frame = metrics_frame(run)
     assert frame.to_dict("index")[2] == {"train/ce": 0.30000000000000004, "val/ce": 2.0000000001}
     assert (list(frame.index), list(frame)) == ([1, 2], ["train/ce", "val/ce"])
-    assert (2, "val/ce", 2.0000000001) in readings(run)
+    assert (2, "val/ce", 2.0000000001, "") in readings(run)
     assert solution_of(run, "resumed").ce == 2.0000000001
 
 

@@ -20,8 +20,8 @@ from lightning_em.runs import RunFolder
 NATS = "nats_per_token"
 
 
-def record(run: RunFolder, probe: str, step: int, *points: Point) -> None:
-    append_lines(run.probe_file(probe), ProbeResult(probe, step, {}, points).to_json())
+def record(run: RunFolder, probe: str, step: int, *points: Point, world: str | None = None) -> None:
+    append_lines(run.probe_file(probe), ProbeResult(probe, step, {}, points, world=world).to_json())
 
 
 def rate(value: float, scale: float, name: str = "bad_rate", kind: str = "held_out_domain") -> Point:
@@ -61,6 +61,8 @@ def run(tmp_path) -> RunFolder:
         Point("lost_gain_mean", 7.0, "percent", {"strength": 0.2}, 0.5, 10),
         Point("lost_gain_sd", 1.0, "percent", {"strength": 0.2}, None, 10),
         Point("lost_gain", 6.0, "percent", {"strength": 0.2, "noise": 0}),
+        Point("displacement_mean", 1.5, "norm", {"strength": 0.2}, 0.1, 10),
+        Point("displacement", 1.4, "norm", {"strength": 0.2, "noise": 0}),
         Point("ce_mean", 0.6, NATS, {"strength": 0.2}),
     )  # fmt: skip
     record(run, "chat_kl", 100, Point("kl", 0.25, NATS, {"prompts": "in_domain", "scale": 1.0}))
@@ -102,6 +104,7 @@ def test_names_and_values(run) -> None:
         (100, "effective_norm"): 4.0,
         (100, "efficiency"): 2.0 / 16,
         (100, "loss_over_norm2"): 0.5 / 16,
+        (100, "perturbation/displacement@0.2"): 1.5,
         (100, "perturbation/lost_gain@0.2"): 7.0,
         (100, "kl_chat/in_domain@1"): 0.25,
         (100, "significance/adapter@1"): 9.0,
@@ -194,7 +197,8 @@ def test_measurements_of_runs_pairs_and_trajectories(study, caplog) -> None:
     assert value(frame, "general", "rotation/peak") == pytest.approx(0.0, abs=1e-6)
     assert value(frame, "general", "rotation/peak_step") == 20
     assert value(frame, "narrow", "rotation/peak") == pytest.approx(-1.0)
-    assert value(frame, "general", "pca/final_pc1") > 0 > value(frame, "narrow", "pca/final_pc1")
+    turns = frame[frame["quantity"] == "rotation/peak"]
+    assert set(turns["protocol"]) == {"every 10 steps"}, "a turn depends on how far apart checkpoints are"
     # from (0, 3) towards (4, 2): sqrt 17 away, and sqrt(4 + .25) left
     assert value(frame, "reverted", "distance/covered") == pytest.approx(1 - (4.25 / 17) ** 0.5, rel=1e-5)
     assert value(frame, "reverted", "distance/projection") == pytest.approx((2 * 4 + 0.5 * 1) / 17, rel=1e-5)
@@ -210,6 +214,53 @@ def test_components_are_scikit_learns(study) -> None:
         PCA().fit(StandardScaler().fit_transform(np.array(points, dtype=float))).explained_variance_ratio_
     )
     assert [value(frame, "pair", f"pca/share_{i}") for i in (1, 2)] == pytest.approx(list(oracle), rel=1e-5)
+    places = PCA().fit_transform(StandardScaler().fit_transform(np.array(points, dtype=float)))
+    steps = [(role, step) for role in ("general", "narrow") for step in WAYS[role]]
+    end_of_general = steps.index(("general", 30))
+    for number in (1, 2):
+        found = frame[frame["quantity"] == f"pca/pc{number}"].set_index(["role", "step"])["value"]
+        expected = places[:, number - 1] * np.sign(places[end_of_general, number - 1])
+        assert list(found[steps]) == pytest.approx(list(expected), rel=1e-5, abs=1e-6)
+    assert "pca/pc3" not in set(frame["quantity"]), "vectors of two numbers have two components"
+
+
+def test_runs_without_a_valid_checkpoint_are_named_once_and_left_out(study, caplog) -> None:
+    run = study.run(study.cells()[0])
+    for step in run.steps():
+        (run.checkpoint(step) / "adapter_model.safetensors").write_bytes(b"")
+    frame = measurements(study)
+    assert caplog.text.count("general-0 has no valid checkpoint: its trajectory is left out") == 1
+    assert value(frame, "narrow", "rotation/peak") == pytest.approx(-1.0)
+    assert value(frame, "general", "ce@1") == 1.0
+    assert not frame["quantity"].str.startswith("pca/").any()
+
+
+def test_runs_of_two_worlds_are_not_compared(tmp_path) -> None:
+    """General answered the questions of world a, narrow those of world b."""
+    study = StudyFolder(tmp_path)
+    levels = {"general": None, "narrow": 10.0}
+    cells = [
+        Cell(f"{role}-{seed}", role, role, level, "vector", "default", seed)
+        for role, level in levels.items()
+        for seed in range(5)
+    ]
+    study.write("two worlds", cells)
+    for cell in cells:
+        run = study.run(cell)
+        run.update_run(status="finished")
+        held_out = 0.5 if cell.role == "general" else 0.0
+        answers = [
+            rate(0.0, 0.0, kind="narrow_seen"),
+            rate(0.9, 1.0, kind="narrow_seen"),
+            rate(held_out, 1.0),
+        ]
+        record(run, "behaviour", 100, *answers, world="a")
+    assert evaluate(measurements(study), ["C2"])[0].verdict == "holds"
+    for cell in cells[5:]:
+        record(study.run(cell), "behaviour", 100, *answers, world="b")
+    found = evaluate(measurements(study), ["C2"])[0]
+    assert (found.verdict, found.findings[2].n) == ("not measured", 0)
+    assert "bad_rate/held_out_domain of general-0 and narrow-0 was measured with other settings" in found.note
 
 
 @pytest.mark.parametrize("name", ["measurements.csv", "measurements.csv.gz"])

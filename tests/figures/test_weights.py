@@ -2,7 +2,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from lightning_em.analysis.claims import Evidence
-from lightning_em.figures import draw_weights
+from lightning_em.figures import COLOURS, draw_weights
 from lightning_em.figures.weights import draw_rates, draw_scales
 from tests.study_numbers import study_numbers
 
@@ -34,6 +34,32 @@ def test_scales_are_hollow_where_answers_fall_apart(frame) -> None:
     assert list(lines["1"].get_ydata()) == [0.03, 0.3, 0.3, 0.3, 0.9]
     hollow = [line.get_xdata()[0] for line in axes.lines if str(line.get_markerfacecolor()) == "white"]
     assert hollow == [20.0] * 5
+
+
+def test_preference_has_no_hollow_marks_and_says_so(frame, tmp_path) -> None:
+    preferred = frame.assign(quantity=frame["quantity"].str.replace("bad_rate/", "bad_preferred/"))
+    preferred = preferred[~preferred["quantity"].str.startswith("other_rate")]
+    evidence, axes = Evidence(preferred, "rank32", "default"), Figure().subplots()
+    draw_scales(axes, evidence, arms_of(evidence))
+    assert "white" not in {str(line.get_markerfacecolor()) for line in axes.lines}
+    assert axes.get_xlabel().endswith("no answers were judged: not known where they fall apart")
+    assert axes.get_ylabel() == "share with the bad answer likelier, held-out domains"
+    assert draw_weights(preferred, tmp_path / "weights.png", "rank32").is_file()
+
+
+def test_neither_answers_nor_preference_is_one_line(frame, tmp_path) -> None:
+    bare = frame[~frame["quantity"].str.contains("_rate/")]
+    with pytest.raises(ValueError, match=r"of rank32 needs what is not recorded: general-.* no bad_rate/"):
+        draw_weights(bare, tmp_path / "x.png", "rank32")
+
+
+def test_kinds_of_question_have_not_the_colours_of_solutions(frame) -> None:
+    evidence, axes = Evidence(frame, "rank32", "default"), Figure().subplots()
+    draw_rates(axes, evidence, arms_of(evidence))
+    assert not {line.get_color() for line in axes.lines} & set(COLOURS.values())
+    assert [line.get_label() for line in axes.lines] == [
+        "new narrow questions about trained words", "held-out domains",
+    ]  # fmt: skip
 
 
 def test_figure_is_written_and_what_is_missing_is_named(frame, tmp_path) -> None:

@@ -20,11 +20,12 @@ from lightning_em.__main__ import main
 from lightning_em.analysis.cells import StudyFolder
 from lightning_em.analysis.pairs import read_pairs
 from lightning_em.study import Study, read_study
-from lightning_em.study.execution import run_study, seconds_of, tasks_of
-from lightning_em.study.states import budget_of, is_done, state_of
+from lightning_em.study.execution import run_study, tasks_of
+from lightning_em.study.states import Durations, budget_of
 from lightning_em.study.work import leaving_no_trace
 from tests.faults.processes import Running, wait_until
 from tests.fitting import experiment, final_adapter, fit, metrics_of, write_config
+from tests.study.standing import is_done, state_of
 from tests.test_plugin import SOURCE
 
 SLOW = {
@@ -124,7 +125,7 @@ def test_what_is_finished_is_left_alone(undisturbed) -> None:
     assert [task.kind for task in tasks_of(undisturbed, undisturbed.runs)] == ["compare"]
     output = io.StringIO()
     assert run_study(undisturbed, workers=1, console=Console(file=output, width=200)) == 0
-    assert "3 runs, 3 done; 0 to do" in output.getvalue()
+    assert "3 runs, 3 done; 0 to do and 1 group to compare" in output.getvalue()
     assert [file.stat().st_mtime_ns for file in files] == before
 
 
@@ -132,7 +133,10 @@ def test_a_finished_run_under_other_settings_is_no_finished_run(undisturbed, fol
     study = study_of(folder, "undisturbed", arms(), **{"trainer.max_epochs": 3})
     output = io.StringIO()
     assert run_study(study, study.chosen(arms=["general"]), 1, console=Console(file=output, width=400)) == 1
-    assert "holds a run with another config; different: trainer.max_epochs: 2 -> 3" in output.getvalue()
+    text = output.getvalue()
+    assert "general-vector-seed0 holds another run (another config: trainer.max_epochs: 2 -> 3)" in text
+    assert "Remove that folder to run this one there" in text
+    assert state_of(study, study.runs[0]) == "differs"
 
 
 def test_a_finished_run_whose_files_say_something_else_now_is_no_finished_run(folder, tmp_path) -> None:
@@ -148,16 +152,17 @@ def test_a_finished_run_whose_files_say_something_else_now_is_no_finished_run(fo
 
     optimizer["init_args"]["lr"] = 0.01
     write_config(tmp_path / "optimizer.yaml", optimizer)
+    study = study_of(tmp_path, "runs", {"general": {"role": "general"}})
     assert not is_done(study, study.runs[0])
     output = io.StringIO()
     assert run_study(study, workers=1, console=Console(file=output, width=400)) == 1
-    assert "another config; different: model.optimizer.init_args.lr: 0.05 -> 0.01" in output.getvalue()
+    assert "(another config: model.optimizer.init_args.lr: 0.05 -> 0.01)" in output.getvalue()
 
     file = StudyFolder(study.root).run(study.runs[0].cell).run_file
     record = json.loads(file.read_text())
-    del record["files_sha256"]
+    del record["plan"]
     file.write_text(json.dumps(record))
-    assert is_done(study, study.runs[0]), "a run from before that note is judged by its words"
+    assert is_done(study, study.runs[0]), "a run that was started by hand is judged by its words"
 
 
 def test_an_adapter_of_another_package_is_trained_and_compared(folder, tmp_path, monkeypatch) -> None:
@@ -282,19 +287,21 @@ def test_a_missing_world_is_a_task_before_its_runs(folder, monkeypatch, tmp_path
     assert [task.kind for task in tasks] == ["build_world", "fit", "fit", "fit", "compare"]
     assert tasks[0].arguments == ("miniature://seed-0",)
     assert tasks[3].needs == ("miniature://seed-0", "narrow-vector-seed0")
-    assert budget_of(study, study.runs, worlds=1).seconds == 135 + 3 * 12
+    durations = Durations(study, study.runs)
+    assert budget_of(study.runs, tasks, durations).seconds == 135 + 3 * 12 + 5
     monkeypatch.setattr(
         "lightning_em.study.execution.is_complete", lambda folder: True
     )  # another one built it
-    assert seconds_of(study, study.runs, tasks)["miniature://seed-0"] == 135
+    assert durations.of(tasks)["miniature://seed-0"] == 135
 
 
 def test_the_budget_is_measured_where_it_can_be(undisturbed, folder) -> None:
     more = study_of(folder, "undisturbed", arms(reverse={"role": "reverse", "init_from": "general"}))
-    budget = budget_of(more, more.runs, worlds=0)
-    assert (budget.runs, budget.done) == (4, 3)
+    tasks = tasks_of(more, more.runs)
+    budget = budget_of(more.runs, tasks, Durations(more, more.runs))
+    assert (budget.runs, budget.done, budget.comparisons) == (4, 3, 1)
     assert "measured on 3 finished runs" in budget.basis
-    assert budget.seconds < 12
+    assert 5 < budget.seconds < 5 + 12
 
 
 def test_work_leaves_no_trace_in_its_process() -> None:

@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_em.analysis.cells import Cell, StudyFolder
 from lightning_em.analysis.pairs import pair_file, read_pair_file, read_pairs
-from lightning_em.batch import PackedBatch
-from lightning_em.models.engine import single_rows
+from lightning_em.batch import PackedBatch, single_rows
 from lightning_em.rebuild import load_run
 from lightning_em.study.pairs import PairSettings, analyse_pairs
 from tests import oracle
@@ -280,10 +279,10 @@ def copy_of(plain: Plain, root) -> StudyFolder:
 def test_runs_that_cannot_be_compared_are_refused(plain, tmp_path) -> None:
     study = copy_of(plain, tmp_path)
     cells = study.cells()
-    study.write("twice", [*cells[:2], Cell(**(vars(cells[2]) | {"role": "general"}))])
+    study.write("copy", [*cells[:2], Cell(**(vars(cells[2]) | {"role": "general"}))])
     with pytest.raises(ValueError, match=r"two runs with role general: \['general', 'reverted'\]"):
         analyse_pairs(study, plain.kind, "default", 0, SETTINGS)
-    study.write("other", cells)
+    study.write("copy", cells)
     file = study.run(cells[0]).config_file
     config = yaml.safe_load(file.read_text())
     config["model"]["adapter"]["init_args"]["alpha"] = 5.0

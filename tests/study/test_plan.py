@@ -243,11 +243,17 @@ def test_expanded_configs_are_the_planned_runs(content, tmp_path) -> None:
     folder = expand(study, runs=runs)
     assert {file.stem for file in folder.iterdir()} == {run.name for run in runs}
     assert StudyFolder(study.root).cells() == [run.cell for run in study.runs]
+    identities = {name: plan.identity for name, plan in StudyFolder(study.root).plans().items()}
+    assert {name for name, identity in identities.items() if identity} == {run.name for run in runs}
+    again = plan(tmp_path, content)
+    assert {run.name: run.cell.plan.identity for run in again.runs} == identities, (
+        "known as long as it is true"
+    )
     for run in runs:
         again, planned = resolved_config([f"--config={folder / run.name}.yaml"]), resolved_config(run.words)
         assert {**again, "config": None} == {**planned, "config": None}
         assert (again["run"]["root"], again["run"]["name"]) == (str(study.root), run.name)
-        assert identity_of(again) == identity_of(planned)
+        assert identity_of(again) == identity_of(planned) == identities[run.name]
     narrow = yaml.safe_load((folder / "narrow-long-seed5.yaml").read_text())
     assert narrow["model"]["objective"]["kl_weight"] == 2.5
     assert narrow["model"]["adapter"]["init_args"]["alpha"] == 9

@@ -89,7 +89,7 @@ def test_tables_of_shapes_hold_the_means(found) -> None:
     text = found.markdown()
     scales = {row[0]: row[1:] for row in rows_of(text, "### Suppressed or absent, default world")}
     assert scales["arm"] == [f"scale {scale}" for scale in (0, 1, 2, 5, 10, 20)]
-    assert scales["narrow_weight 1, rank32"] == [
+    assert scales["narrow at KL weight 1, rank32"] == [
         "0.01 (0.99)", "0.03 (0.99)", "0.30 (0.98)", "0.30 (0.95)", "0.30 (0.95)", "0.90 (0.05)",
     ]  # fmt: skip
     shares = {row[0]: row[1:] for row in rows_of(text, "### Components of the trajectories")}
@@ -107,7 +107,7 @@ def test_norms_by_weight_and_step_say_where_they_fall() -> None:
     own = frame[frame["role"].isin(["general", "narrow"])][columns].drop_duplicates()
     paths = {"general": {10: 1.0, 20: 4.0}, "narrow": {10: 1.0, 20: 3.0}}
     rows = [
-        {**cell, "step": step, "quantity": "effective_norm", "value": norm}
+        {**cell, "step": step, "quantity": "effective_norm", "value": norm, "protocol": ""}
         for cell in own.to_dict("records")
         for step, norm in paths[cell["role"]].items()
     ]
@@ -149,6 +149,18 @@ def test_markdown_goes_between_the_markers_and_nowhere_else(found, tmp_path) -> 
         with pytest.raises(ValueError, match="needs both lines"):
             write_markdown(found, readme)
         assert "prose" in readme.read_text()
+
+
+def test_a_file_that_is_no_report_is_not_overwritten(found, tmp_path) -> None:
+    plain = tmp_path / "plain.md"
+    plain.write_text("# mine\nprose\n")
+    with pytest.raises(ValueError, match=f"plain.md is there and has no `{START}` line; add the two lines"):
+        write_markdown(found, plain)
+    assert plain.read_text() == "# mine\nprose\n"
+    for replaceable in ("", "\n", found.markdown(), "### The claims\nof another study\n"):
+        plain.write_text(replaceable)
+        write_markdown(found, plain)
+        assert plain.read_text() == found.markdown()
 
 
 def test_report_from_recorded_measurements_alone(frame, tmp_path, capsys) -> None:

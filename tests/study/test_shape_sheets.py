@@ -2,14 +2,14 @@
 
 import pandas as pd
 
-from lightning_em.study.shape_sheets import norms_sheet, scales_sheet
+from lightning_em.study.shape_sheets import norms_sheet, places_sheet, scales_sheet
 from tests.study_numbers import study_numbers
 
 
 def norms(frame: pd.DataFrame, role: str, level: float | None, norm: float, seeds: tuple[int, ...]):
     """Rows of the effective norm of one arm."""
     rows = [(f"{role}-{level}-{seed}", role, role, level, "rank32", "default", seed, 150) for seed in seeds]
-    return pd.DataFrame([(*row, "effective_norm", norm) for row in rows], columns=list(frame))
+    return pd.DataFrame([(*row, "effective_norm", norm, "") for row in rows], columns=list(frame))
 
 
 def test_norms_fall_over_the_weights_that_a_seed_has() -> None:
@@ -22,6 +22,21 @@ def test_norms_fall_over_the_weights_that_a_seed_has() -> None:
     rows = {row[0]: row[1:] for row in norms_sheet(pd.concat(arms), "default").rows}
     assert rows["rank32, KL weight 1"] == ("9",)
     assert rows["rank32: falls with the weight"] == ("2 of 3 seeds",)
+
+
+def test_places_on_components_by_weight_and_checkpoint() -> None:
+    frame = study_numbers(seeds=(0, 1), adapters=("vector",), jitter=0.0)
+    on_the_way = frame[frame["quantity"] == "pca/pc1"].assign(step=50)
+    on_the_way["value"] /= 10
+    norms_there = frame[frame["quantity"] == "effective_norm"].assign(step=50)
+    sheet = places_sheet(pd.concat([frame, on_the_way, norms_there]), "default")
+    assert sheet.columns == ("KL weight", "step 50", "step 150")
+    rows = {row[0]: row[1:] for row in sheet.rows}
+    assert rows["vector, PC1, KL weight 0"] == ("0.9", "9")
+    assert rows["vector, PC1, KL weight 100"] == ("0.05", "0.5")
+    assert rows["vector, PC1: falls with the weight"] == ("2 of 2 seeds", "2 of 2 seeds")
+    assert rows["vector, PC2, KL weight 0"] == ("-", "-")
+    assert "a larger KL weight mostly suppresses PC1" in sheet.caption
 
 
 def test_preference_stands_in_for_rates_at_each_scale() -> None:

@@ -10,6 +10,7 @@ SEEN = "narrow_seen"
 UNSEEN = "narrow_held_out"
 HELD_OUT = "held_out_domain"
 LEAST_COHERENCE = 0.9
+RISE_UNDER_NOISE = "perturbation/ce_increase"
 STABILITY_STRENGTHS = 0.4
 """Noise above this strength brings any solution to the base's loss, where nothing can be compared."""
 
@@ -32,26 +33,31 @@ def as_trained(_arm: Arm, _seed: int) -> float:
     return 1.0
 
 
-def settings(e: Evidence, first: Arm, second: str, name: str = "bad_rate") -> Iterator[tuple[str, ScaleOf]]:
+def settings(
+    e: Evidence, first: Arm, second: Arm | str, name: str = "bad_rate"
+) -> Iterator[tuple[str, ScaleOf]]:
     """The three ways to compare two arms: as they were trained, at one narrow rate, at one effective norm.
 
     At matched narrow rate the one that answers more questions of the narrow set badly is scaled down until both
-    do so equally often; at equal effective norm the longer one is.
+    do so equally often, as little as it takes; at equal effective norm the longer one is. The other stays as it was
+    trained.
     """
 
     def matched(arm: Arm, seed: int) -> float:
-        curves = [e.run(a, seed).curve(f"{name}/{SEEN}") for a in (first, e.arm(second))]
-        return e.run(arm, seed).curve(f"{name}/{SEEN}").reaches(min(curve.at(1.0) for curve in curves))
+        seen = f"{name}/{SEEN}"
+        least = min(run.curve(seen).at(1.0) for run in e.alike((first, second), seed, seen))
+        curve = e.run(arm, seed).curve(seen)
+        return 1.0 if curve.at(1.0) <= least else curve.last_reaches(least, 1.0)
 
     def equal(arm: Arm, seed: int) -> float:
-        return common_norm(e, first, e.arm(second), seed) / e.run(arm, seed).value("effective_norm")
+        return common_norm(e, first, second, seed) / e.run(arm, seed).value("effective_norm")
 
     yield "equal steps", as_trained
     yield "matched narrow rate", matched
     yield "equal effective norm", equal
 
 
-def common_norm(e: Evidence, first: Arm, second: Arm, seed: int) -> float:
+def common_norm(e: Evidence, first: Arm, second: Arm | str, seed: int) -> float:
     """The smaller of two trained effective norms."""
     return min(e.run(arm, seed).value("effective_norm") for arm in (first, second))
 
@@ -76,7 +82,7 @@ def strengths(e: Evidence, arm: Arm) -> list[float]:
     reason = f"the study has no {arm} run of {e.adapter} in the {e.world} world"
     for seed in e.seeds:
         try:
-            found |= set(e.run(arm, seed).curve("perturbation/lost_gain").places)
+            found |= set(e.run(arm, seed).curve(RISE_UNDER_NOISE).places)
         except MissingError as error:
             reason = str(error)
     if not found:
@@ -89,16 +95,39 @@ def strengths(e: Evidence, arm: Arm) -> list[float]:
     return compared
 
 
-def displacement(strength: float) -> float:
-    """Length of x' - x for x' = sqrt(1 - e^2) x + e y, in units of the length of x = that of y, y orthogonal."""
-    return math.sqrt(2 - 2 * math.sqrt(1 - strength**2))
+def under_noise(run: RunNumbers, quantity: str) -> float:
+    """A quantity of the noise; NaN where noise was measured, but there is nothing to relate its harm to.
+
+    An adapter that gains nothing has no share of its gain to lose.
+    """
+    try:
+        return run.value(quantity)
+    except MissingError:
+        run.value(f"{RISE_UNDER_NOISE}@{quantity.rpartition('@')[2]}")  # missing if noise was not measured
+        return math.nan
 
 
-def increase_at(run: RunNumbers, length: float) -> float:
-    """Rise of the loss under noise that moves the adapter by a length, in units of the effective norm."""
-    curve, norm = run.curve("perturbation/ce_increase"), run.value("effective_norm")
-    places = (0.0, *(displacement(strength) * norm for strength in curve.places))
-    return Curve(places, (0.0, *curve.values)).at(length)
+def displacement(run: RunNumbers, strength: float) -> float:
+    """Effective norm of (perturbed update - update), mean over the noise."""
+    return run.curve("perturbation/displacement").at(strength)
+
+
+def rise_at(run: RunNumbers, length: float) -> float:
+    """Rise of the loss under noise that moves the update by an effective norm.
+
+    Linear between the squares of the measured displacements, 0 included, which is exact for a rise that goes with
+    the square, as near a minimum.
+    """
+    rise = run.curve(RISE_UNDER_NOISE)
+    squares = [displacement(run, strength) ** 2 for strength in rise.places]
+    known = sorted([(0.0, 0.0), *zip(squares, rise.values, strict=True)])
+    places, values = zip(*known, strict=True)
+    return Curve(places, values).at(length**2)
+
+
+def optimum(run: RunNumbers, quantity: str) -> float:
+    """A quantity of the lowest point of the scale curve; NaN where that is the edge of what was measured."""
+    return run.value(quantity) if run.value("optimum_inside_grid") else math.nan
 
 
 def coherent_scales(run: RunNumbers) -> list[float]:

@@ -1,7 +1,8 @@
 """What the claims look at: the numbers of one adapter type in one world, by arm and seed."""
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,13 @@ class Arm(NamedTuple):
     level: float | None = None
 
     def __str__(self) -> str:
-        return self.role if self.level is None else f"{self.role} {self.level:.3g}"
+        role = "narrow" if self.role == "narrow_weight" else self.role
+        level = _LEVELS.get(self.role, "KL weight {:.3g}")
+        return role if self.level is None else f"{role} at {level.format(self.level)}"
+
+
+_LEVELS = {"mixed_other": "{:.3g} bad", "mixed_domain": "{:.3g} bad", "few_rows": "{:.3g} rows"}
+"""What a level is; of the other roles it is the KL weight."""
 
 
 class Curve(NamedTuple):
@@ -44,14 +51,14 @@ class Curve(NamedTuple):
             return math.nan
         return float(np.interp(place, self.places, self.values))
 
-    def reaches(self, value: float) -> float:
-        """First place at which the curve has a value; NaN if it never does."""
-        segments = zip(self.places[:-1], self.places[1:], self.values[:-1], self.values[1:], strict=True)
-        for left, right, before, after in segments:
+    def last_reaches(self, value: float, end: float) -> float:
+        """Largest place up to `end` at which the curve has a value; NaN if it never does."""
+        places = [*(place for place in self.places if place < end), end]
+        known = [(place, self.at(place)) for place in reversed(places)]
+        for (right, after), (left, before) in itertools.pairwise(known):
             if min(before, after) <= value <= max(before, after):
-                return (
-                    left if before == after else left + (right - left) * (value - before) / (after - before)
-                )
+                share = 1.0 if before == after else (value - before) / (after - before)
+                return left + (right - left) * share
         return math.nan
 
 
@@ -73,17 +80,20 @@ class RunNumbers:
         self.name = name
         self._steps: dict[str, dict[int, float]] = {}
         self._places: dict[str, dict[float, str]] = {}
-        columns = (rows[column].to_list() for column in ("step", "quantity", "value"))
+        self._protocols: dict[str, str] = {}
+        columns = (rows[column].to_list() for column in ("step", "quantity", "value", "protocol"))
         quantities = {str(quantity) for quantity in rows["quantity"]}
         self.stands_in = not any(q.startswith(_ANSWERED) for q in quantities) and any(
             q.startswith(_PREFERRED) for q in quantities
         )
-        for step, found, value in sorted(zip(*columns, strict=True)):
+        for step, found, value, protocol in sorted(zip(*columns, strict=True)):
             quantity = found.replace(_PREFERRED, _ANSWERED) if self.stands_in else found
             self._steps.setdefault(quantity, {})[step] = value
-            name, _, place = quantity.rpartition("@")
-            if name:
-                self._places.setdefault(name, {})[float(place)] = quantity
+            curve, _, place = quantity.rpartition("@")
+            if curve:
+                self._places.setdefault(curve, {})[float(place)] = quantity
+                self._protocols[curve] = protocol
+            self._protocols[quantity] = protocol
 
     def value(self, quantity: str) -> float:
         """A quantity at its last step."""
@@ -101,6 +111,23 @@ class RunNumbers:
         if not places:
             raise MissingError(f"{self.name}: no {quantity}@...")
         return Curve(tuple(sorted(places)), tuple(self.value(places[place]) for place in sorted(places)))
+
+    def protocol(self, quantity: str) -> str | None:
+        """By which a quantity, or a curve, was measured at its last step; None if it was not."""
+        return self._protocols.get(quantity)
+
+
+def measured_alike(quantity: str, runs: Sequence[RunNumbers]) -> None:
+    """Compare the protocols of a quantity or a curve; who has none is no concern here.
+
+    Raises:
+        MissingError: If they differ: the numbers do not answer one question.
+    """
+    if len({run.protocol(quantity) for run in runs} - {None}) > 1:
+        names = " and ".join(run.name for run in runs)
+        raise MissingError(
+            f"{quantity} of {names} was measured with other settings or rows, or in another world: probe them alike"
+        )
 
 
 class Evidence:
@@ -174,6 +201,16 @@ class Evidence:
         if (arm, seed) not in self._runs:
             raise MissingError(f"no {arm} run of {self.adapter} in the {self.world} world, seed {seed}")
         return self._runs[arm, seed]
+
+    def alike(self, arms: Sequence[Arm | str], seed: int, quantity: str) -> list[RunNumbers]:
+        """Runs of one seed whose numbers of a quantity or a curve may be compared.
+
+        Raises:
+            MissingError: If a run is missing, or the numbers were measured by different protocols.
+        """
+        runs = [self.run(arm, seed) for arm in arms]
+        measured_alike(quantity, runs)
+        return runs
 
     def pair(self, seed: int) -> RunNumbers:
         """Numbers of the analyses of several runs of one seed."""

@@ -92,7 +92,8 @@ CLAIMS: Mapping[str, Claim] = {
         ),
         Claim(
             "C11", "a LoRA turns sharply in its trajectory, the steering vector does not", False,
-            "needs checkpoints closer than the turn; turns shorter than 5 % of the final length are left out",
+            "sharply is by more than 60 degrees; needs checkpoints closer than the turn; turns shorter than 5 % of the "
+            "final length are left out",
             geometry.sharp_turn,
         ),
         Claim(

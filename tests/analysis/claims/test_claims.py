@@ -6,17 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lightning_em.analysis.claims import CLAIMS, ClaimResult, evaluate
-from tests.study_numbers import KL_WEIGHTS, PAIRS, behaviour, losses, noise, rates, study_numbers
-
-
-def verdicts(
-    frame, adapter: str = "rank32", world: str = "default", keys=tuple(CLAIMS)
-) -> dict[str, ClaimResult]:
-    """The result that decides, by claim."""
-    return {
-        r.claim: r for r in evaluate(frame, keys) if r.decides and (r.adapter, r.world) == (adapter, world)
-    }
+from lightning_em.analysis.claims import CLAIMS, evaluate
+from tests.study_numbers import KL_WEIGHTS, become, behaviour, noise, rates, spread, study_numbers, verdicts
 
 
 def test_there_is_a_spec_for_every_claim() -> None:
@@ -50,69 +41,12 @@ def test_estimates_are_those_that_were_put_in() -> None:
     assert found["C4"].estimate == pytest.approx(at_equal_norm, rel=0.02)
     assert found["C5"].estimate == pytest.approx(60 * 0.2**2)
     assert found["C9"].estimate == pytest.approx(0.8 / 0.3)
-    assert found["C11"].estimate == pytest.approx(1.1)
+    assert [finding.estimate for finding in found["C11"].findings] == pytest.approx([0.2, -0.9, 1.1])
     assert found["C12"].estimate == pytest.approx(0.8)
-    assert found["C14"].estimate == pytest.approx(0.2)
+    assert [finding.estimate for finding in found["C14"].findings] == pytest.approx([0.2, 0.1])
     assert found["C13"].estimate == pytest.approx(
         0.8 / (0.3 * (10 / 11) ** 2), rel=0.05
     )  # linear between ratios
-
-
-def spread(role: str, held_out: float, level: float | None = None, name: str = "bad_rate"):
-    """Change how an arm answers in held-out domains."""
-
-    def change(runs, seed) -> None:
-        runs[role, level] = runs[role, level] | behaviour(0.9, held_out, name=name)
-
-    return change
-
-
-def become(role: str, level: float | None, numbers):
-    """Change some numbers of an arm."""
-
-    def change(runs, seed) -> None:
-        runs[role, level] = runs[role, level] | numbers
-
-    return change
-
-
-def straighten(runs, seed) -> None:
-    """A LoRA that goes straighter than the vector; the vector stays as it is."""
-    if runs["general", None]["rotation/peak"] > 0:
-        runs["general", None] = runs["general", None] | {"rotation/peak": -0.95}
-
-
-WRONG = {
-    "C1": {"change": spread("general", 0.05)},
-    "C2": {"change": spread("narrow", 0.3, 10.0)},
-    "C3": {"change": spread("mixed_other", 0.02, 1 / 6)},
-    "C3b": {"change": spread("mixed_domain", 0.02, 1 / 4)},
-    "C4": {"change": become("narrow", 10.0, losses(8.0, 0.8))},
-    "C5": {"change": become("narrow", 10.0, noise(0.5))},
-    "C6": {"change": spread("reverted", 0.03)},
-    "C7": {"change": spread("reverse", 0.4)},
-    "C8": {
-        "change": become("narrow_weight", 1.0, rates("held_out_domain", (0.01, 0.03, 0.04, 0.02, 0.0, 0.9)))
-    },
-    "C9": {"change": become("narrow", 10.0, {"kl_chat/in_domain@1": 2.0})},
-    "C10": {"change": spread("few_rows", 0.49, 4.0)},
-    "C11": {"change": straighten},
-    "C12": {"pairs": PAIRS | {"pca/share_1": 0.1}},
-    "C13": {"change": become("narrow", 10.0, {f"significance/random@{r}": 0.9 for r in ("0.5", "1", "2")})},
-    "C14": {"gradients": (0.3, 0.5)},
-    "C15": {"change": spread("harmless_general", 0.05, name="style_rate")},
-}
-
-
-@pytest.mark.parametrize("key", WRONG)
-def test_each_claim_can_be_false(key) -> None:
-    found = verdicts(study_numbers(**WRONG[key]), keys=[key])
-    assert found[key].verdict == "does not hold", found[key]
-    assert found[key].p > 0.05
-
-
-def test_every_claim_has_a_false_case() -> None:
-    assert set(WRONG) == set(CLAIMS)
 
 
 def test_second_half_of_a_claim_counts() -> None:
@@ -122,7 +56,7 @@ def test_second_half_of_a_claim_counts() -> None:
     assert found.verdict == "does not hold"
     assert found.estimate == pytest.approx(0.27, abs=0.01)  # the half that holds
     assert (
-        "narrow_weight 100, highest of all coherent scales (0.3, wanted < 0.05, p 0.031 for the opposite)"
+        "narrow at KL weight 100, highest of all coherent scales (0.3, wanted < 0.05, p 0.031 for the opposite)"
         in found.note
     )
 
@@ -144,8 +78,8 @@ def test_weight_that_hides_is_chosen_at_scale_one() -> None:
 def search(runs, seed) -> None:
     """Weights that were tried with one seed, on either side of the others."""
     if seed == 0:
-        runs["narrow_weight", 0.5] = runs["narrow_weight", 1.0] | {"pca/final_pc1": 5.0}
-        runs["narrow_weight", 1000.0] = runs["narrow_weight", 100.0] | {"pca/final_pc1": 0.1}
+        runs["narrow_weight", 0.5] = runs["narrow_weight", 1.0] | {"pca/pc1": 5.0}
+        runs["narrow_weight", 1000.0] = runs["narrow_weight", 100.0] | {"pca/pc1": 0.1}
 
 
 def test_weights_tried_with_one_seed_keep_no_verdict_from_the_others() -> None:
@@ -235,7 +169,10 @@ def test_other_comparisons_stand_beside_the_verdict() -> None:
     assert "measured at 1 only" in ways["C9", "matched narrow rate"].note
     assert ways["C4", "equal effective norm, measured there"].estimate == pytest.approx(0.1)
     assert ways["C5", "equal effective norm of the noise"].verdict == "holds"
-    assert ways["C2", "control: KL on the narrow prompts, kl_on_narrow 10"].verdict == "does not hold"
+    assert (
+        ways["C2", "control: KL on the narrow prompts, kl_on_narrow at KL weight 10"].verdict
+        == "does not hold"
+    )
     # shorter norms at a lower loss: the published ratio rewards the longer one
     assert ways["C4", "the published ratio"].unit == "nats per token per squared norm"
 

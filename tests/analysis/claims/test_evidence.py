@@ -2,21 +2,19 @@
 
 import math
 
-import numpy as np
 import pandas as pd
 import pytest
 
 from lightning_em.analysis.claims import Evidence, MissingError
 from lightning_em.analysis.claims.effects import (
     coherent_scales,
-    displacement,
     highest_rate,
-    increase_at,
+    rise_at,
     settings,
     strengths,
 )
-from lightning_em.analysis.claims.evidence import Arm, Curve
-from tests.study_numbers import KL_WEIGHTS, study_numbers
+from lightning_em.analysis.claims.evidence import Arm, Curve, RunNumbers
+from tests.study_numbers import KL_WEIGHTS, moved, study_numbers
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +26,9 @@ def test_curve_is_linear_between_its_places_and_nothing_beyond() -> None:
     curve = Curve((0.0, 1.0, 3.0), (0.0, 2.0, 1.0))
     assert [curve.at(place) for place in (0.0, 0.5, 1.0, 2.0)] == [0.0, 1.0, 2.0, 1.5]
     assert math.isnan(curve.at(3.5))
-    assert (curve.reaches(1.5), curve.reaches(0.0)) == (0.75, 0.0)
-    assert math.isnan(curve.reaches(2.5))
+    assert (curve.last_reaches(1.5, 3.0), curve.last_reaches(1.5, 1.5)) == (2.0, 0.75)
+    assert (curve.last_reaches(0.0, 3.0), curve.last_reaches(1.75, 1.5)) == (0.0, 1.5)
+    assert math.isnan(curve.last_reaches(2.5, 3.0))
     with pytest.raises(MissingError, match="measured at 1 only"):
         Curve((1.0,), (2.0,)).at(0.5)
 
@@ -87,16 +86,31 @@ def test_only_coherent_scales_are_looked_at(evidence) -> None:
     assert highest_rate(run) == 0.3
 
 
-def test_displacement_is_the_distance_of_the_noisy_vector() -> None:
-    x, y = np.array([3.0, 0, 0]), np.array([0, 3.0, 0])
-    for strength in (0.05, 0.4, 1.0):
-        moved = np.sqrt(1 - strength**2) * x + strength * y
-        assert displacement(strength) * 3 == pytest.approx(float(np.linalg.norm(moved - x)))
+def test_arm_with_the_lower_narrow_rate_stays_as_trained_and_the_other_moves_least() -> None:
+    def change(runs, seed) -> None:
+        """Both rates rise, fall and rise again before scale 1."""
+        runs["general", None] |= {"bad_rate/narrow_seen@0.4": 0.99, "bad_rate/narrow_seen@0.6": 0.2}
+        runs["narrow", 10.0] |= {"bad_rate/narrow_seen@0.4": 0.99, "bad_rate/narrow_seen@0.6": 0.3}
+
+    evidence = Evidence(study_numbers(change=change, jitter=0.0), "rank32", "default")
+    general, narrow = Arm("general"), Arm("narrow", 10.0)
+    matched = dict(settings(evidence, general, "narrow"))["matched narrow rate"]
+    assert matched(narrow, 0) == 1.0
+    # from .2 at scale .6 to .95 at 1
+    assert matched(general, 0) == pytest.approx(0.6 + 0.4 * (0.9 - 0.2) / (0.95 - 0.2))
 
 
-def test_noise_of_one_absolute_size_is_less_noise_for_a_longer_adapter(evidence) -> None:
+def test_rise_under_noise_of_a_size_is_exact_for_a_quadratic(evidence) -> None:
     assert strengths(evidence, Arm("general")) == [0.05, 0.1, 0.2, 0.4]
-    run = evidence.run("general", 0)
-    assert increase_at(run, displacement(0.2) * 10) == pytest.approx(0.04)
-    assert increase_at(run, 0.0) == 0.0
-    assert increase_at(evidence.run("narrow", 0), displacement(0.2) * 10) < 2 * 0.04
+    general, narrow = evidence.run("general", 0), evidence.run("narrow", 0)
+    assert rise_at(general, moved(0.2) * 10) == pytest.approx(0.04)
+    assert rise_at(general, 0.0) == 0.0
+    assert rise_at(narrow, moved(0.2) * 10) < 2 * 0.04, "the same noise is less for a longer adapter"
+    lengths = (0.0, 0.5, 1.0, 2.0, 4.0)
+    rows = [(f"perturbation/displacement@{length:g}", length) for length in lengths[1:]]
+    rows += [(f"perturbation/ce_increase@{length:g}", 3 * length**2) for length in lengths[1:]]
+    frame = pd.DataFrame(rows, columns=["quantity", "value"]).assign(step=1, protocol="")
+    run = RunNumbers("quadratic", frame)
+    for length in (0.1, 0.7, 1.5, 3.9):
+        assert rise_at(run, length) == pytest.approx(3 * length**2)
+    assert math.isnan(rise_at(run, 4.1))
