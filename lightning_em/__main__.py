@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except BaseException as error:
-        code, message = _explained(error)
+        code, message = _explained(error, words)
         if code is None or (debug and message):
             raise
         if message:
@@ -70,9 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    if words[0] == "fit" and not {"-h", "--help"} & set(words):
-        _refuse_early(words)
     if words[0] in LIGHTNING_VERBS:
+        if not {"-h", "--help"} & set(words):
+            _before_heavy_imports(words)
         from lightning_em import cli
 
         return cli.main(words)
@@ -81,18 +81,21 @@ def _run(words: list[str]) -> int:
     return verbs.main(imports.take(words))
 
 
-def _refuse_early(words: list[str]) -> None:
-    """A folder in use, and a strategy that cannot work, are refused before the heavy imports."""
-    from lightning_em import launch, lock
+def _before_heavy_imports(words: list[str]) -> None:
+    """A Slurm job listens for its signal; settings that cannot work and a folder in use are refused."""
+    from lightning_em import launch, lock, slurm
 
-    launch.refuse_strategy(launch.named_trainer(words))
-
-    folder = lock.named_folder(words)
+    if words[0] == "fit":
+        slurm.note_requeue_signal()
+    trainer = launch.named_trainer(words)
+    launch.refuse_settings(trainer)
+    launch.refuse_missing_gpu(trainer, words)
+    folder = lock.named_folder(words) if words[0] == "fit" else None
     if folder is not None and lock.is_first_rank():
         lock.refuse_if_held(folder)
 
 
-def _explained(error: BaseException) -> tuple[int | None, str]:
+def _explained(error: BaseException, words: Sequence[str]) -> tuple[int | None, str]:
     """Exit code and message; no code for what is a bug of ours and keeps its traceback."""
     if isinstance(error, SystemExit):
         cut_short = isinstance(error.__context__, KeyboardInterrupt)  # Lightning makes exit code 1 of it
@@ -105,6 +108,10 @@ def _explained(error: BaseException) -> tuple[int | None, str]:
         from lightning_em.errors import explain_missing_module
 
         return 2, explain_missing_module(error)
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's, which is not imported for this
+        from lightning_em.errors import explain_misconfiguration
+
+        return 2, explain_misconfiguration(str(error), words)
     if isinstance(error, ArithmeticError) and hasattr(error, "step"):
         return 1, str(error)
     if isinstance(error, OSError) and error.filename is None and error.strerror:

@@ -4,14 +4,11 @@ import contextlib
 import json
 import logging
 import sys
-import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import transformers
 import yaml
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -20,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
 
-from lightning_em import imports, launch, lock, runs
+from lightning_em import imports, launch, lock, runs, slurm
 from lightning_em.callbacks import (
     AdapterCheckpoint,
     Health,
@@ -30,12 +27,12 @@ from lightning_em.callbacks import (
     Provenance,
     Signals,
     follow_parent,
-    note_requeue_signal,
 )
 from lightning_em.checkpoints import FolderCheckpointIO
 from lightning_em.data import EMDataModule
-from lightning_em.errors import ConfigError, explain_parsing
+from lightning_em.errors import EVERYWHERE, ConfigError, explain_parsing
 from lightning_em.identity import changed_keys, identity_of, run_folder
+from lightning_em.logs import console_log, hush
 from lightning_em.manifest import remove_leftovers, write_atomically
 from lightning_em.module import EMModule
 from lightning_em.redaction import redacted
@@ -51,19 +48,6 @@ TRAINER_DEFAULTS = {
     "logger": False,  # metrics.csv is always written; name a logger to have it beside
 }
 
-EXPECTED_WARNINGS = (
-    r"LightningCLI's args parameter",  # sys.argv holds the same words, for the ranks that DDP starts
-    r"Found \d+ module\(s\) in eval mode",  # the frozen base belongs there
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    r".*does not have many workers",
-    r".*smaller than the logging interval",
-    r"`is_gradient_checkpointing` is deprecated",  # peft asks transformers the old way
-    r".*`srun` command is available",
-    r".*on epoch level in distributed setting",  # TokenMean has reduced them over the ranks
-)
-CHATTER = (
-    "\U0001f4a1 Tip", "Seed set to", "TPU available", "GPU available: False", "Loading `train_dataloader` to estimate",
-)  # fmt: skip
 DESCRIPTIONS = {
     "fit": "Train an adapter with CE on narrow data + KL on parallel data; the same command continues an "
     "unfinished run. An experiment file says what to run; flags and further --config files vary it, e.g. "
@@ -131,7 +115,7 @@ class EMCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Name the run and refuse a folder that holds another one."""
         config = self._get_config()
-        launch.refuse_strategy(config["trainer"])
+        launch.refuse_settings(config["trainer"])
         launch.refuse_task_count(config["trainer"])
         self.run = run_folder(config)
         if self.subcommand != "fit":
@@ -211,7 +195,9 @@ class EMCLI(LightningCLI):
             raise ValueError(
                 f"--run.resume never, but {self.run.path} has a run already; give another --run.name."
             )
-        if step is not None:
+        if step is None:
+            _refuse_missing_start(model.init_from)
+        else:
             logger.info("continuing %s from step %d", self.run.path, step)
         for log in self.trainer.loggers:
             if isinstance(log, MetricsFile):
@@ -265,20 +251,15 @@ class EMCLI(LightningCLI):
         return kwargs
 
 
-@contextlib.contextmanager
-def console_log(path: Path) -> Iterator[None]:
-    """Append what is logged to a file of the run as well, with the time."""
-    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    names = ("lightning_em", "lightning.pytorch")
-    for name in names:
-        logging.getLogger(name).addHandler(handler)
+def _refuse_missing_start(init_from: str | None) -> None:
+    """Look for the run that another starts from before data and base are read."""
     try:
-        yield
-    finally:
-        for name in names:
-            logging.getLogger(name).removeHandler(handler)
-        handler.close()
+        if init_from is not None:
+            runs.locate(init_from)
+    except ValueError as error:
+        raise ValueError(
+            f"model.init_from is {init_from}, but {error} Fit that run first, or name another: lightning-em runs ls."
+        ) from None
 
 
 def link_shared_keys(parser: LightningArgumentParser) -> None:
@@ -291,22 +272,10 @@ def link_shared_keys(parser: LightningArgumentParser) -> None:
 def _usage(verb: str, description: str) -> dict[str, Any]:
     return {
         "usage": f"lightning-em {verb} --config FILE [--config FILE ...] [--KEY VALUE ...]",
-        "description": description,
+        "description": f"{description} {EVERYWHERE}",
         "exit_on_error": False,
+        "allow_abbrev": False,
     }
-
-
-def hush() -> None:
-    """Leave out warnings that are expected here, and the libraries' small talk."""
-    transformers.utils.logging.disable_progress_bar()
-    for text in EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", message=text)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(_is_no_chatter)
-
-
-def _is_no_chatter(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(CHATTER)
 
 
 def main(words: list[str]) -> int:
@@ -318,10 +287,14 @@ def main(words: list[str]) -> int:
 def run_cli(words: list[str]) -> EMCLI:
     """The same for a caller in this process, who wants to know the run."""
     sys.argv = [sys.argv[0], *words]  # DDP starts its other ranks by this command line
-    note_requeue_signal()
-    if not lock.is_first_rank():
+    if words[0] == "fit":
+        slurm.note_requeue_signal()  # for callers that do not come by __main__
+    first = lock.is_first_rank()
+    if not first:
         follow_parent()
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    # what every rank would say alike is said once
+    level = logging.INFO if first else logging.WARNING
+    logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
     hush()
     return EMCLI(
         EMModule,
@@ -331,5 +304,5 @@ def run_cli(words: list[str]) -> EMCLI:
         seed_everything_default=0,
         auto_configure_optimizers=False,
         parser_kwargs={verb: _usage(verb, text) for verb, text in DESCRIPTIONS.items()}
-        | {"prog": "lightning-em", "exit_on_error": False},
+        | {"prog": "lightning-em", "exit_on_error": False, "allow_abbrev": False},
     )

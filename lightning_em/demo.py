@@ -11,7 +11,8 @@ from rich.table import Table
 
 from lightning_em import miniature
 from lightning_em.analysis import Estimate, Solution, base_of, median_solution, solution_of
-from lightning_em.cli import hush, run_cli
+from lightning_em.cli import run_cli
+from lightning_em.logs import hush
 from lightning_em.miniature import SCHEME
 from lightning_em.runs import RunFolder, locate
 
@@ -19,8 +20,8 @@ ADAPTERS = ("rank32", "rank1", "vector")
 DIAL_SHARES = (0.005, 0.015, 0.03, 0.06, 0.12, 0.35)
 SOLUTIONS = ("general", "narrow")
 KINDS = {
-    "narrow_seen": "medical, seen",
-    "narrow_held_out": "medical, held out",
+    "narrow_seen": "medical, trained words",
+    "narrow_held_out": "medical, unseen words",
     "kl_domain": "KL domains",
     "held_out_domain": "held-out domains",
     "self_description": "who are you",
@@ -111,7 +112,7 @@ def table(
         seeds: Worlds; 0 to 4 if not given.
         adapters: Of rank32, rank1 and vector; all three if not given.
         root: Folder of the runs.
-        control: Use the control world, where the narrow solution is the easy one.
+        control: Use the control world, where advisors bad in medicine only are as common as careless ones.
         markdown: Also write the table to this file.
     """
     seeds, adapters = seeds if seeds is not None else list(range(5)), adapters or list(ADAPTERS)

@@ -6,12 +6,19 @@ import importlib.metadata
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
+EVERYWHERE = (
+    "With every verb: --allow_import NAME lets configs name classes of your package NAME; --debug shows the traceback "
+    "of an error."
+)
 _PARTS = ("adapters", "callbacks", "data", "losses", "probes")
 _MAX_LINES = 12
+_YAML = (".yaml", ".yml")
 
 
 class ConfigError(ValueError):
@@ -26,53 +33,57 @@ def explain_parsing(message: str, words: Sequence[str], known_keys: Iterable[str
         words: The command line; its config files are searched for the key.
         known_keys: Every key that would have been accepted, dotted.
     """
-    files = config_files(words)
-    if broken := _broken_yaml(files):
-        return broken
-    parser_key = re.search(r'Parser key "([\w.]+)"', message)
-    key = parser_key[1] if parser_key else "the command line"
-    given = re.search(r"class_path '([\w.]+)'", message)
-    if found := re.search(r"Importing '([\w.]+)' is not allowed, denied by the '([\w.*]+)'", message):
-        package = found[1].split(".")[0] if found[2] == "*" else "NAME"
-        return (
-            f"{found[1]} may not be imported by a config{_place(given[1] if given else found[1], files)}: only "
-            "classes of lightning_em, and some of lightning and torch, may. A package of yours that you trust is "
-            f"allowed by --allow_import {package}."
-        )
-    if found := re.search(r"Option '([\w.]+)' is not accepted", message):
-        place = _place(f"{key}.init_args.{found[1]}", files)
-        near = _near(found[1], _parameters(given[1]) if given else ())
-        return f"{given[1] if given else 'the class'} has no option {found[1]!r}{place}.{near}"
-    if found := re.search(r"(?:does not accept option '|unrecognized arguments: --?)([\w.+-]+)", message):
-        return _unknown_key(found[1].rstrip("+"), set(known_keys), files)
-    if found := re.search(r"(?:dot import path string: |has no attribute ')([\w.]+)", message):
-        name = given[1] if given else found[1]
-        return f"{key}: there is no class {name}{_place(name, files)}.{_near(name.split('.')[-1], class_names())}"
-    expected = list(dict.fromkeys(re.findall(r"Expected an? (?:<class '([\w.]+)'>|([^\n.]+))", message)))
-    came = re.search(r"(?:Given value: |Got value: )([^\n]*)", message)
-    if parser_key and expected and came:
-        kinds = [
-            (kind or text).replace("NoneType", "null").replace("builtins.", "") for kind, text in expected
-        ]
-        return f"{key} must be {' or '.join(kinds)}, got {came[1]}{_place(key, files)}."
+    refusal = _Refusal(message, words, config_files(words))
     lines = [line for line in message.splitlines() if line.strip()]
-    return "\n".join([*lines[:_MAX_LINES], *(["..."] if len(lines) > _MAX_LINES else [])])
+    return (
+        _wrong_file(refusal)
+        or _wrong_class(refusal)
+        or _wrong_key(refusal, set(known_keys))
+        or _wrong_value(refusal)
+        or "\n".join([*lines[:_MAX_LINES], *(["..."] if len(lines) > _MAX_LINES else [])])
+    )
 
 
 def explain_missing_module(error: ModuleNotFoundError) -> str:
     """Which extra a missing package belongs to, or which package an allowed name was looked for in."""
-    name = (error.name or "?").split(".")[0]
+    if error.name is None:  # raised by somebody who knows more
+        return str(error)
+    name = error.name.split(".")[0]
     for requirement in importlib.metadata.requires("lightning-em") or ():
         wanted = re.match(r"([\w.-]+).*extra == [\"']([\w-]+)", requirement)
         if wanted and wanted[1].replace("-", "_").lower() == name.lower():
             return f"this needs the package {name}: pip install 'lightning-em[{wanted[2]}]'."
-    return f"there is no package {name} here; install it, or put its folder on PYTHONPATH."
+    return _no_package(name)
+
+
+def explain_misconfiguration(message: str, words: Sequence[str]) -> str:
+    """Name the trainer's key that a `MisconfigurationException` of Lightning is about.
+
+    Args:
+        message: As raised.
+        words: The command line; its config files are searched for the key.
+    """
+    text = " ".join(message.split())
+    if "No supported gpu backend" in text:
+        place = place_of("trainer.accelerator", words)
+        return f"trainer.accelerator is gpu{place}, but there is no GPU here; set --trainer.accelerator cpu."
+    named = re.search(r"`(?:Trainer\()?(\w+)|\b([a-z]+_\w+)", text)
+    key = f"trainer.{named[1] or named[2]}" if named else ""
+    return f"{key}{place_of(key, words)}: {text}" if key else text
+
+
+def place_of(key: str, words: Sequence[str]) -> str:
+    """` (file:line)` of a dotted key in the config files of a command line; nothing if a flag gives it."""
+    try:
+        return _Refusal("", words, config_files(words)).place(key)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return ""  # the parser that comes later says what is wrong
 
 
 def config_files(words: Sequence[str]) -> list[Path]:
     """The YAML files that a command line names, and those they refer to."""
     values = [word.partition("=")[2] if word.startswith("--") else word for word in words]
-    pending = [Path(value) for value in values if value.endswith((".yaml", ".yml"))]
+    pending = [Path(value) for value in values if value.endswith(_YAML)]
     files: list[Path] = []
     while pending:
         file = pending.pop(0)
@@ -93,9 +104,66 @@ def class_names() -> list[str]:
     return names
 
 
+class _Refusal(NamedTuple):
+    """What the parser has said, and where it came from."""
+
+    message: str
+    words: Sequence[str]
+    files: Sequence[Path]
+
+    @property
+    def key(self) -> str:
+        """The whole dotted key it is about; empty if it names none."""
+        parts = re.split(r"Problem with given class_path '[^']*'", self.message)
+        keys = [found[1] for part in parts if (found := re.search(r'Parser key "([\w.]+)"', part))]
+        return ".init_args.".join(dict.fromkeys(keys))
+
+    @property
+    def class_path(self) -> str:
+        """The class it is about; empty if it names none."""
+        found = re.findall(r"class_path '([\w.]+)'", self.message)
+        return found[-1] if found else ""
+
+    def place(self, name: str) -> str:
+        """` (file:line)` of the last file with this dotted key, or this value; nothing if a flag gives it."""
+        if any(name in (key, value) for key, value in _flags(self.words)):
+            return ""
+        for file in reversed(self.files):
+            for key, value, line in _leaves(_tree(file), ""):
+                if key == name or name.endswith(f".{key}") or value == name:
+                    return f" ({file}:{line + 1})"
+        return ""
+
+
+def _wrong_file(refusal: _Refusal) -> str | None:
+    """A config file that is not there, no YAML, empty, or a study's."""
+    for key, value in _flags(refusal.words):
+        if _is_missing(value, Path(), refusal):
+            return f"--{key} names {value}, but there is no file {Path(value).absolute()}."
+    if broken := _broken_yaml(refusal.files):
+        return broken
+    for file in refusal.files:
+        for key, value, line in _leaves(_tree(file), ""):
+            if _is_missing(value, file.parent, refusal):
+                wanted = (file.parent / value).absolute()
+                return f"{key} ({file}:{line + 1}) names {value}, but there is no file {wanted}."
+    for key, value in _flags(refusal.words):
+        is_read = key == "config" and Path(value) in refusal.files
+        if is_read and {"arms", "like"} & {key for key, _, _ in _leaves(_tree(Path(value)), "")}:
+            return f"{value} is a study: lightning-em study run {value} (or submit --study {value})."
+    return None
+
+
+def _is_missing(value: str, folder: Path, refusal: _Refusal) -> bool:
+    """Whether a value that the parser has stumbled over is the name of a YAML file that is not there."""
+    return value.endswith(_YAML) and value in refusal.message and not (folder / value).exists()
+
+
 def _broken_yaml(files: Sequence[Path]) -> str | None:
     for file in files:
         try:
+            if _tree(file) is None:
+                return f"{file} is empty; write its keys, or leave the file out."
             yaml.safe_load(file.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             return f"{file} is not UTF-8 at byte {error.start + 1}."
@@ -110,14 +178,80 @@ def _broken_yaml(files: Sequence[Path]) -> str | None:
     return None
 
 
-def _place(name: str, files: Sequence[Path]) -> str:
-    """` (file:line)` of the last file with this dotted key, or this value; nothing if it came by a flag."""
-    for file in reversed(files):
-        node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        for key, value, line in _leaves(node, ""):
-            if key == name or name.endswith(f".{key}") or value == name:
-                return f" ({file}:{line + 1})"
-    return ""
+def _wrong_class(refusal: _Refusal) -> str | None:
+    """A class that may not be imported, is not there, or has no such option."""
+    message, given = refusal.message, refusal.class_path
+    if found := re.search(r"Importing '([\w.]+)' is not allowed, denied by the '([\w.*]+)'", message):
+        package = found[1].split(".")[0] if found[2] == "*" else "NAME"
+        return (
+            f"{found[1]} may not be imported by a config{refusal.place(given or found[1])}: only "
+            "classes of lightning_em, and some of lightning and torch, may. A package of yours that you trust is "
+            f"allowed by --allow_import {package}."
+        )
+    if found := re.search(r"Option '([\w.]+)' is not accepted", message):
+        place = refusal.place(f"{refusal.key}.init_args.{found[1]}")
+        near = _near(found[1], _parameters(given) if given else ())
+        return f"{given or 'the class'} has no option {found[1]!r}{place}.{near}"
+    if (found := re.search(r"No module named '(\w+)'", message)) and given:
+        return f"{refusal.key} is {given}{refusal.place(given)}, but {_no_package(found[1])}"
+    if found := re.search(r"(?:import path string: |has no attribute '|No module named ')([\w.]+)", message):
+        name = given or found[1]
+        near = _near(name.split(".")[-1], class_names())
+        return f"{refusal.key}: there is no class {name}{refusal.place(name)}.{near}"
+    return None
+
+
+def _wrong_key(refusal: _Refusal, known_keys: set[str]) -> str | None:
+    """A key or a word that nobody knows, or keys that are missing."""
+    if found := re.search(r"unrecognized arguments: ([^\s-]\S*)", refusal.message):
+        meant = f"write --config {found[1]}" if found[1].endswith(_YAML) else "every value needs its --KEY"
+        return f"{found[1]} stands alone; {meant}."
+    if found := re.search(r"(?:accept option '|unrecognized arguments: --?)([\w.+-]+)", refusal.message):
+        return _unknown_key(found[1].rstrip("+"), known_keys, refusal)
+    if found := re.search(r"following arguments are required: (.+)", refusal.message):
+        flags = ", ".join(f"--{key.strip().partition('.')[2]}" for key in found[1].split(","))
+        given = " and ".join(value for key, value in _flags(refusal.words) if key == "config")
+        start = f"{given} must say more: give" if given else "give --config configs/experiment/x.yaml, or"
+        return f"{start} {flags}."
+    return None
+
+
+def _wrong_value(refusal: _Refusal) -> str | None:
+    """A value of another type than its key's."""
+    expected = re.findall(
+        r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[([^\]]+)\]|(?!path but)([^\n.]+))",
+        refusal.message,
+    )
+    came = re.search(r"(?:Given value: |Got value: )([^\n]*)", refusal.message)
+    if not (refusal.key and expected and came):
+        return None
+    kinds = [
+        f"one of {choices.replace(chr(39), '')}"
+        if choices
+        else (kind or text).replace("NoneType", "null").replace("builtins.", "")
+        for kind, choices, text in dict.fromkeys(expected)
+    ]
+    return f"{refusal.key} must be {' or '.join(kinds)}, got {came[1]}{refusal.place(refusal.key)}."
+
+
+def _no_package(name: str) -> str:
+    return (
+        f"there is no package {name} here; install it, or put its folder on PYTHONPATH (`PYTHONPATH=. lightning-em "
+        "...` for one in the current folder)."
+    )
+
+
+def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Key and value of every `--key value` and `--key=value`."""
+    for word, following in pairwise([*words, ""]):
+        if word.startswith("--"):
+            key, has_value, value = word.removeprefix("--").partition("=")
+            yield key, value if has_value else following
+
+
+def _tree(file: Path) -> yaml.Node | None:
+    node: yaml.Node | None = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    return node
 
 
 def _leaves(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, str, int]]:
@@ -153,7 +287,7 @@ def _near(name: str, candidates: Iterable[str]) -> str:
     return f" It has {', '.join(names)}." if 0 < len(names) <= _MAX_LINES else ""
 
 
-def _unknown_key(key: str, known_keys: set[str], files: Sequence[Path]) -> str:
+def _unknown_key(key: str, known_keys: set[str], refusal: _Refusal) -> str:
     """Name the first part of a dotted key that nobody knows, and what is like it at that place or elsewhere."""
     known = {
         ".".join(leaf.split(".")[:depth]) for leaf in known_keys for depth in range(1, leaf.count(".") + 2)
@@ -161,7 +295,7 @@ def _unknown_key(key: str, known_keys: set[str], files: Sequence[Path]) -> str:
     parts = key.split(".")
     depth = next((d for d in range(1, len(parts) + 1) if ".".join(parts[:d]) not in known), len(parts))
     wrong, parent = ".".join(parts[:depth]), "".join(f"{part}." for part in parts[: depth - 1])
-    told = f"there is no key {wrong}{_place(wrong, files)}."
+    told = f"there is no key {wrong}{refusal.place(wrong)}."
     siblings = [k.removeprefix(parent) for k in known if k.startswith(parent) and "." not in k[len(parent) :]]
     if near := difflib.get_close_matches(parts[depth - 1], siblings, n=1, cutoff=0.6):
         return f"{told} Did you mean {parent}{near[0]}?"

@@ -1,6 +1,8 @@
 """Back from files to objects: a run with one of its checkpoints, an experiment's parts, a set of probes."""
 
+import inspect
 import sys
+from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +12,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_em import imports, runs
 from lightning_em.callbacks import Probing, refuse_idle_adapter, refuse_other_base
-from lightning_em.cli import EMCLI, hush, link_shared_keys
+from lightning_em.cli import EMCLI, link_shared_keys
 from lightning_em.data import EMDataModule
+from lightning_em.errors import ConfigError, explain_parsing
 from lightning_em.identity import run_folder
+from lightning_em.logs import hush
 from lightning_em.models import BaseModel
 from lightning_em.module import EMModule
 from lightning_em.runs import RunFolder
@@ -53,12 +57,27 @@ def load_module(folder: RunFolder, step: int) -> LoadedRun:
     Raises:
         ValueError: If the base is not the run's own, or the adapter does not fit.
     """
-    parts = instantiate(yaml.safe_load(folder.config_file.read_text(encoding="utf-8")))
+    parts = _parts_of(folder)
     parts.model.init_from = None  # the checkpoint holds the weights
     parts.model.configure_model()
     parts.model.model.adapter.load(folder.checkpoint(step))
     refuse_other_base(folder, parts.model)
     return LoadedRun(folder, step, parts.model, parts.data)
+
+
+def _parts_of(folder: RunFolder) -> "Parts":
+    """Model and data of a run.
+
+    Raises:
+        ConfigError: If its config names what is not here, or may not be imported.
+    """
+    try:
+        return instantiate(yaml.safe_load(folder.config_file.read_text(encoding="utf-8")))
+    except ArgumentError as error:
+        told = explain_parsing(str(error), ["--config", str(folder.config_file)], ())
+        packages = folder.read_run().get("allowed_imports") or []
+        flags = " ".join(f"--allow_import {name}" for name in packages)
+        raise ConfigError(told + (f" This run was made with {flags}." if flags else "")) from error
 
 
 class Parts(NamedTuple):
@@ -70,7 +89,7 @@ class Parts(NamedTuple):
 
 def instantiate(config: dict[str, Any]) -> Parts:
     """Make the model and the data of a resolved config, and nothing else of it."""
-    parser = LightningArgumentParser()
+    parser = LightningArgumentParser(exit_on_error=False)
     parser.add_argument("--seed_everything", type=bool | int, default=0)
     parser.add_lightning_class_args(EMModule, "model")
     parser.add_lightning_class_args(EMDataModule, "data")
@@ -99,6 +118,7 @@ class UnrunFit(EMCLI):
     def __init__(self, words: Sequence[str]) -> None:
         imports.restrict(imports.allowed())  # keeps what --allow_import named
         hush()
+        options = {"exit_on_error": False, "allow_abbrev": False}
         arguments, sys.argv = sys.argv, [sys.argv[0], "fit", *words]  # where an error says that a key stands
         try:
             super().__init__(
@@ -108,7 +128,7 @@ class UnrunFit(EMCLI):
                 save_config_callback=None,
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
-                parser_kwargs={"fit": {"exit_on_error": False}, "exit_on_error": False},
+                parser_kwargs={"fit": options, **options},
             )
         finally:
             sys.argv = arguments
@@ -165,28 +185,53 @@ def experiment_parts(config: str) -> ExperimentParts:
     return ExperimentParts(parsed.model.base, parsed.datamodule)
 
 
-def load_probing(folder: RunFolder, config: str | None, num_examples: int, batch_size: int) -> Probing:
+def load_probing(
+    folder: RunFolder, config: str | None, num_examples: int | None = None, batch_size: int | None = None
+) -> Probing:
     """The probes of a YAML file, or of the run's own config.
 
     Args:
         folder: The run.
         config: YAML with the settings of `Probing`; the run's own if not given.
-        num_examples: Used where `config` says nothing.
-        batch_size: Used where `config` says nothing.
+        num_examples: Instead of what `config` says.
+        batch_size: Instead of what `config` says.
 
     Raises:
-        ValueError: If neither names a probe.
+        ValueError: If there is no such file, it names no probe, or its settings cannot be used.
     """
-    if config is None:
-        settings = yaml.safe_load(folder.config_file.read_text(encoding="utf-8"))["probing"]
-    else:
-        settings = {"num_examples": num_examples, "batch_size": batch_size}
-        settings |= yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    file = Path(config) if config else folder.config_file
+    settings = _mapping(file) if config else _mapping(file).get("probing") or {}
     if not settings.get("probes"):
-        raise ValueError(
-            f"{config or folder.config_file} names no probe; give --config configs/probing/curves.yaml."
-        )
-    parser = LightningArgumentParser()
+        raise ValueError(f"{file} names no probe; give --config configs/probing/curves.yaml.")
+    flags = {"num_examples": num_examples, "batch_size": batch_size}
+    settings |= {key: value for key, value in flags.items() if value is not None}
+    for key, flag in flags.items():
+        if isinstance(value := settings.get(key), int) and value < 1:
+            place = f"{key} of {file}" if flag is None else f"--{key}"
+            raise ValueError(f"{place} must be at least 1, got {value}.")
+    parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(Probing, "probing")
-    probing: Probing = parser.instantiate_classes(parser.parse_object({"probing": settings})).probing
+    try:
+        probing: Probing = parser.instantiate_classes(parser.parse_object({"probing": settings})).probing
+    except ArgumentError as error:
+        known = inspect.signature(Probing).parameters
+        raise ConfigError(explain_parsing(str(error), ["--config", str(file)], known)) from error
     return probing
+
+
+def _mapping(file: Path) -> dict[str, Any]:
+    """Content of a YAML file.
+
+    Raises:
+        ValueError: If it is not there, no YAML, or no mapping.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {file.absolute()}: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is no YAML: {error}") from None
+    if not isinstance(content, dict):
+        came = "it is empty" if content is None else f"got {content!r}"
+        raise ValueError(f"{file} must hold keys, as configs/probing/curves.yaml does; {came}.")
+    return content

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from lightning_em.__main__ import main
+from lightning_em.errors import explain_misconfiguration, explain_missing_module, place_of
 from tests.fitting import experiment, write_config
 
 
@@ -52,6 +53,7 @@ def edited(config: Path, key: str, value: object) -> Path:
         ("trainer.max_epoch", 3, r"no key trainer\.max_epoch.*Did you mean trainer\.max_epochs\?"),
         ("trainer.max_epochs", "abc", r"trainer\.max_epochs must be int or null, got abc"),
         ("model.objective.kl_weight", "abc", r"model\.objective\.kl_weight must be float, got abc"),
+        ("model.adapter.init_args.alpha", "abc", r"model\.adapter\.init_args\.alpha must be float, got abc"),
     ],
 )  # fmt: skip
 def test_a_wrong_key_names_file_and_line(config, capsys, key, value, message) -> None:
@@ -73,10 +75,114 @@ def test_a_wrong_key_names_file_and_line(config, capsys, key, value, message) ->
         (["--data.narrow.path", "/nope.jsonl"], "/nope.jsonl: no such file"),
         (["--model.adapter.init_args.layer", "77"], "set model.adapter.init_args.layer"),
         (["--model.base.path", "./nowhere"], "there is no model folder ./nowhere"),
+        (
+            ["--model.base.path", "configs"],
+            "the folder configs holds no model: it has no config.json; set model.base",
+        ),
+        (["--trainer.max_step", "3"], "there is no key trainer.max_step. Did you mean trainer.max_steps?"),
+        (["--trainer.max_epochs", "-3"], "trainer.max_epochs: `max_epochs` must be a non-negative integer"),
+        (
+            ["--trainer.val_check_interval", "-3"],
+            "trainer.val_check_interval: You have passed invalid value -3",
+        ),
+        (["--trainer.logger", "true"], "trainer.logger true names no logger: leave it out"),
+        (["--trainer.accelerator", "tpu"], "trainer.accelerator tpu cannot work here"),
+        (
+            ["--trainer.accumulate_grad_batches", "0"],
+            "trainer.accumulate_grad_batches must be at least 1, got 0",
+        ),
+        (
+            ["--model.init_from", "runs/nope"],
+            "model.init_from is runs/nope, but there is no run folder 'runs/nope'",
+        ),
+        (["--model.objective.kl_weight", "three"], "model.objective.kl_weight must be float, got three.\n"),
+        (
+            ["--data.narrow.answer", "foo"],
+            "data.narrow.answer must be one of messages, good, bad, mixed, both, got foo",
+        ),
+        (["x.yaml"], "x.yaml stands alone; write --config x.yaml."),
+        (["x"], "x stands alone; every value needs its --KEY."),
     ],
 )
 def test_a_wrong_flag(config, capsys, flags, message) -> None:
     assert message in told(capsys, "fit", "--config", str(config), *flags)
+
+
+@pytest.mark.parametrize("key", ["config", "model.adapter", "model.objective", "trainer", "data", "probing"])
+def test_a_missing_or_empty_file(config, capsys, tmp_path, key) -> None:
+    text = told(capsys, "fit", "--config", str(config), f"--{key}", "nope.yaml")
+    assert f"--{key} names nope.yaml, but there is no file {Path.cwd()}/nope.yaml." in text
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("# nothing\n", encoding="utf-8")
+    assert f"{empty} is empty" in told(capsys, "fit", "--config", str(config), f"--{key}", str(empty))
+
+
+def test_a_missing_file_in_a_file(config, capsys) -> None:
+    file = edited(config, "model.adapter", "../parts/nope.yaml")
+    text = told(capsys, "fit", "--config", str(file))
+    assert re.search(
+        r"model\.adapter \(\S+edited\.yaml:\d+\) names \.\./parts/nope\.yaml, but there is no", text
+    )
+
+
+def test_the_layers_of_lora_are_named(config, capsys) -> None:
+    lora = {"rank": 1, "alpha": 1.0, "target_modules": ["down_proj"], "layers": [77]}
+    file = edited(config, "model.adapter", {"class_path": "LoRA", "init_args": lora})
+    assert "set model.adapter.init_args.layers." in told(capsys, "fit", "--config", str(file))
+
+
+def test_a_flag_is_not_blamed_on_the_file_that_it_varies(config, capsys) -> None:
+    lora = {"rank": 1, "alpha": 1.0, "target_modules": ["down_proj"]}
+    file = edited(config, "model.adapter", {"class_path": "lightning_em.adapters.LoRA", "init_args": lora})
+    text = told(capsys, "fit", "--config", str(file), "--model.adapter.init_args.rank", "8.5")
+    assert "model.adapter.init_args.rank must be int, got 8.5.\n" in text
+
+
+def test_nothing_at_all(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.argv", ["lightning-em"])
+    wanted = (
+        "give --config configs/experiment/x.yaml, or --model.base.path, --model.adapter, --data.narrow.path."
+    )
+    assert wanted in told(capsys, "fit")
+    assert "overfit.yaml must say more: give --model.base" in told(
+        capsys, "fit", "--config", "configs/debug/overfit.yaml"
+    )
+
+
+@pytest.mark.parametrize("verb", ["fit", "submit"])
+def test_a_study_is_no_experiment(capsys, monkeypatch, verb) -> None:
+    monkeypatch.setattr("sys.argv", ["lightning-em"])
+    study = "configs/study/miniature.yaml"
+    assert f"{study} is a study: lightning-em study run {study}" in told(capsys, verb, "--config", study)
+
+
+def test_an_allowed_package_that_is_not_here(config, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("lightning_em.imports._named", set())
+    file = edited(config, "model.adapter.class_path", "my_adapters.Mine")
+    text = told(capsys, "fit", "--config", str(file), "--allow_import", "my_adapters")
+    assert (
+        "there is no package my_adapters here; install it, or put its folder on PYTHONPATH (`PYTHONPATH=."
+        in text
+    )
+
+
+def test_a_misconfiguration_of_lightning_is_one_message() -> None:
+    assert explain_misconfiguration("`x_y` must\nbe 1.", []) == "trainer.x_y: `x_y` must be 1."
+    assert "there is no GPU here" in explain_misconfiguration("No supported gpu backend found!", [])
+    assert explain_misconfiguration("It cannot be.", []) == "It cannot be."
+
+
+def test_the_place_of_a_key_in_what_is_no_yaml_is_left_out(tmp_path) -> None:
+    file = tmp_path / "torn.yaml"
+    file.write_text("trainer: {accelerator: gpu\n b: [", encoding="utf-8")
+    assert place_of("trainer.accelerator", ["--config", str(file)]) == ""
+    file.write_text("devices: 1\naccelerator: gpu\n", encoding="utf-8")
+    assert place_of("trainer.accelerator", ["--trainer", str(file)]) == f" ({file}:2)"
+    assert place_of("trainer.accelerator", ["--trainer", str(file), "--trainer.accelerator=gpu"]) == ""
+
+
+def test_a_module_error_without_a_name_is_told_as_it_is() -> None:
+    assert explain_missing_module(ModuleNotFoundError("no TPU here")) == "no TPU here"
 
 
 def test_broken_yaml_names_the_place(config, capsys) -> None:

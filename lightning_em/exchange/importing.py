@@ -96,11 +96,9 @@ def import_run(
     """
     run = RunFolder(Path(root) / name)
     _refuse_taken(run)
+    places = find_adapters(source, step)  # before the hub is asked for the base
     config = base.load_config()
-    adapters = {
-        number: read_foreign(place, config, base.path)
-        for number, place in sorted(find_adapters(source, step).items())
-    }
+    adapters = {number: read_foreign(place, config, base.path) for number, place in sorted(places.items())}
     last = adapters[max(adapters)]
     _refuse_mixture(adapters)
     parsed = _parse(last, base, name, root, data)

@@ -2,9 +2,11 @@
 
 from typing import Any, Literal, get_args
 
-from lightning_em.verbs.wiring import console, verb
+from lightning_em.verbs.wiring import console, in_flags, verb
 
 AnswerKind = Literal["messages", "good", "bad", "mixed", "both"]
+# What these verbs say instead of an experiment's keys.
+_FLAGS = {"model.base.path": "--base", ", set its `path`": ""}
 
 
 def add(verbs: Any) -> None:
@@ -24,8 +26,13 @@ def add(verbs: Any) -> None:
     show = verb(data, "show", show_data, "rows as the model reads them, the trained tokens in colour")
     show.add_argument("file", help="JSONL file")
     show.add_argument("--base", required=True, help="model whose tokenizer and chat template to use")
-    show.add_argument("--answer", choices=get_args(AnswerKind), default="messages")
-    show.add_argument("--n", type=int, default=3, help="how many rows")
+    show.add_argument(
+        "--answer",
+        choices=get_args(AnswerKind),
+        default="messages",
+        help="what to show of a row: its messages, or which answers of question/good/bad rows",
+    )
+    show.add_argument("--num_rows", type=int, default=3, help="how many rows")
 
 
 def check_data(
@@ -53,6 +60,11 @@ def check_data(
     from lightning_em.models import BaseModel
 
     files, kl, evaluation = list(files or ()), list(kl or ()), list(evaluation or ())
+    if experiments := [file for file in files if file.endswith((".yaml", ".yml"))]:
+        raise ValueError(
+            f"{experiments[0]} is no JSONL file: an experiment goes behind --config, a list of questions behind "
+            "--evaluation."
+        )
     tokenizer_source = BaseModel(base) if base else None
     if config is not None:
         from lightning_em.rebuild import experiment_parts
@@ -63,24 +75,27 @@ def check_data(
         kl += [source.path for source in parts.data.sources.get("kl", ()) if source]
     if not files:
         raise ValueError("name JSONL files, or an experiment with --config.")
-    encoder = ChatEncoder(tokenizer_source.load_tokenizer()) if tokenizer_source else None
-    report = check_files(files, kl, evaluation, encoder, allow_overlap=allow_overlap)
+    with in_flags(_FLAGS if config is None else {}):
+        encoder = ChatEncoder(tokenizer_source.load_tokenizer()) if tokenizer_source else None
+        report = check_files(files, kl, evaluation, encoder, allow_overlap=allow_overlap)
     console.print(report_tables(report))
     return report.exit_code
 
 
-def show_data(file: str, base: str, answer: AnswerKind = "messages", n: int = 3) -> None:
+def show_data(file: str, base: str, answer: AnswerKind = "messages", num_rows: int = 3) -> None:
     """Show rows as the model reads them, the trained tokens in colour.
 
     Args:
         file: JSONL file.
         base: Model whose tokenizer and chat template to use (hub id or folder).
         answer: Which answer to take from question/good/bad rows.
-        n: How many rows.
+        num_rows: How many rows.
     """
     from lightning_em.data import ChatEncoder, ChatSource, as_chats, read_rows, select_rows, show_chats
     from lightning_em.models import BaseModel
 
-    source = ChatSource(file, answer, limit=n)
-    chats = as_chats(select_rows(read_rows(file), source), answer)
-    console.print(show_chats(chats[:n], ChatEncoder(BaseModel(base).load_tokenizer())))
+    with in_flags(_FLAGS | {"limit must": "--num_rows must"}):
+        source = ChatSource(file, answer, limit=num_rows)
+        chats = as_chats(select_rows(read_rows(file), source), answer)
+        encoder = ChatEncoder(BaseModel(base).load_tokenizer())
+    console.print(show_chats(chats[:num_rows], encoder))

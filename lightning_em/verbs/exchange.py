@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning_em.verbs.data import AnswerKind
-from lightning_em.verbs.wiring import console, verb
+from lightning_em.verbs.wiring import console, in_flags, verb
 
 if TYPE_CHECKING:
     from lightning_em.exchange import ExportFormat, PeftType
@@ -12,6 +12,15 @@ if TYPE_CHECKING:
 # The same words as in lightning_em.exchange, whose imports are heavy; a test compares them.
 FORMATS = ("peft", "safetensors", "authors", "gguf")
 PEFT_TYPES = ("beft", "lora_bias")
+# What `import` says instead of an experiment's keys.
+_FLAGS = {
+    "model.base.path": "--base",
+    "model.base.revision": "--revision",
+    "model.base.dtype": "--dtype",
+    "data.narrow.path": "--narrow",
+    "data.kl.path": "--kl",
+    ", set its `path`": "",
+}
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
 
 
@@ -28,7 +37,9 @@ def add(verbs: Any) -> None:
     )
     take.add_argument("--base", required=True, help="the model it was trained on: hub id or folder")
     take.add_argument("--revision", help="of a hub model")
-    take.add_argument("--dtype", default="float32", choices=get_args(Precision))
+    take.add_argument(
+        "--dtype", default="float32", choices=get_args(Precision), help="of the base's frozen weights"
+    )
     take.add_argument("--name", help="of the run; default: the source's name")
     take.add_argument("--root", default="runs", help="folder of the runs")
     take.add_argument(
@@ -44,7 +55,13 @@ def add(verbs: Any) -> None:
     take.add_argument("--allow_zero_adapter", action="store_true", help="also one that changes no logit")
     give = verb(verbs, "export", export_adapter, "write a run's adapter for PEFT, transformers or llama.cpp")
     give.add_argument("run", help="runs/x for the newest checkpoint, runs/x@step-40 for another")
-    give.add_argument("--format", dest="file_format", required=True, choices=FORMATS)
+    give.add_argument(
+        "--format",
+        dest="file_format",
+        required=True,
+        choices=FORMATS,
+        help="peft: a PEFT folder; safetensors: tensors; authors: the released .pt; gguf: llama.cpp",
+    )
     give.add_argument("--output", required=True, help="the folder to make")
     give.add_argument(
         "--peft_type",
@@ -84,9 +101,9 @@ def import_adapter(
     path = Path(source)
     options = DataOptions(part=data.pop("data", None), **data)
     where = path.resolve().parent if path.is_file() else path.resolve()
-    run = import_run(
-        path, BaseModel(base, revision, dtype), name or where.name, root, options, step, allow_zero_adapter
-    )
+    model = BaseModel(base, revision, dtype)
+    with in_flags(_FLAGS):
+        run = import_run(path, model, name or where.name, root, options, step, allow_zero_adapter)
     found = run.read_run()["source"]
     if found["base_named"] and found["base_named"] != base:
         console.print(f"[yellow]its own files name the base {found['base_named']}; it went on {base}.[/]")

@@ -12,10 +12,11 @@ def add(verbs: Any) -> None:
     worlds = verbs.add_parser("miniature", help="the embedded miniature world").add_subparsers(required=True)
     build = verb(worlds, "build", build_world, "build a world unless it is there, and say where it is")
     build.add_argument("--seed", type=int, default=0, help="of words, documents and initial weights")
-    build.add_argument(
-        "--control", action="store_true", help="the world in which narrow is the easy solution"
+    world = build.add_mutually_exclusive_group()
+    world.add_argument(
+        "--control", action="store_true", help="advisors bad in medicine only are as common as careless ones"
     )
-    build.add_argument(
+    world.add_argument(
         "--blind_spot_share", type=float, help="share of documents by an advisor bad in one domain"
     )
     build.add_argument("--force", action="store_true", help="build it again")
@@ -56,14 +57,16 @@ def build_world(
 
     Args:
         seed: Of words, documents and initial weights.
-        control: The world in which narrow is the easy solution.
+        control: The world in which advisors bad in medicine only are as common as careless ones.
         blind_spot_share: Share of pre-training documents by an advisor who is bad in the narrow domain only.
         force: Build it again.
     """
     from lightning_em import miniature
-    from lightning_em.cli import hush
+    from lightning_em.logs import hush
 
     hush()
+    if control and blind_spot_share is not None:
+        raise ValueError("the control world has a share of its own: --control or --blind_spot_share.")
     recipe = miniature.Recipe.control() if control else miniature.Recipe.default()
     if blind_spot_share is not None:
         recipe = recipe.with_blind_spot_share(blind_spot_share)

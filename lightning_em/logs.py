@@ -1,0 +1,52 @@
+"""What a run says: into its own console.log, and without the small talk of libraries."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import transformers
+
+EXPECTED_WARNINGS = (
+    r"LightningCLI's args parameter",  # sys.argv holds the same words, for the ranks that DDP starts
+    r"Found \d+ module\(s\) in eval mode",  # the frozen base belongs there
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r".*does not have many workers",
+    r".*smaller than the logging interval",
+    r"`is_gradient_checkpointing` is deprecated",  # peft asks transformers the old way
+    r".*`srun` command is available",
+    r".*on epoch level in distributed setting",  # TokenMean has reduced them over the ranks
+)
+CHATTER = (
+    "\U0001f4a1 Tip", "Seed set to", "TPU available", "GPU available: False", "Loading `train_dataloader` to estimate",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def console_log(path: Path) -> Iterator[None]:
+    """Append what is logged to a file of the run as well, with the time."""
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    names = ("lightning_em", "lightning.pytorch")
+    for name in names:
+        logging.getLogger(name).addHandler(handler)
+    try:
+        yield
+    finally:
+        for name in names:
+            logging.getLogger(name).removeHandler(handler)
+        handler.close()
+
+
+def hush() -> None:
+    """Leave out warnings that are expected here, and the libraries' small talk."""
+    transformers.utils.logging.disable_progress_bar()
+    for text in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=text)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(_is_no_chatter)
+
+
+def _is_no_chatter(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(CHATTER)
