@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from benchmarks.shapes import LORA_ALPHA, LORA_MODULES, LORA_RANK, Shape, make_adapter
 from lightning_em.batch import PackedBatch
-from lightning_em.models import AdaptedModel
+from lightning_em.models import AdaptedModel, LossWeights
 
 KL_WEIGHT = 1.0
 
@@ -146,9 +146,8 @@ class Ours(Peer):
         engine = self.model._engine
         if self.refilled and engine is not None and self.make_store is not None:
             engine.store = self.make_store()
-        sums = self.model.losses(ce, kl)
-        assert sums.kl is not None
-        return sums.ce.total / sums.ce.count + KL_WEIGHT * sums.kl.total / sums.kl.count
+        counts = [int(batch.counted("response").sum()) for batch in (ce, kl)]
+        return self.model.step_loss(ce, kl, LossWeights(1 / counts[0], KL_WEIGHT / counts[1])).total
 
 
 def _peft_config(shape: Shape, kind: str) -> Any:

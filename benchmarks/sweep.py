@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.shapes import CPU_SHAPES, CUDA_SHAPES, SHAPES, Shape, chat_like, describe, make_adapter
 from benchmarks.timing import clock, wall_clock
 from lightning_em.batch import PackedBatch
-from lightning_em.models import ActivationStore, AdaptedModel, StoreOptions
+from lightning_em.models import ActivationStore, AdaptedModel, LossWeights, StoreOptions
 
 CE_ROWS, KL_ROWS, VALIDATION_SHARE = 2, 8, 0.1
 KL_WEIGHTS, SEEDS = (0.3, 1.0, 3.0, 10.0), (0, 1)
@@ -69,9 +69,9 @@ class Run:
         steps = rows.ce.num_rows // CE_ROWS
         orders = [torch.randperm(part.num_rows, generator=generator) for part in (rows.ce, rows.kl)]
         for ce, kl in zip(orders[0].chunk(steps), orders[1].chunk(steps), strict=True):
-            sums = model.losses(rows.ce.select(ce.tolist()), rows.kl.select(kl.tolist()))
-            assert sums.kl is not None
-            loss = sums.ce.total / sums.ce.count + self.kl_weight * sums.kl.total / sums.kl.count
+            batches = rows.ce.select(ce.tolist()), rows.kl.select(kl.tolist())
+            counts = [int(batch.counted("response").sum()) for batch in batches]
+            loss = model.step_loss(*batches, LossWeights(1 / counts[0], self.kl_weight / counts[1])).total
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()

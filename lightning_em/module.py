@@ -26,6 +26,7 @@ from lightning_em.models import (
     ActivationStore,
     AdaptedModel,
     BaseModel,
+    LossWeights,
     Sampling,
     StoreOptions,
     sample_answers,
@@ -165,11 +166,13 @@ class EMModule(LightningModule):
         """This micro-batch's share of the step's loss."""
         weight = self.objective.weight_at(self.global_step, self.model.vocab_size)
         kl_rows = batch.kl if weight > 0 else None
-        sums = self.model.losses(batch.ce, kl_rows, self.objective.kl_positions)
-        terms = self.objective.terms(sums.ce, sums.kl, batch.window, weight)
+        ce_count, kl_count = self.objective.counts(batch.window)
+        weights = LossWeights(1 / ce_count, weight / kl_count)
+        loss = self.model.step_loss(batch.ce, kl_rows, weights, self.objective.kl_positions)
+        terms = self.objective.terms(loss.ce, loss.kl, batch.window, weight)
         self._window = self._window.to(self.device) + torch.stack([terms.ce, terms.kl]).double()
         # Lightning divides by the micro-batches, DDP by the ranks; the shares are divided already
-        return terms.total * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return loss.total * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the whole step: its losses over all micro-batches and ranks."""

@@ -62,13 +62,18 @@ class Objective:
         weight = self.kl_weight * (self.schedule or Constant()).factor(step)
         return weight / vocab_size if self.kl_reduction == "per_token_and_vocab" else weight
 
+    def counts(self, window: WindowCounts) -> tuple[int, int]:
+        """Counted tokens of the whole optimiser step, CE and KL; what the sums are divided by."""
+        kl = window.kl_response if self.kl_positions == "response" else window.kl_all
+        return max(window.ce, 1), max(kl, 1)
+
     def terms(self, ce: TokenSum, kl: TokenSum | None, window: WindowCounts, weight: float) -> LossTerms:
         """Divide the sums by the counts of the whole optimiser step: the only division there is."""
-        ce_share = ce.total / max(window.ce, 1)
+        ce_count, kl_count = self.counts(window)
+        ce_share = ce.total / ce_count
         if kl is None:
             return LossTerms(ce_share, ce_share.detach(), ce_share.detach().new_zeros(()))
-        kl_window = window.kl_response if self.kl_positions == "response" else window.kl_all
-        kl_share = kl.total / max(kl_window, 1)
+        kl_share = kl.total / kl_count
         return LossTerms(ce_share + weight * kl_share, ce_share.detach(), kl_share.detach())
 
     def observe(self, kl_nats_per_token: float) -> None:

@@ -1,6 +1,6 @@
 """Models: the frozen base, and the base with its adapter."""
 
-from lightning_em.models.adapted import AdaptedModel, LossSums
+from lightning_em.models.adapted import AdaptedModel, LossSums, LossWeights, StepLoss
 from lightning_em.models.generation import Sampling, sample_answers, sample_tokens
 from lightning_em.models.passes import RowLosses
 from lightning_em.models.pretrained import BaseModel
@@ -11,8 +11,10 @@ __all__ = [
     "AdaptedModel",
     "BaseModel",
     "LossSums",
+    "LossWeights",
     "RowLosses",
     "Sampling",
+    "StepLoss",
     "StoreOptions",
     "sample_answers",
     "sample_tokens",

@@ -23,10 +23,34 @@ from lightning_em.models.store import ActivationStore
 
 logger = logging.getLogger(__name__)
 
+JOINED_TOKENS = 2048
+"""Up to so many tokens of both streams share a tuned pass: matrix products gain little beyond, memory is lost."""
+
 
 class LossSums(NamedTuple):
     """Sums of one micro-batch; `kl` is None where no KL was asked for."""
 
+    ce: TokenSum
+    kl: TokenSum | None
+
+
+class LossWeights(NamedTuple):
+    """Factors on the two sums of a step: one over the step's count, for the KL times its weight."""
+
+    ce: float
+    kl: float
+
+
+class StepLoss(NamedTuple):
+    """Both sums of one micro-batch, weighted.
+
+    Attributes:
+        total: With its gradient.
+        ce: Without one, as is `kl`.
+        kl: None where no KL was asked for.
+    """
+
+    total: Tensor
     ce: TokenSum
     kl: TokenSum | None
 
@@ -140,6 +164,46 @@ class AdaptedModel(nn.Module):
             kl_masks = [part.counted(kl_positions) for part in kl_parts]
             return LossSums(ce_sum, self._sum(passes.kl, len(ce_parts), kl_masks))
 
+    def step_loss(
+        self,
+        ce: PackedBatch,
+        kl: PackedBatch | None,
+        weights: LossWeights,
+        kl_positions: CountedPositions = "response",
+    ) -> StepLoss:
+        """The two sums of `losses`, weighted beforehand: short batches then need one tuned pass, not two.
+
+        Args:
+            ce: Rows of the narrow data.
+            kl: Rows of the parallel data; None leaves the KL out.
+            weights: Of the sums.
+            kl_positions: Where the KL counts.
+        """
+        if kl is None or not self._fits_one_pass(ce, kl):
+            sums = self.losses(ce, kl, kl_positions)
+            total = weights.ce * sums.ce.total
+            if sums.kl is None:
+                return StepLoss(total, _constant(sums.ce), None)
+            return StepLoss(total + weights.kl * sums.kl.total, _constant(sums.ce), _constant(sums.kl))
+        ce_mask, kl_mask = ce.counted("response"), kl.counted(kl_positions)
+        passes, found = self._passes([ce, kl]), []
+
+        def weighted() -> Tensor:
+            sums = torch.stack([values.sum() for values in passes.both(ce_mask, kl_mask)])
+            found.append(sums.detach())
+            return sums * sums.new_tensor(weights)
+
+        with self.adapter.at_scale(1.0):
+            total = immediate_sum([weighted], list(self.adapter.trainable().values()))
+        (ce_total, kl_total), counts = found[0].unbind(), [int(mask.sum()) for mask in (ce_mask, kl_mask)]
+        return StepLoss(total, TokenSum(ce_total, counts[0]), TokenSum(kl_total, counts[1]))
+
+    def _fits_one_pass(self, ce: PackedBatch, kl: PackedBatch) -> bool:
+        """Whether both streams are so short that together they fill the device better."""
+        if self._engine is None or not self._engine.options.immediate or self._most is not None:
+            return False
+        return not (ce.is_ghost or kl.is_ghost) and sum(ce.lengths) + sum(kl.lengths) <= JOINED_TOKENS
+
     def kl_sum(self, batch: PackedBatch, kl_positions: CountedPositions = "response") -> TokenSum:
         """KL from the reference alone, at scale 1, with its gradient; see `losses`."""
         parts = self._parts(batch)
@@ -231,6 +295,10 @@ class AdaptedModel(nn.Module):
                 with point():
                     result.append(RowLosses.of_tokens(batch, mask, passes.kl(0, mask)))
         return results
+
+
+def _constant(found: TokenSum) -> TokenSum:
+    return TokenSum(found.total.detach(), found.count)
 
 
 def _choose(base: PreTrainedModel, engine: Literal["auto", "plain"] | EngineOptions) -> EngineOptions | None:

@@ -105,15 +105,17 @@ def attend(
     packing.attended.add(id(module))
     if _varlen_applies(query, softcap):
         return _varlen(query, key, value, scaling, sliding_window, packing), None
-    states, outputs, start = (query, key, value), [], 0
-    for length, alike in groupby(packing.lengths):  # neighbours of one length share a call: rows can be short
-        end = start + length * len(list(alike))
-        rows = [
-            t[0, :, start:end].reshape(t.shape[1], -1, length, t.shape[3]).transpose(0, 1) for t in states
-        ]
-        attended = _rows(rows[0], rows[1], rows[2], scaling, sliding_window, softcap, packing)
+    # Neighbours of one length share a call: rows can be short. Split, not sliced: the gradient of a slice is as
+    # large as the whole.
+    runs = [(length, len(list(alike))) for length, alike in groupby(packing.lengths)]
+    parts = (
+        torch.split(t[0], [length * count for length, count in runs], dim=1) for t in (query, key, value)
+    )
+    outputs = []
+    for (length, count), *states in zip(runs, *parts, strict=True):
+        q, k, v = (t.reshape(t.shape[0], count, length, t.shape[2]).transpose(0, 1) for t in states)
+        attended = _rows(q, k, v, scaling, sliding_window, softcap, packing)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
-        start = end
     return torch.cat(outputs)[None], None
 
 

@@ -80,6 +80,21 @@ class Passes:
             return token_kl(reference, self._tuned(index, mask))
         return self.engine.kl(self.head, reference, self._tuned(index, mask))
 
+    def both(
+        self, ce_mask: Bool[Tensor, "ce_tokens"], kl_mask: Bool[Tensor, "kl_tokens"]
+    ) -> tuple[Float[Tensor, "ce_counted"], Float[Tensor, "kl_counted"]]:
+        """Cross-entropy of the first batch and KL of the second from one tuned pass over both; fast path only."""
+        assert self.engine is not None
+        ce, kl = self.batches
+        known = [prefix for prefix in self.prefixes if prefix is not None]
+        reference = self._reference(1, kl_mask)
+        hidden = self.engine.final_hidden(
+            joined([ce, kl]), torch.cat([ce_mask, kl_mask]), torch.cat(known) if known else None
+        )
+        of_ce, of_kl = torch.split(hidden, [int(ce_mask.sum()), int(kl_mask.sum())])
+        values = self.engine.cross_entropy(self.head, of_ce, ce.targets()[ce_mask])
+        return values, self.engine.kl(self.head, reference, of_kl)
+
     @torch.no_grad()
     def _reference(self, index: int, mask: Tensor) -> Tensor:
         batch = self.batches[index]
