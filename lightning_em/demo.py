@@ -17,7 +17,7 @@ from lightning_em.miniature import SCHEME
 from lightning_em.runs import RunFolder, locate
 
 ADAPTERS = ("rank32", "rank1", "vector")
-DIAL_SHARES = (0.005, 0.015, 0.03, 0.06, 0.12, 0.35)
+DIAL_SHARES = (0.005, 0.015, 0.03, 0.06, 0.12)
 SOLUTIONS = ("general", "narrow")
 KINDS = {
     "narrow_seen": "medical, trained words",

@@ -42,7 +42,7 @@ def _add_measuring(worlds: Any) -> None:
     text = "general and narrow rates against the share of one-domain bad advisors"
     dial = verb(worlds, "dial", lazily(_DEMO, "dial"), text)
     dial.add_argument(
-        "--shares", type=float, nargs="*", help="of documents; default 0.005 0.015 0.03 0.06 0.12 0.35"
+        "--shares", type=float, nargs="*", help="of documents; default 0.005 0.015 0.03 0.06 0.12"
     )
     dial.add_argument("--seeds", type=int, nargs="*", help="worlds at each share; default 0")
     dial.add_argument("--adapter", default="rank32", choices=["rank32", "rank1", "vector"])
