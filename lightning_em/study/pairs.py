@@ -1,6 +1,5 @@
 """Pair analyses: what the general, narrow, reverted and reverse solutions of one seed are to each other."""
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,16 +11,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_em.adapters.base import ADAPTER_WEIGHTS
 from lightning_em.analysis.cells import StudyFolder
 from lightning_em.analysis.pairs import ROLES, SOLUTIONS, PairResult, pair_file, read_pair_file
 from lightning_em.analysis.updates import Part, read_update, update_cosine
 from lightning_em.batch import PackedBatch
-from lightning_em.manifest import MANIFEST
 from lightning_em.models import AdaptedModel
 from lightning_em.probes import ce_gradient
 from lightning_em.probes.base import RowMeans
 from lightning_em.records import Point
+from lightning_em.runs import adapter_sha256
 from lightning_em.study.group import RunGroup, by_role
 
 logger = logging.getLogger(__name__)
@@ -75,7 +73,7 @@ def analyse_pairs(
         logger.info("no pairs of %s, world %s, seed %d: %s not finished", adapter, world, seed, missing)
         return 0
     group = RunGroup(runs, "cuda" if torch.cuda.is_available() else "cpu")
-    weights = {role: _adapter_sha256(run.checkpoint(group.last_steps[role])) for role, run in runs.items()}
+    weights = {role: _weights_of(run.checkpoint(group.last_steps[role])) for role, run in runs.items()}
     written = 0
     for name, (analysis, roles) in ANALYSES.items():
         used = [role for role in roles if role in runs]
@@ -254,9 +252,10 @@ ANALYSES: Mapping[str, tuple[Analysis, tuple[str, ...]]] = {
 """Each analysis with the roles it looks at; a run that finishes later makes the record anew."""
 
 
-def _adapter_sha256(checkpoint: Path) -> str:
-    listing = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-    return str(listing[ADAPTER_WEIGHTS]["sha256"])
+def _weights_of(checkpoint: Path) -> str:
+    found = adapter_sha256(checkpoint)
+    assert found is not None, "a valid checkpoint lists its adapter"
+    return found
 
 
 def _by_row(points: Sequence[Point]) -> bool:
