@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import warnings
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning_em import imports, lock
 from lightning_em.__main__ import main
 from lightning_em.analysis.cells import StudyFolder
 from lightning_em.analysis.pairs import read_pairs
+from lightning_em.runs import RunFolder
 from lightning_em.study import Study, read_study
 from lightning_em.study.execution import run_study, tasks_of
 from lightning_em.study.states import Durations, budget_of
@@ -295,13 +297,23 @@ def test_a_missing_world_is_a_task_before_its_runs(folder, monkeypatch, tmp_path
     assert durations.of(tasks)["miniature://seed-0"] == 135
 
 
-def test_the_budget_is_measured_where_it_can_be(undisturbed, folder) -> None:
+def test_the_budget_is_measured_where_it_can_be(undisturbed, folder, monkeypatch) -> None:
+    read, seconds = RunFolder.read_run, iter((10, 20, 90))
+
+    def read_with_times(run_folder: RunFolder) -> dict[str, Any]:
+        record = read(run_folder)
+        for attempt in record.get("attempts", []):
+            start = datetime.fromisoformat(attempt["started"])
+            attempt["ended"] = (start + timedelta(seconds=next(seconds))).isoformat()
+        return record
+
     more = study_of(folder, "undisturbed", arms(reverse={"role": "reverse", "init_from": "general"}))
     tasks = tasks_of(more, more.runs)
+    monkeypatch.setattr(RunFolder, "read_run", read_with_times)
     budget = budget_of(more.runs, tasks, Durations(more, more.runs))
     assert (budget.runs, budget.done, budget.comparisons) == (4, 3, 1)
     assert "measured on 3 finished runs" in budget.basis
-    assert 5 < budget.seconds < 5 + 12
+    assert budget.seconds == 20 + 5  # no run of this arm yet: the median of all, and a comparison
 
 
 def test_work_leaves_no_trace_in_its_process() -> None:
