@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from benchmarks.peers import Peer
@@ -78,6 +79,8 @@ def main() -> None:
     parser.add_argument("--shape", default=default, choices=list(CUDA_SHAPES | CPU_SHAPES))
     parser.add_argument("--adapter", default="vector", choices=ADAPTERS)
     parser.add_argument("--rows", type=int, default=8, help="rows of each stream")
+    help_text = "parts of names of variants to run beside naive; all if not given"
+    parser.add_argument("--variant", nargs="+", default=[""], help=help_text)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -92,7 +95,8 @@ def main() -> None:
     for column in ("variant", "peak of the step, MB", "of naive", "peak in all, MB"):
         table.add_column(column, justify="left" if column == "variant" else "right")
     measured: dict[str, tuple[float, float]] = {}
-    for name in peers:
+    chosen = [name for name in peers if name == NAIVE or any(part in name for part in arguments.variant)]
+    for name in track(chosen, "variants", console=Console(stderr=True), transient=True):
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", *sys.argv[1:], "--only", name]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603
         step, total = json.loads(output.splitlines()[-1])

@@ -45,7 +45,9 @@ class NaiveSweep:
         labels = torch.where(batch.response_mask, batch.input_ids, -100)
         rows = list(torch.split(labels, list(batch.lengths)))
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)[:, 1:]
-        losses = functional.cross_entropy(logits.transpose(1, 2), padded, reduction="none")
+        losses = functional.cross_entropy(logits.flatten(0, 1), padded.flatten(), reduction="none").view_as(
+            padded
+        )
         return (losses.sum(1) / (padded != -100).sum(1)).double()
 
 

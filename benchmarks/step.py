@@ -48,7 +48,9 @@ def check_equal(peers: dict[str, Peer], steps: Callable[[Peer], tuple[float, tor
         ValueError: If a peer computes something else.
     """
     loss, gradient = steps(peers[NAIVE])
-    tolerance = 5e-2 if gradient.is_cuda else 1e-4
+    tolerance = (
+        0.1 if gradient.is_cuda else 1e-4
+    )  # logits in bfloat16 cost the naive gradient several percent
     lines = []
     for name, peer in peers.items():
         own_loss, own_gradient = steps(peer)

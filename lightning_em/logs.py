@@ -20,6 +20,7 @@ EXPECTED_WARNINGS = (
 )
 CHATTER = (
     "\U0001f4a1 Tip", "Seed set to", "TPU available", "GPU available: False", "Loading `train_dataloader` to estimate",
+    "You are using a CUDA device",  # float32 products are the adapter's, or those of a base that was asked for so
 )  # fmt: skip
 
 

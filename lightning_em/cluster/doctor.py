@@ -103,7 +103,13 @@ def report_table(findings: Sequence[Finding]) -> Table:
 
 def _versions() -> Iterator[Finding]:
     wrong = []
-    for line in importlib.metadata.requires("lightning-em") or ():
+    try:
+        requirements = importlib.metadata.requires("lightning-em") or ()
+    except importlib.metadata.PackageNotFoundError:
+        text = "lightning-em is not installed, only found by its path: nobody has looked after what it needs"
+        yield Finding("versions", "warning", f"{text}; pip install -e . in its folder")
+        return
+    for line in requirements:
         wanted = Requirement(line)
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue

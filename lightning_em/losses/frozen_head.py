@@ -92,7 +92,7 @@ class FrozenHead:
         if self.weight.dtype == out.dtype:
             torch.mm(hidden.to(out.dtype), self.weight.T, out=out)
         elif _tensor_cores(self.weight):
-            out.copy_(torch.mm(hidden.to(self.weight.dtype), self.weight.T, out_dtype=out.dtype))
+            torch.mm(hidden.to(self.weight.dtype), self.weight.T, out_dtype=out.dtype, out=out)
         else:
             wide = hidden.to(out.dtype)
             for block in self._vocab_blocks():

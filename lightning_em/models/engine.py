@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -110,6 +109,11 @@ class Engine:
         """Whether anything lies below the adapter that is worth computing once."""
         return self.options.split and self.split.cut > 0
 
+    @property
+    def reference_is_live(self) -> bool:
+        """Whether the reference runs each time."""
+        return self.store is None or not self.cache_reference
+
     def head(self) -> FrozenHead:
         """The output head as it is now."""
         return frozen_head(self.base)
@@ -117,8 +121,8 @@ class Engine:
     def prefix(self, batch: PackedBatch) -> Float[Tensor, "tokens hidden"] | None:
         """What enters the adapter's layer, the same for every scale; None if nothing lies below it.
 
-        With a store each row is run alone, so that its states do not depend on the rows beside it, nor a
-        run's numbers on what the store happens to hold.
+        With a store on a CPU each row is run alone, so that its states do not depend on the rows beside it, nor
+        a run's numbers on what the store happens to hold: see `_fill_groups`.
         """
         if not self.has_prefix:
             return None
@@ -130,11 +134,9 @@ class Engine:
             if not self.split.adapter_is_above:
                 self._prefix(rows[0])  # a full store must not hide an adapter that lies lower than it says
             kind, space = f"entering {self.split.cut}", self._fingerprint(batch)
+            keys = [row_key(space, kind, own_ids) for own_ids in ids]
             return torch.cat(
-                [
-                    self._stored(row_key(space, kind, own_ids), partial(self._prefix, row))
-                    for row, own_ids in zip(rows, ids, strict=True)
-                ]
+                self._stored(keys, lambda group: self._prefix(_of_rows(rows, group)), batch.lengths)
             )
 
     def reference(
@@ -147,23 +149,23 @@ class Engine:
             mask: True where a token counts.
             prefix: What `prefix` gave for the batch.
         """
-        if self.store is None or not self.cache_reference:
+        if self.reference_is_live:
             return self._reference(batch, mask, prefix)
+        assert self.store is not None
         space, lengths = self._fingerprint(batch), list(batch.lengths)
-        prefixes: Sequence[Tensor | None] = (
-            [None] * len(lengths) if prefix is None else torch.split(prefix, lengths)
-        )
-        ids, masks = (torch.split(tensor.cpu(), lengths) for tensor in (batch.input_ids, mask))
-        rows = zip(single_rows(batch), torch.split(mask, lengths), prefixes, ids, masks, strict=True)
-        return torch.cat(
-            [
-                self._stored(
-                    row_key(space, "reference", own_ids, own_cpu_mask),
-                    partial(self._reference, row, own_mask, own_prefix),
-                )
-                for row, own_mask, own_prefix, own_ids, own_cpu_mask in rows
-            ]
-        )
+        ids, cpu_masks = (torch.split(tensor.cpu(), lengths) for tensor in (batch.input_ids, mask))
+        masks, rows = torch.split(mask, lengths), single_rows(batch)
+        prefixes = None if prefix is None else torch.split(prefix, lengths)
+
+        def compute(group: Sequence[int]) -> Tensor:
+            below = None if prefixes is None else torch.cat([prefixes[index] for index in group])
+            return self._reference(_of_rows(rows, group), torch.cat([masks[index] for index in group]), below)
+
+        keys = [
+            row_key(space, "reference", own_ids, own_mask)
+            for own_ids, own_mask in zip(ids, cpu_masks, strict=True)
+        ]
+        return torch.cat(self._stored(keys, compute, [int(own.sum()) for own in cpu_masks]))
 
     def parts(self, batch: PackedBatch) -> list[PackedBatch]:
         """Groups of neighbouring rows to be differentiated one after the other."""
@@ -194,13 +196,25 @@ class Engine:
         with self.adapter.at_scale(0.0):
             return self.final_hidden(batch, mask, prefix)
 
-    def _stored(self, key: str, compute: Callable[[], Tensor]) -> Tensor:
+    def _stored(
+        self, keys: Sequence[str], compute: Callable[[Sequence[int]], Tensor], lengths: Sequence[int]
+    ) -> list[Tensor]:
+        """States of each row of a batch, from the store or computed and put there.
+
+        Args:
+            keys: One a row.
+            compute: States of the rows of these numbers, end to end.
+            lengths: How many states each row has.
+        """
         assert self.store is not None
-        states = self.store.get(key, self.base.device)
-        if states is None:
-            states = compute()
-            self.store.put(key, states)
-        return states
+        device = self.base.device
+        found = [self.store.get(key, device) for key in keys]
+        for group in _fill_groups([index for index, states in enumerate(found) if states is None], device):
+            parts = torch.split(compute(group), [lengths[index] for index in group])
+            for index, states in zip(group, parts, strict=True):
+                self.store.put(keys[index], states)
+                found[index] = states
+        return [states for states in found if states is not None]
 
     def _fingerprint(self, batch: PackedBatch) -> str:
         # at every use: autocast may be on in one pass and off in the next
@@ -281,6 +295,21 @@ class Engine:
         states = prefix.new_zeros((shape.numel(), prefix.shape[1]))
         states[real] = prefix
         return states.view(*shape, -1)
+
+
+def _fill_groups(missing: Sequence[int], device: torch.device) -> list[Sequence[int]]:
+    """Rows that are computed together for the store.
+
+    Alone, a row's states are the same to the bit whoever else was missing. A GPU would idle over it, and rounds by
+    shape in any case: there a row is alone only where deterministic algorithms are asked for.
+    """
+    if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        return [missing] if missing else []
+    return [[index] for index in missing]
+
+
+def _of_rows(rows: Sequence[PackedBatch], group: Sequence[int]) -> PackedBatch:
+    return rows[group[0]] if len(group) == 1 else joined([rows[index] for index in group])
 
 
 def plain_logits(head: FrozenHead, hidden: Float[Tensor, "counted hidden"]) -> Float[Tensor, "counted vocab"]:

@@ -47,7 +47,7 @@ class BaseModel:
             raise ValueError("trust_remote_code runs code from the hub: pin it with model.base.revision.")
 
     def load_model(self) -> PreTrainedModel:
-        """The model in eval mode, every parameter frozen, on the CPU.
+        """The model in eval mode, every parameter frozen, on the default device.
 
         Raises:
             ValueError: If nothing loadable is at `path`.

@@ -28,8 +28,9 @@ _SPACE = "?" * 32  # subfolders are named by fingerprints
 class StoreOptions:
     """Where hidden states of the frozen base are kept, and how many.
 
-    They are computed row by row, which is slower than whole batches, and pay from the second use on: over
-    several epochs, and in sweeps over seeds and weights at one layer that share a folder.
+    They pay from the second use on: over several epochs, and in sweeps over seeds and weights at one layer that
+    share a folder. On a CPU they are computed row by row, a little slower than whole batches, so that a run's
+    numbers are the same to the bit whatever the store holds; on a GPU only with `trainer.deterministic`.
 
     Attributes:
         folder: Where runs on the same base and data find each other's states, in a subfolder for each base and

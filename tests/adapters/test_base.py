@@ -133,6 +133,25 @@ def test_scale_comes_back_after_an_error() -> None:
     assert torch.equal(model.base(batch.input_ids[None]).logits[0], trained)
 
 
+class Drawn(Adapter):
+    """As a user writes it: values from the named generator, on no device in particular."""
+
+    def attach(self, base):
+        self.vector = nn.Parameter(torch.randn(base.config.hidden_size, generator=self.generator))
+        self.edit_input_of(1, lambda hidden: hidden + (self.scale * self.vector).to(hidden))
+
+
+@pytest.mark.parametrize("make", [*ADAPTERS.values(), Drawn])
+def test_an_adapter_begins_alike_whatever_the_default_device(make) -> None:
+    """Lightning asks for the GPU while the model is made; `meta` refuses a CPU's generator as a GPU does."""
+    expected = AdaptedModel(make_tiny_model(), make()).adapter.trainable()
+    base, adapter = make_tiny_model(), make()
+    with torch.device("meta"):
+        adapter.bind(base, 0)
+    for name, parameter in adapter.trainable().items():
+        assert torch.equal(parameter, expected[name]), name
+
+
 @pytest.mark.parametrize("shape", [(5,), (7, 3), (1, 400)])
 @pytest.mark.parametrize("seed", range(3))
 def test_noise_is_orthogonal_and_of_equal_norm(shape, seed) -> None:

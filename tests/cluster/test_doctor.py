@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import importlib.metadata
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from lightning_em.__main__ import main
-from lightning_em.cluster.doctor import check
+from lightning_em.cluster.doctor import _versions, check
 from lightning_em.cluster.files import ModelFiles
 from lightning_em.models import BaseModel
 from tests.fitting import LORA, command, experiment, write_config
@@ -296,3 +297,13 @@ def test_a_hub_that_cannot_be_reached_is_a_fault(config, tmp_path) -> None:
     done = command(*words, HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9", **home)
     assert done.returncode == 1
     assert "could not download org/tiny" in done.stdout
+
+
+def test_a_package_that_is_only_on_the_path_is_no_traceback(monkeypatch) -> None:
+    def requires(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.requires", requires)
+    (finding,) = _versions()
+    assert finding.level == "warning"
+    assert "not installed" in finding.text

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_em.adapters import Adapter, LoRA, SteeringVector
 from lightning_em.batch import joined
 from lightning_em.models import ActivationStore, AdaptedModel, StoreOptions
-from lightning_em.models.engine import EngineOptions
+from lightning_em.models.engine import EngineOptions, _fill_groups
 from tests.models.architectures import LAYERS, QUIRKS, build, rows
 
 CE, KL = rows((11, 7, 9), seed=1), rows((8, 12), seed=2)
@@ -315,3 +315,38 @@ def test_an_edit_in_place_is_refused_before_another_pass_reads_it(options):
         with torch.inference_mode(), pytest.raises(ValueError, match=match):
             model.row_ce(CE)
     assert torch.equal(model.row_ce(CE, 0.0).sums, made(size=0.0, **options).row_ce(CE).sums)
+
+
+@pytest.mark.parametrize("reference", ["live", "cached"])
+@pytest.mark.parametrize("adapter", ["vector", "lora"])
+def test_a_store_may_be_filled_by_all_missing_rows_at_once(adapter, reference, monkeypatch):
+    """As on a GPU, where single rows leave the device idle."""
+    monkeypatch.setattr(
+        "lightning_em.models.engine._fill_groups", lambda missing, device: [missing] * bool(missing)
+    )
+    plain = made(adapter=adapter, engine="plain", dtype=torch.float64)
+    model = made(
+        adapter=adapter, dtype=torch.float64, store=ActivationStore(StoreOptions()), reference=reference
+    )
+    model.losses(
+        joined([CE.select([1]), rows((5,), seed=8)]), KL.select([1])
+    )  # one row of each stream is there
+    runs = []
+    model.base.model.layers[0].register_forward_hook(lambda _, __, out: runs.append(out.shape[1]))
+    for _ in range(2):
+        values, gradient, _ = measured(model)
+        expected, expected_gradient, _ = measured(plain)
+        assert (values - expected).abs().max() <= 1e-10 * expected.abs().max()
+        assert (gradient - expected_gradient).norm() <= 1e-10 * expected_gradient.norm()
+    assert runs == [11 + 9 + 8], "the missing rows of both streams in one pass, and none in the second step"
+
+
+def test_rows_fill_the_store_alone_but_on_a_gpu() -> None:
+    assert _fill_groups([0, 2], torch.device("cpu")) == [[0], [2]]
+    assert _fill_groups([0, 2], torch.device("cuda")) == [[0, 2]]
+    assert _fill_groups([], torch.device("cuda")) == []
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert _fill_groups([0, 2], torch.device("cuda")) == [[0], [2]]
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -57,6 +57,19 @@ def test_short_streams_take_one_tuned_pass_and_long_ones_two(monkeypatch):
     assert calls.count(True) == 1 + 2
 
 
+@pytest.mark.parametrize("reference", [None, "live", "cached"])
+def test_on_a_gpu_the_live_reference_takes_the_shape_of_the_tuned_pass(reference, monkeypatch):
+    """Or their rounding would differ, and with it the KL of an adapter without effect from 0."""
+    monkeypatch.setattr("lightning_em.models.passes._rounds_by_shape", lambda batch: True)
+    store = {} if reference is None else {"store": ActivationStore(StoreOptions()), "reference": reference}
+    model, shapes = made(dtype=torch.float64, **store), []
+    model.row_ce(CE)
+    model.base.model.layers[-1].register_forward_hook(lambda _, __, out: shapes.append(out.shape[1]))
+    assert_same(model, made(engine="plain", dtype=torch.float64))
+    tuned, rows_alone = sum(CE.lengths) + sum(KL.lengths), list(KL.lengths)
+    assert shapes == [*(rows_alone if reference == "cached" else [tuned]), tuned]
+
+
 def test_a_stream_without_rows_and_one_without_kl():
     model = made(dtype=torch.float64)
     values, _, loss = stepped(model, ce=CE.ghost())
