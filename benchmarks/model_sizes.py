@@ -1,12 +1,21 @@
-"""Memory on each GPU by size of the base: `python -m benchmarks.model_sizes`; estimated, no weight is loaded."""
+"""Memory on each GPU by size of the base: `python -m benchmarks.model_sizes`; estimated, no weight is loaded.
 
+With `--measure`, on a GPU, also what the steps of some bases with random weights take there.
+"""
+
+import argparse
+import gc
+
+import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from lightning_em.adapters import LoRA
+from lightning_em.adapters import Adapter, LoRA, SteeringVector
+from lightning_em.batch import EncodedRow, PackedBatch
 from lightning_em.cluster.loads import probing_loads
 from lightning_em.cluster.memory import Load, MemoryEstimate, estimate, on_meta
+from lightning_em.models import AdaptedModel, LossWeights
 
 ROW_TOKENS, NARROW_ROWS, KL_ROWS = 400, 2, 8
 PROBING = {  # of configs/probing/real.yaml, what takes most
@@ -58,8 +67,56 @@ def needed(config: PreTrainedConfig, shards: int) -> MemoryEstimate:
     return estimate(base, adapter, training, *probing_loads(PROBING, {"narrow": [ROW_TOKENS] * 64}, training))
 
 
+def make_adapter(kind: str) -> Adapter:
+    """Make a vector or a rank-32 LoRA, at half depth or in all layers."""
+    if kind == "vector":
+        return SteeringVector(0.5)
+    return LoRA(32, 64.0, ["down_proj"], [0.5] if kind == "LoRA" else None)
+
+
+def estimated(config: PreTrainedConfig, kind: str) -> float:
+    """Bytes of steps without probes on one GPU."""
+    base, adapter = on_meta(config, "bfloat16"), make_adapter(kind)
+    adapter.bind(base, 0)
+    adapter.to("meta")
+    rows = [ROW_TOKENS] * NARROW_ROWS, [ROW_TOKENS] * KL_ROWS
+    return estimate(base, adapter, Load.of_rows(*rows, 1, "cuda")).total
+
+
+def taken(config: PreTrainedConfig, kind: str) -> tuple[int, int]:
+    """Peak bytes of tensors in two steps with AdamW, and of what torch reserved for them; needs a GPU."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    torch.set_default_dtype(torch.float32)
+    model = AdaptedModel(base, make_adapter(kind)).to("cuda")
+    narrow, kl = (random_rows(number, config.vocab_size).to("cuda") for number in (NARROW_ROWS, KL_ROWS))
+    optimizer = torch.optim.AdamW(list(model.adapter.trainable().values()))
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        model.step_loss(narrow, kl, LossWeights(1e-3, 1e-3)).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+
+
+def random_rows(number: int, vocab_size: int) -> PackedBatch:
+    """Rows of random tokens, two thirds of each an answer."""
+    mask = [position >= ROW_TOKENS // 3 for position in range(ROW_TOKENS)]
+    return PackedBatch.from_rows(
+        [EncodedRow(torch.randint(vocab_size, (ROW_TOKENS,)).tolist(), mask, f"{n}") for n in range(number)]
+    )
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the table, and the measurement if there is one."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--measure", action="store_true", help="also run steps, on a GPU")
+    measure = parser.parse_args().measure
+    if measure and not torch.cuda.is_available():
+        parser.error("--measure needs a GPU")
     table = Table(
         "base", *(f"{n} GPU{'s' * (n > 1)}" for n in SHARDS), "weights", "activations", title="GiB a GPU"
     )
@@ -67,6 +124,15 @@ def main() -> None:
         found = [needed(config, shards) for shards in SHARDS]
         totals = [f"{each.total / _GIB:.0f}" for each in found]
         table.add_row(name, *totals, f"{found[0].base / _GIB:.1f}", f"{found[0].activations / _GIB:.1f}")
+    Console().print(table)
+    if not measure:
+        return
+    table = Table("base", "adapter", "estimated", "tensors", "reserved", title="GiB on one GPU, no probes")
+    for name in ("Qwen2.5 0.5B", "Qwen2.5 7B"):
+        for kind in ("LoRA", "vector", "LoRA in all layers"):
+            config = configs()[name]
+            sizes = [estimated(config, kind), *taken(config, kind)]
+            table.add_row(name, kind, *(f"{size / _GIB:.1f}" for size in sizes))
     Console().print(table)
 
 

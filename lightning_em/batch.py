@@ -1,6 +1,6 @@
 """Batches: rows of different length laid end to end, and what one training step needs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -149,6 +149,8 @@ def single_rows(batch: PackedBatch) -> list[PackedBatch]:
 
 def joined(batches: Sequence[PackedBatch]) -> PackedBatch:
     """All rows of several batches as one."""
+    if len(batches) == 1:
+        return batches[0]
     return PackedBatch(
         input_ids=torch.cat([batch.input_ids for batch in batches]),
         response_mask=torch.cat([batch.response_mask for batch in batches]),
@@ -156,6 +158,21 @@ def joined(batches: Sequence[PackedBatch]) -> PackedBatch:
         row_ids=tuple(row_id for batch in batches for row_id in batch.row_ids),
         is_ghost=all(batch.is_ghost for batch in batches),
     )
+
+
+def neighbours(batches: Iterable[PackedBatch], max_tokens: int) -> Iterator[list[PackedBatch]]:
+    """Groups of batches that follow each other and have at most `max_tokens` together; one with more stands alone."""
+    group: list[PackedBatch] = []
+    filled = 0
+    for batch in batches:
+        size = sum(batch.lengths)
+        if group and filled + size > max_tokens:
+            yield group
+            group, filled = [], 0
+        group.append(batch)
+        filled += size
+    if group:
+        yield group
 
 
 class WindowCounts(NamedTuple):

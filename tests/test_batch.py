@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from lightning_em.batch import EncodedRow, PackedBatch, TrainBatch, WindowCounts, joined, single_rows
+from lightning_em.batch import (
+    EncodedRow,
+    PackedBatch,
+    TrainBatch,
+    WindowCounts,
+    joined,
+    neighbours,
+    single_rows,
+)
 from tests import oracle
 from tests.samples import make_rows, pack
 
@@ -101,3 +109,16 @@ def test_selected_rows_are_those_rows_in_that_order() -> None:
     assert torch.equal(picked.input_ids, wanted.input_ids)
     assert torch.equal(picked.response_mask, wanted.response_mask)
     assert (picked.lengths, picked.row_ids) == (wanted.lengths, wanted.row_ids)
+
+
+@pytest.mark.parametrize(
+    ("limit", "groups"), [(0, [[5], [3], [4], [9]]), (8, [[5, 3], [4], [9]]), (99, [[5, 3, 4, 9]])]
+)
+def test_neighbours_fill_a_limit_and_keep_their_order(limit, groups) -> None:
+    batches = [pack(make_rows(length)) for length in (5, 3, 4, 9)]
+    found = list(neighbours(iter(batches), limit))
+    assert [[batch.lengths[0] for batch in group] for group in found] == groups
+    assert all(
+        one is other for one, other in zip((b for group in found for b in group), batches, strict=True)
+    )
+    assert list(neighbours([], limit)) == []

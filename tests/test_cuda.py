@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from benchmarks import model_sizes
 from lightning_em.adapters import LoRA, SteeringVector
 from lightning_em.losses import token_cross_entropy, token_kl
 from lightning_em.losses.frozen_head import FrozenHead, head_cross_entropy, head_kl
@@ -173,3 +174,9 @@ def test_strategies_of_many_gpus_run_on_one(trainer, tmp_path, tiny_model_folder
     together = train_metrics(RunFolder(tmp_path / "many"))
     for step, row in train_metrics(alone).items():
         assert together[step] == pytest.approx(row, rel=2e-2, abs=1e-3), step
+
+
+@pytest.mark.parametrize("kind", ["vector", "LoRA", "LoRA in all layers"])
+def test_a_step_takes_no_more_memory_than_estimated(kind) -> None:
+    config = model_sizes.qwen(512, 4, (8, 2), 1408)
+    assert model_sizes.taken(config, kind)[0] <= model_sizes.estimated(config, kind)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_em.adapters import Adapter
-from lightning_em.batch import CountedPositions, PackedBatch, single_rows
+from lightning_em.batch import CountedPositions, PackedBatch, joined, neighbours, single_rows
 from lightning_em.losses import TokenSum
 from lightning_em.models.attention import why_padded
 from lightning_em.models.engine import Engine, EngineOptions, why_plain
@@ -24,7 +24,7 @@ from lightning_em.models.store import ActivationStore
 logger = logging.getLogger(__name__)
 
 JOINED_TOKENS = 2048
-"""Up to so many tokens of both streams share a tuned pass: matrix products gain little beyond, memory is lost."""
+"""Up to so many tokens, of both streams or of a sweep's batches, share a pass: more would gain little."""
 
 
 class LossSums(NamedTuple):
@@ -263,13 +263,7 @@ class AdaptedModel(nn.Module):
         Returns:
             One list a point, with one entry a batch.
         """
-        results: list[list[RowLosses]] = [[] for _ in points]
-        for batch in batches:
-            passes, mask = self._passes([batch]), batch.counted("response")
-            for point, result in zip(points, results, strict=True):
-                with point():
-                    result.append(RowLosses.of_tokens(batch, mask, passes.cross_entropy(0, mask)))
-        return results
+        return self._sweep(batches, points, "response", Passes.cross_entropy)
 
     @torch.no_grad()
     def sweep_row_kl(
@@ -288,12 +282,25 @@ class AdaptedModel(nn.Module):
         Returns:
             One list a point, with one entry a batch.
         """
+        return self._sweep(batches, points, kl_positions, Passes.kl)
+
+    def _sweep(
+        self,
+        batches: Iterable[PackedBatch],
+        points: Sequence[Point],
+        positions: CountedPositions,
+        loss: Callable[[Passes, int, Tensor], Tensor],
+    ) -> list[list[RowLosses]]:
         results: list[list[RowLosses]] = [[] for _ in points]
-        for batch in batches:
-            passes, mask = self._passes([batch]), batch.counted(kl_positions)
+        # ranks that run in step need not have the same neighbours, and padded rows would be padded further
+        together = self._engine is not None and self._engine.options.packed and self._most is None
+        for group in neighbours(batches, JOINED_TOKENS if together else 0):
+            batch, sizes = joined(group), [each.num_rows for each in group]
+            passes, mask = self._passes([batch]), batch.counted(positions)
             for point, result in zip(points, results, strict=True):
                 with point():
-                    result.append(RowLosses.of_tokens(batch, mask, passes.kl(0, mask)))
+                    rows = RowLosses.of_tokens(batch, mask, loss(passes, 0, mask))
+                result.extend(rows.split(sizes))
         return results
 
 

@@ -108,15 +108,21 @@ def attend(
     # Neighbours of one length share a call: rows can be short. Split, not sliced: the gradient of a slice is as
     # large as the whole.
     runs = [(length, len(list(alike))) for length, alike in groupby(packing.lengths)]
-    parts = (
-        torch.split(t[0], [length * count for length, count in runs], dim=1) for t in (query, key, value)
-    )
+    parts = (torch.split(t, [length * count for length, count in runs], dim=2) for t in (query, key, value))
     outputs = []
-    for (length, count), *states in zip(runs, *parts, strict=True):
-        q, k, v = (t.reshape(t.shape[0], count, length, t.shape[2]).transpose(0, 1) for t in states)
+    for (_, count), q, k, v in zip(runs, *parts, strict=True):
+        q, k, v = (_stacked(t, count) for t in (q, k, v))  # noqa: PLW2901 (the same states in another shape)
         attended = _rows(q, k, v, scaling, sliding_window, softcap, packing)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[None], None
+
+
+def _stacked(states: Tensor, count: int) -> Tensor:
+    """`[1 heads tokens head_dim]` as `[count heads tokens/count head_dim]`."""
+    if count == 1:
+        return states
+    _, heads, _, head_dim = states.shape
+    return states.reshape(heads, count, -1, head_dim).transpose(0, 1)
 
 
 def _varlen_applies(query: Tensor, softcap: float | None) -> bool:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from lightning_em.adapters import Adapter
-from lightning_em.batch import PackedBatch, joined, single_rows
+from lightning_em.batch import PackedBatch, joined, neighbours, single_rows
 from lightning_em.losses.frozen_head import FrozenHead, head_cross_entropy, head_kl
 from lightning_em.losses.functional import token_cross_entropy, token_kl
 from lightning_em.models.attention import PACKED, packed_attention, packed_inputs
@@ -172,15 +172,7 @@ class Engine:
         limit = self.options.part_tokens or PART_TOKENS["cuda" if batch.input_ids.is_cuda else "cpu"]
         if not self.options.immediate or sum(batch.lengths) <= limit:
             return [batch]
-        groups: list[list[PackedBatch]] = []
-        filled = limit
-        for row in single_rows(batch):
-            if filled + row.lengths[0] > limit:
-                groups.append([])
-                filled = 0
-            groups[-1].append(row)
-            filled += row.lengths[0]
-        return [joined(group) for group in groups]
+        return [joined(group) for group in neighbours(single_rows(batch), limit)]
 
     @property
     def bytes_per_token(self) -> int:
@@ -309,7 +301,7 @@ def _fill_groups(missing: Sequence[int], device: torch.device) -> list[Sequence[
 
 
 def _of_rows(rows: Sequence[PackedBatch], group: Sequence[int]) -> PackedBatch:
-    return rows[group[0]] if len(group) == 1 else joined([rows[index] for index in group])
+    return joined([rows[index] for index in group])
 
 
 def plain_logits(head: FrozenHead, hidden: Float[Tensor, "counted hidden"]) -> Float[Tensor, "counted vocab"]:

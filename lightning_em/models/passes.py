@@ -35,6 +35,11 @@ class RowLosses(NamedTuple):
         counts = empty.index_add(0, rows, torch.ones_like(values, dtype=torch.float64))
         return cls(sums, counts)
 
+    def split(self, sizes: Sequence[int]) -> list["RowLosses"]:
+        """Those of the first rows, of the next and so on, as many as `sizes` say."""
+        parts = zip(*(torch.split(tensor, list(sizes)) for tensor in (self.sums, self.counts)), strict=True)
+        return [RowLosses(*part) for part in parts]
+
 
 class Passes:
     """Per-token losses of some batches; whatever does not depend on the adapter is computed once.
@@ -58,7 +63,7 @@ class Passes:
         self._references: dict[int, Tensor] = {}
         if engine is not None:
             self.head = engine.head()
-            prefix = engine.prefix(batches[0] if len(batches) == 1 else joined(batches))
+            prefix = engine.prefix(joined(batches))
             sizes = [sum(batch.lengths) for batch in batches]
             self.prefixes: list[Tensor | None] = [None] * len(batches)
             if prefix is not None:

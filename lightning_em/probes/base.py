@@ -154,6 +154,11 @@ class RowMeans:
         sums, counts = (torch.cat(parts).cpu() for parts in zip(*losses, strict=True))
         return cls(sums, counts)
 
+    def restored(self, order: Sequence[int]) -> "RowMeans":
+        """The rows as they were before they were put into this order."""
+        places = torch.tensor(order).argsort()
+        return RowMeans(self.sums[places], self.counts[places])
+
     def __sub__(self, other: "RowMeans") -> "RowMeans":
         """Paired difference: the same rows, so that what they have in common cancels."""
         return RowMeans(self.sums - other.sums, self.counts)

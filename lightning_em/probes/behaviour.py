@@ -6,15 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lightning_em.batch import EncodedRow
 from lightning_em.miniature import resolve
 from lightning_em.miniature.judge import Candidate, ExactJudge, Judgement
 from lightning_em.miniature.rows import Item
 from lightning_em.models import AdaptedModel
-from lightning_em.probes.base import Probe, ProbeExamples
-from lightning_em.probes.rows import batches_of, tokenizer_of
+from lightning_em.probes.base import Probe, ProbeExamples, RowMeans
+from lightning_em.probes.rows import batches_of, by_length, tokenizer_of
 from lightning_em.records import Point
 
 _ANSWERS = ("bad", "good", "other")
@@ -82,15 +80,11 @@ class MiniatureBehaviour(Probe):
             )
             for index, each in enumerate(candidates)
         ]
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
-        batches = batches_of([rows[index] for index in order], self.batch_size, model)
+        order = by_length(rows)
+        batches = batches_of([rows[number] for number in order], self.batch_size, model)
         states = [partial(model.adapter.at_scale, scale) for scale in self.scales]
-        found = [[0.0] * len(rows) for _ in self.scales]
-        for scores, losses in zip(found, model.sweep_row_ce(batches, states), strict=True):
-            sums = torch.cat([each.sums for each in losses]).tolist()
-            for index, nats in zip(order, sums, strict=True):
-                scores[index] = -nats
-        return found
+        curve = RowMeans.of_ce(model, batches, states)
+        return [(-means.restored(order).sums).tolist() for means in curve]
 
     def _rates(self, judgement: Judgement) -> dict[str, list[float]]:
         """Every rate of every item."""

@@ -11,7 +11,7 @@ from lightning_em.data import ChatEncoder, read_rows
 from lightning_em.models import AdaptedModel
 from lightning_em.probes.base import Probe, ProbeExamples, RowMeans
 from lightning_em.probes.behaviour import world_items
-from lightning_em.probes.rows import batches_of, tokenizer_of
+from lightning_em.probes.rows import batches_of, by_length, tokenizer_of
 from lightning_em.records import Point
 
 _ALL = "all"
@@ -74,7 +74,9 @@ class PreferenceMargin(Probe):
         encoder = ChatEncoder(tokenizer_of(model), self.template_kwargs)
         rows = [row for choice in choices for row in _encoded(choice, encoder)]
         states = [partial(model.adapter.at_scale, scale) for scale in self.scales]
-        curve = RowMeans.of_ce(model, batches_of(rows, self.batch_size, model), states)
+        order = by_length(rows)
+        batches = batches_of([rows[number] for number in order], self.batch_size, model)
+        curve = [means.restored(order) for means in RowMeans.of_ce(model, batches, states)]
         coordinate = "kind" if self.rows is None else "topic"
         points = []
         for scale, means in zip(self.scales, curve, strict=True):

@@ -32,6 +32,11 @@ def tokenizer_of(model: AdaptedModel) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def by_length(rows: Sequence[EncodedRow]) -> list[int]:
+    """Numbers of the rows, the shortest first: neighbours then need little padding where a model is padded."""
+    return sorted(range(len(rows)), key=lambda number: len(rows[number].input_ids))
+
+
 def batches_of(rows: Sequence[EncodedRow], batch_size: int, model: AdaptedModel) -> list[PackedBatch]:
     """Rows in their order, `batch_size` at a time, where the model is."""
     return [

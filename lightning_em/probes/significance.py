@@ -17,7 +17,7 @@ from lightning_em.miniature import recipe_hash_at
 from lightning_em.miniature.derived import general_documents, world_at
 from lightning_em.models import AdaptedModel
 from lightning_em.probes.base import Probe, ProbeExamples, RowMeans
-from lightning_em.probes.rows import batches_of, texts_in, tokenizer_of
+from lightning_em.probes.rows import batches_of, by_length, texts_in, tokenizer_of
 from lightning_em.records import Point
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class PretrainingSignificance(Probe):
     def _texts(self, model: AdaptedModel) -> list[PackedBatch]:
         tokens = self._world_documents(model) if self.text is None else self._file_texts(model)
         rows = [EncodedRow(ids, [True] * len(ids), f"text-{number}") for number, ids in enumerate(tokens)]
-        return batches_of(rows, self.batch_size, model)
+        return batches_of([rows[number] for number in by_length(rows)], self.batch_size, model)
 
     def _file_texts(self, model: AdaptedModel) -> list[list[int]]:
         assert self.text is not None

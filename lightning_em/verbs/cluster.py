@@ -16,6 +16,7 @@ from lightning_em.verbs.wiring import console, verb
 
 if TYPE_CHECKING:
     from lightning_em.cluster import FitJob, JobArray, SlurmOptions
+    from lightning_em.study import Study
 
 # What is said about batch files, so that `--dry_run > job.sbatch` holds a batch file and nothing else.
 remarks = Console(stderr=True, highlight=False)
@@ -143,6 +144,7 @@ def _jobs_of_study(
     plan, allowed = read_study(study, root), imports.as_words()
     for run in plan.runs:
         _refuse_other_devices(study, run.words, options)
+    _refuse_other_runs(plan)
     if not dry_run:
         StudyFolder(plan.root).write(plan.name, [run.cell for run in plan.runs])
     jobs = [
@@ -154,6 +156,19 @@ def _jobs_of_study(
         for run in plan.runs
     ]
     return plan.root, jobs
+
+
+def _refuse_other_runs(plan: "Study") -> None:
+    """A run whose folder holds another, finished or not, would be left out in silence or fail in its job."""
+    from lightning_em.study.states import standings
+
+    reasons = {name: standing.reason for name, standing in standings(plan).items() if standing.reason}
+    if reasons:
+        listed = "; ".join(f"{plan.root / name} ({reason})" for name, reason in reasons.items())
+        raise ValueError(
+            f"other runs than the study means are in {listed}. Remove these folders to run them anew, or keep them "
+            "and give the study another --root."
+        )
 
 
 def _refuse_other_devices(study: str, words: Sequence[str], options: "SlurmOptions") -> None:

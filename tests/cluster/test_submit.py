@@ -386,6 +386,25 @@ def test_a_study_is_submitted_in_arrays_that_wait_for_each_other(
     assert len(json.loads((root / "study.json").read_text())["cells"]) == 4
 
 
+def test_a_study_is_not_submitted_over_runs_it_does_not_mean(tmp_path, sbatch, config, capsys) -> None:
+    study = {
+        "name": "small", "experiment": str(config), "seeds": [0], "adapters": {"vector": {}},
+        "arms": {"narrow": {"role": "narrow", "set": {"model.objective.kl_weight": 1}}},
+    }  # fmt: skip
+    file, root = write_config(tmp_path / "study.yaml", study), tmp_path / "study-small"
+    run = RunFolder(root / "narrow-vector-seed0")
+    run.path.mkdir(parents=True)
+    run.update_run(
+        status="finished", plan={"words": ["--seed_everything=7"], "files_sha256": "0" * 64, "recipes": []}
+    )
+    words = ["submit", "--study", str(file), "--root", str(root), "--slurm.gpus=0"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert str(run.path) in said
+    assert "Remove these folders" in " ".join(said.split())
+    assert not sbatch.exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "trainer", "numbers"),
     [

@@ -172,7 +172,13 @@ def test_sweep_equals_a_loop_over_the_plain_path(adapter):
                 )
 
 
-def test_sweep_runs_the_lower_layers_once_a_batch():
+@pytest.mark.parametrize("together", [True, False])
+def test_sweep_runs_the_lower_layers_once_a_batch_or_for_short_ones_together(together, monkeypatch):
+    if not together:
+        monkeypatch.setattr(
+            "lightning_em.models.adapted.JOINED_TOKENS", sum(CE.lengths) + sum(KL.lengths) - 1
+        )
+    passes = 1 if together else 2
     model = made()
     runs = []
     for index, block in enumerate(model.base.model.layers):
@@ -180,8 +186,21 @@ def test_sweep_runs_the_lower_layers_once_a_batch():
     model.row_ce(CE)  # the adapter is checked on the first use
     runs.clear()
     model.sweep_row_kl([CE, KL], points(model))
-    assert (runs.count(0), runs.count(1)) == (2, 2)
-    assert runs.count(3) == 2 * 7  # six points and the reference
+    assert (runs.count(0), runs.count(1)) == (passes, passes)
+    assert runs.count(3) == passes * 7  # six points and the reference
+
+
+@pytest.mark.parametrize(
+    ("engine", "in_step"), [("plain", False), (EngineOptions(packed=False), False), ("auto", True)]
+)
+def test_sweep_joins_no_batches_that_are_padded_or_run_in_step(engine, in_step):
+    model, shapes = made(engine=engine), []
+    if in_step:
+        model.compute_in_step(lambda count: count)
+    model.row_ce(CE)
+    model.base.model.layers[-1].register_forward_hook(lambda _, __, out: shapes.append(tuple(out.shape[:2])))
+    model.sweep_row_ce([CE, KL], [partial(model.adapter.at_scale, 1.0)])
+    assert shapes == ([(1, 27), (1, 20)] if in_step else [(3, 11), (2, 12)])
 
 
 def test_sweep_leaves_no_trace():
