@@ -17,7 +17,7 @@ from rich.table import Table
 
 from benchmarks.peers import Peer
 from benchmarks.shapes import ADAPTERS, CPU_SHAPES, CUDA_SHAPES, SHAPES, describe, step_batches
-from benchmarks.step import NAIVE, contestants
+from benchmarks.step import NAIVE, chosen, contestants
 
 _MB = 1e6
 
@@ -95,8 +95,8 @@ def main() -> None:
     for column in ("variant", "peak of the step, MB", "of naive", "peak in all, MB"):
         table.add_column(column, justify="left" if column == "variant" else "right")
     measured: dict[str, tuple[float, float]] = {}
-    chosen = [name for name in peers if name == NAIVE or any(part in name for part in arguments.variant)]
-    for name in track(chosen, "variants", console=Console(stderr=True), transient=True):
+    names = chosen(peers, arguments.variant, always=(NAIVE,))
+    for name in track(names, "variants", console=Console(stderr=True), transient=True):
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", *sys.argv[1:], "--only", name]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603
         step, total = json.loads(output.splitlines()[-1])

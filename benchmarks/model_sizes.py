@@ -74,23 +74,21 @@ def make_adapter(kind: str) -> Adapter:
     return LoRA(32, 64.0, ["down_proj"], [0.5] if kind == "LoRA" else None)
 
 
-def estimated(config: PreTrainedConfig, kind: str) -> float:
-    """Bytes of steps without probes on one GPU."""
+def estimated(config: PreTrainedConfig, kind: str) -> MemoryEstimate:
+    """Of steps without probes on one GPU."""
     base, adapter = on_meta(config, "bfloat16"), make_adapter(kind)
     adapter.bind(base, 0)
     adapter.to("meta")
     rows = [ROW_TOKENS] * NARROW_ROWS, [ROW_TOKENS] * KL_ROWS
-    return estimate(base, adapter, Load.of_rows(*rows, 1, "cuda")).total
+    return estimate(base, adapter, Load.of_rows(*rows, 1, "cuda"))
 
 
 def taken(config: PreTrainedConfig, kind: str) -> tuple[int, int]:
     """Peak bytes of tensors in two steps with AdamW, and of what torch reserved for them; needs a GPU."""
     gc.collect()
     torch.cuda.empty_cache()
-    torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    torch.set_default_dtype(torch.float32)
     model = AdaptedModel(base, make_adapter(kind)).to("cuda")
     narrow, kl = (random_rows(number, config.vocab_size).to("cuda") for number in (NARROW_ROWS, KL_ROWS))
     optimizer = torch.optim.AdamW(list(model.adapter.trainable().values()))
@@ -131,7 +129,7 @@ def main() -> None:
     for name in ("Qwen2.5 0.5B", "Qwen2.5 7B"):
         for kind in ("LoRA", "vector", "LoRA in all layers"):
             config = configs()[name]
-            sizes = [estimated(config, kind), *taken(config, kind)]
+            sizes = [estimated(config, kind).total, *taken(config, kind)]
             table.add_row(name, kind, *(f"{size / _GIB:.1f}" for size in sizes))
     Console().print(table)
 

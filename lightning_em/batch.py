@@ -161,7 +161,12 @@ def joined(batches: Sequence[PackedBatch]) -> PackedBatch:
 
 
 def neighbours(batches: Iterable[PackedBatch], max_tokens: int) -> Iterator[list[PackedBatch]]:
-    """Groups of batches that follow each other and have at most `max_tokens` together; one with more stands alone."""
+    """Groups of batches that follow each other.
+
+    Args:
+        batches: Gone through once; none is split or left out.
+        max_tokens: A group has at most so many; a batch with more stands alone.
+    """
     group: list[PackedBatch] = []
     filled = 0
     for batch in batches:

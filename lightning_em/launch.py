@@ -2,6 +2,7 @@
 
 import math
 import os
+import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -136,6 +137,12 @@ def refuse_accelerator(trainer: Mapping[str, Any]) -> None:
         raise ValueError(
             f"trainer.accelerator {trainer['accelerator']} cannot work here: the base is not loaded onto it. Use "
             "gpu or cpu (configs/trainer/gpu1.yaml, cpu.yaml)."
+        )
+    chosen, here = trainer.get("accelerator") or "auto", (sys.platform, platform.machine())
+    if chosen == "mps" or (here == ("darwin", "arm64") and chosen in ("auto", "gpu")):
+        raise ValueError(
+            f"trainer.accelerator {chosen} means Apple's GPU, which has no float64: the sums of "
+            "losses are. Use --trainer.accelerator cpu."
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -32,7 +33,7 @@ class LoadedRun(NamedTuple):
 
 
 def load_run(reference: str, allow_zero_adapter: bool = False) -> LoadedRun:
-    """Rebuild a run from its own config.
+    """Rebuild a run from its own config, on the device that `device_for` says.
 
     Args:
         reference: `runs/x` for its newest checkpoint, `runs/x@step-40` for another.
@@ -46,9 +47,18 @@ def load_run(reference: str, allow_zero_adapter: bool = False) -> LoadedRun:
     folder, checkpoint = runs.locate(reference)
     loaded = load_module(folder, runs.step_of(checkpoint))
     loaded.data.setup("fit")
+    loaded.module.to(device_for(folder))
     if not allow_zero_adapter:
-        refuse_idle_adapter(loaded.module.model, loaded.data.probe_batches("narrow", 2, 2), reference)
+        rows = [batch.to(loaded.module.device) for batch in loaded.data.probe_batches("narrow", 2, 2)]
+        refuse_idle_adapter(loaded.module.model, rows, reference)
     return loaded
+
+
+def device_for(folder: RunFolder) -> torch.device:
+    """Where to measure on a run: a GPU if there is one here, and one held all of the base when it was trained."""
+    trainer = yaml.safe_load(folder.config_file.read_text(encoding="utf-8")).get("trainer") or {}
+    on_one_gpu = trainer.get("accelerator") != "cpu" and "ShardedBase" not in str(trainer.get("strategy"))
+    return torch.device("cuda" if on_one_gpu and torch.cuda.is_available() else "cpu")
 
 
 def load_module(folder: RunFolder, step: int) -> LoadedRun:

@@ -79,7 +79,7 @@ def test_the_fast_path_is_as_exact_as_the_plain_one(name, adapter, dtype):
     floor = {torch.float64: 1e-10, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
     for way in WAYS:
         model = model_of(name, adapter, "auto", dtype, way)
-        for joined in (False, True, True):  # the last finds the store filled
+        for joined in (False, True):  # the second finds the store filled
             values, gradient = measured(model, joined)
             assert (values - exact).norm() <= 2 * (naive - exact).norm() + floor * exact.norm(), way
             allowed = 2 * (naive_gradient - exact_gradient).norm() + floor * exact_gradient.norm()
@@ -178,5 +178,9 @@ def test_strategies_of_many_gpus_run_on_one(trainer, tmp_path, tiny_model_folder
 
 @pytest.mark.parametrize("kind", ["vector", "LoRA", "LoRA in all layers"])
 def test_a_step_takes_no_more_memory_than_estimated(kind) -> None:
-    config = model_sizes.qwen(512, 4, (8, 2), 1408)
-    assert model_sizes.taken(config, kind)[0] <= model_sizes.estimated(config, kind)
+    config = model_sizes.qwen(512, 24, (8, 2), 1408)
+    config.vocab_size = 4096
+    needed = model_sizes.estimated(config, kind)
+    tensors, _ = model_sizes.taken(config, kind)
+    without_reserve = needed.total - needed.reserve
+    assert 0.3 * without_reserve <= tensors <= without_reserve

@@ -136,6 +136,18 @@ def test_a_gpu_that_is_not_here_is_refused_with_its_place(tmp_path, accelerator)
     refuse_missing_gpu({"accelerator": accelerator}, [], tmp_path)
 
 
+@pytest.mark.parametrize("chosen", ["auto", "gpu", "mps", None])
+def test_apples_gpu_is_refused(chosen, monkeypatch) -> None:
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    with pytest.raises(ValueError, match=r"means Apple's GPU, .* Use --trainer\.accelerator cpu"):
+        refuse_settings({"accelerator": chosen})
+    refuse_settings({"accelerator": "cpu"})
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    if chosen != "mps":
+        refuse_settings({"accelerator": chosen})
+
+
 def test_an_accelerator_and_a_logger_that_are_none() -> None:
     with pytest.raises(ValueError, match=r"trainer\.accelerator tpu cannot work here"):
         refuse_settings({"accelerator": "tpu"})

@@ -3,10 +3,12 @@
 import re
 
 import pytest
+import yaml
 
 from lightning_em.__main__ import main
-from lightning_em.rebuild import load_probing
+from lightning_em.rebuild import device_for, load_probing, load_run
 from lightning_em.records import read_results
+from lightning_em.runs import RunFolder
 from tests.fitting import experiment, fit, write_config
 from tests.test_errors import told
 
@@ -37,6 +39,31 @@ def test_a_probing_file_that_cannot_be_used_is_refused_before_the_model_loads(
     if content is not None:
         file.write_text(content, encoding="utf-8")
     assert re.search(message, told(capsys, "probe", str(run.path), "--config", str(file)))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "device"),
+    [
+        ({"accelerator": "cpu", "strategy": "auto"}, "cpu"),
+        ({"accelerator": "gpu", "strategy": "auto"}, "cuda"),
+        ({"accelerator": "auto", "strategy": "ddp"}, "cuda"),
+        ({"accelerator": "gpu", "strategy": {"class_path": "lightning_em.strategies.ShardedBase"}}, "cpu"),
+    ],
+)
+def test_a_run_is_measured_on_where_one_device_held_its_base(trainer, device, tmp_path, monkeypatch) -> None:
+    folder = RunFolder(tmp_path)
+    folder.config_file.write_text(yaml.safe_dump({"trainer": trainer}))
+    assert device_for(folder).type == "cpu", "there is no GPU here"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert device_for(folder).type == device
+
+
+def test_a_rebuilt_run_goes_to_its_device(run, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr("lightning_em.rebuild.device_for", lambda folder: f"a device for {folder.path.name}")
+    monkeypatch.setattr("lightning_em.module.EMModule.to", lambda _, device: asked.append(device))
+    load_run(str(run.path), allow_zero_adapter=True)
+    assert asked == ["a device for run"]
 
 
 def test_the_flags_of_probe_win_over_its_file(run, tmp_path, capsys) -> None:

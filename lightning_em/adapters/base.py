@@ -163,9 +163,10 @@ class Adapter(nn.Module, ABC):
         self.generator = torch.Generator().manual_seed(seed)
         base.requires_grad_(False)
         base.disable_input_require_grads()  # on with checkpointing: the backward would run through every layer
-        # Where the generator draws. Lightning asks for a GPU at this time, and moves everything there later.
+        # Where the generator draws. Lightning asks for a GPU at this time.
         with torch.device("cpu"):
             self.attach(base)
+        self.to(base.device)
         base.eval()  # modules that `attach` put in are born in training mode
         if self.lowest_layer < 0:
             raise ValueError(f"{type(self).__name__}.attach must set lowest_layer, or call resolve().")

@@ -15,6 +15,7 @@ STUDY_SCHEMA = 1
 DEFAULT_WORLD = "default"
 MOST_SEEDS = 16
 """That the exact test of a claim takes."""
+_SAID_BY_A_JOB = ("--trainer.num_nodes", "--trainer.devices")
 _NO_PART_OF_A_RUN = ("--allow_import=", "--run.", "--trainer.enable_progress_bar=")
 _SHOWN_WORDS = 3
 
@@ -52,7 +53,7 @@ class Plan:
         if noted := record.get("plan"):
             other = Plan.from_fields(noted)
         elif command := record.get("command"):
-            other = Plan(run_words(command[2:]), self.files_sha256, self.recipes)
+            other = Plan(run_words(_without_devices(command[2:])), self.files_sha256, self.recipes)
         else:
             return None
         if other.words != self.words:
@@ -65,6 +66,12 @@ class Plan:
 def run_words(words: Sequence[str]) -> tuple[str, ...]:
     """The words of a command line that say what a run is, without secrets."""
     return tuple(word for word in redacted_words(list(words)) if not word.startswith(_NO_PART_OF_A_RUN))
+
+
+def _without_devices(words: Sequence[str]) -> list[str]:
+    """Without the last words of configs/slurm/fit.sbatch, which say on how many devices a run is: no part of it."""
+    flags = {index for index, word in enumerate(words) if word in _SAID_BY_A_JOB}
+    return [word for index, word in enumerate(words) if index not in flags and index - 1 not in flags]
 
 
 def start_difference(run: RunFolder, parent: RunFolder) -> str | None:

@@ -151,7 +151,9 @@ def _device(examination: Examination) -> Iterator[Finding]:
         yield Finding("device", "fault", text)
     else:
         yield Finding("device", "ok", f"{found} GPUs ({', '.join(names)})")
-    if examination.parts.model.base.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
+    if examination.parts.model.base.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(
+        including_emulation=False
+    ):
         yield Finding("device", "fault", "this GPU has no bfloat16: set model.base.dtype=float16")
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_em.cluster.memory import Load
+from lightning_em.models.adapted import JOINED_TOKENS
 
 _DIFFERENTIATING = ("GradientNorm",)
 _GENERATING = ("ChatKL",)
@@ -36,5 +37,10 @@ def probing_loads(probing: Mapping[str, Any], streams: Mapping[str, Sequence[int
                 loads.append(replace(like, part_tokens=0, batch_tokens=sum(rows), generated_tokens=whole))
                 loads.append(replace(like, part_tokens=0, batch_tokens=whole))
             else:
-                loads.append(replace(like, part_tokens=0, batch_tokens=sum(rows)))
+                loads.append(replace(like, part_tokens=0, batch_tokens=_of_sweep(rows, lengths, like.shards)))
     return loads
+
+
+def _of_sweep(batch: Sequence[int], rows: Sequence[int], shards: int) -> int:
+    """Tokens of a pass: of one batch, or of as many short ones as share it."""
+    return max(sum(batch), min(JOINED_TOKENS, sum(rows))) if shards == 1 else sum(batch)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lightning_em.adapters import Adapter, decoder_layers
 from lightning_em.losses.frozen_head import CHUNK_BYTES
+from lightning_em.models.adapted import JOINED_TOKENS
 from lightning_em.models.engine import PART_TOKENS
 
 _GIB = 2**30
@@ -54,9 +55,13 @@ class Load:
         limit, longest = PART_TOKENS[device], max([*narrow, *kl])
         if max_tokens is not None:
             tokens = max(max_tokens, longest)
-            return cls(max(longest, min(limit, tokens)), tokens, shards, device, store_bytes)
-        largest = max(longest, *(min(limit, sum(rows)) for rows in (narrow, kl)))
-        return cls(largest, sum(narrow) + sum(kl), shards, device, store_bytes)
+            largest = max(longest, min(limit, tokens))
+        else:
+            tokens = sum(narrow) + sum(kl)
+            largest = max(longest, *(min(limit, sum(rows)) for rows in (narrow, kl)))
+        if kl and shards == 1 and tokens <= JOINED_TOKENS:
+            largest = tokens  # both streams are differentiated at once
+        return cls(largest, tokens, shards, device, store_bytes)
 
 
 @dataclass(frozen=True)

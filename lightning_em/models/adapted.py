@@ -1,10 +1,11 @@
 """A frozen base and an adapter as one model, with the losses measured on it."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import torch
@@ -202,6 +203,10 @@ class AdaptedModel(nn.Module):
         """Whether both streams are so short that together they fill the device better."""
         if self._engine is None or not self._engine.options.immediate or self._most is not None:
             return False
+        if self._engine.reference_is_live and not _waits_for_launches(ce):
+            return False  # a live reference of the same shape would have to run over the narrow rows too
+        if not self._engine.packs(ce):
+            return False  # padded rows would be padded further
         return not (ce.is_ghost or kl.is_ghost) and sum(ce.lengths) + sum(kl.lengths) <= JOINED_TOKENS
 
     def kl_sum(self, batch: PackedBatch, kl_positions: CountedPositions = "response") -> TokenSum:
@@ -252,12 +257,14 @@ class AdaptedModel(nn.Module):
 
     @torch.no_grad()
     def sweep_row_ce(self, batches: Iterable[PackedBatch], points: Sequence[Point]) -> list[list[RowLosses]]:
-        """Cross-entropy of each row in each state of the adapter; what lies below it runs once a batch.
+        """Cross-entropy of each row in each state of the adapter; what lies below it runs once.
+
+        Neighbouring batches up to `JOINED_TOKENS` tokens share a pass.
 
         Args:
             batches: Gone through once.
             points: E.g. `partial(adapter.at_scale, 0.5)`, or a function that returns
-                `adapter.perturbed(strength, generator)`; each is entered once a batch, so a random one
+                `adapter.perturbed(strength, generator)`; each is entered once a pass, so a random one
                 makes its generator anew.
 
         Returns:
@@ -272,7 +279,7 @@ class AdaptedModel(nn.Module):
         points: Sequence[Point],
         kl_positions: CountedPositions = "response",
     ) -> list[list[RowLosses]]:
-        """D_KL(reference || tuned) of each row in each state of the adapter; the reference runs once a batch.
+        """D_KL(reference || tuned) of each row in each state of the adapter; the reference runs once.
 
         Args:
             batches: Gone through once.
@@ -292,9 +299,7 @@ class AdaptedModel(nn.Module):
         loss: Callable[[Passes, int, Tensor], Tensor],
     ) -> list[list[RowLosses]]:
         results: list[list[RowLosses]] = [[] for _ in points]
-        # ranks that run in step need not have the same neighbours, and padded rows would be padded further
-        together = self._engine is not None and self._engine.options.packed and self._most is None
-        for group in neighbours(batches, JOINED_TOKENS if together else 0):
+        for group in self._groups(iter(batches)):
             batch, sizes = joined(group), [each.num_rows for each in group]
             passes, mask = self._passes([batch]), batch.counted(positions)
             for point, result in zip(points, results, strict=True):
@@ -302,6 +307,17 @@ class AdaptedModel(nn.Module):
                     rows = RowLosses.of_tokens(batch, mask, loss(passes, 0, mask))
                 result.extend(rows.split(sizes))
         return results
+
+    def _groups(self, batches: Iterator[PackedBatch]) -> Iterator[list[PackedBatch]]:
+        """Neighbours that share a pass; none where ranks run in step, or where rows would be padded further."""
+        for first in batches:
+            together = self._engine is not None and self._most is None and self._engine.packs(first)
+            yield from neighbours(chain([first], batches), JOINED_TOKENS if together else 0)
+
+
+def _waits_for_launches(batch: PackedBatch) -> bool:
+    """Whether one pass over short batches saves more than it costs to compute some rows for nothing: on a GPU."""
+    return batch.input_ids.is_cuda
 
 
 def _constant(found: TokenSum) -> TokenSum:

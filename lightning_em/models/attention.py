@@ -103,15 +103,15 @@ def attend(
     assert sum(packing.lengths) == query.shape[2], "row lengths do not cover the tokens"
     assert dropout == 0, "the frozen base is in eval mode"
     packing.attended.add(id(module))
-    if _varlen_applies(query, softcap):
+    if _varlen_applies(query.device, query.dtype, softcap):
         return _varlen(query, key, value, scaling, sliding_window, packing), None
     # Neighbours of one length share a call: rows can be short. Split, not sliced: the gradient of a slice is as
     # large as the whole.
     runs = [(length, len(list(alike))) for length, alike in groupby(packing.lengths)]
     parts = (torch.split(t, [length * count for length, count in runs], dim=2) for t in (query, key, value))
     outputs = []
-    for (_, count), q, k, v in zip(runs, *parts, strict=True):
-        q, k, v = (_stacked(t, count) for t in (q, k, v))  # noqa: PLW2901 (the same states in another shape)
+    for (_, count), *states in zip(runs, *parts, strict=True):
+        q, k, v = (_stacked(t, count) for t in states)
         attended = _rows(q, k, v, scaling, sliding_window, softcap, packing)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[None], None
@@ -125,8 +125,10 @@ def _stacked(states: Tensor, count: int) -> Tensor:
     return states.reshape(heads, count, -1, head_dim).transpose(0, 1)
 
 
-def _varlen_applies(query: Tensor, softcap: float | None) -> bool:
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None
+def _varlen_applies(device: torch.device, dtype: torch.dtype, softcap: float | None) -> bool:
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or softcap is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)  # flash attention's kernels begin at Ampere
 
 
 def _varlen(

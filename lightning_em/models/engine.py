@@ -130,13 +130,15 @@ class Engine:
         with torch.inference_mode(False), torch.no_grad():
             if self.store is None:
                 return self._prefix(batch)
-            rows, ids = single_rows(batch), torch.split(batch.input_ids.cpu(), list(batch.lengths))
+            ids = torch.split(batch.input_ids.cpu(), list(batch.lengths))
             if not self.split.adapter_is_above:
-                self._prefix(rows[0])  # a full store must not hide an adapter that lies lower than it says
+                self._prefix(
+                    batch.select([0])
+                )  # a full store must not hide an adapter that lies lower than it says
             kind, space = f"entering {self.split.cut}", self._fingerprint(batch)
             keys = [row_key(space, kind, own_ids) for own_ids in ids]
             return torch.cat(
-                self._stored(keys, lambda group: self._prefix(_of_rows(rows, group)), batch.lengths)
+                self._stored(keys, lambda group: self._prefix(batch.select(group)), batch.lengths)
             )
 
     def reference(
@@ -154,12 +156,12 @@ class Engine:
         assert self.store is not None
         space, lengths = self._fingerprint(batch), list(batch.lengths)
         ids, cpu_masks = (torch.split(tensor.cpu(), lengths) for tensor in (batch.input_ids, mask))
-        masks, rows = torch.split(mask, lengths), single_rows(batch)
+        masks = torch.split(mask, lengths)
         prefixes = None if prefix is None else torch.split(prefix, lengths)
 
         def compute(group: Sequence[int]) -> Tensor:
             below = None if prefixes is None else torch.cat([prefixes[index] for index in group])
-            return self._reference(_of_rows(rows, group), torch.cat([masks[index] for index in group]), below)
+            return self._reference(batch.select(group), torch.cat([masks[index] for index in group]), below)
 
         keys = [
             row_key(space, "reference", own_ids, own_mask)
@@ -200,17 +202,22 @@ class Engine:
         """
         assert self.store is not None
         device = self.base.device
-        found = [self.store.get(key, device) for key in keys]
-        for group in _fill_groups([index for index, states in enumerate(found) if states is None], device):
+        found = {key: self.store.get(key, device) for key in keys}
+        missing = {
+            key: index for index, key in enumerate(keys) if found[key] is None
+        }  # a row may be there twice
+        for group in _fill_groups(list(missing.values()), device):
             parts = torch.split(compute(group), [lengths[index] for index in group])
             for index, states in zip(group, parts, strict=True):
                 self.store.put(keys[index], states)
-                found[index] = states
-        return [states for states in found if states is not None]
+                found[keys[index]] = states
+        rows = [found[key] for key in keys]
+        assert all(states is not None for states in rows)
+        return rows  # type: ignore[return-value]  # as asserted
 
     def _fingerprint(self, batch: PackedBatch) -> str:
         # at every use: autocast may be on in one pass and off in the next
-        facts = (self._is_packed(batch), *numerics(batch.input_ids.device))
+        facts = (self.packs(batch), *numerics(batch.input_ids.device))
         if facts not in self._fingerprints:
             layout = PACKED if self.options.packed else str(self.base.config._attn_implementation)
             self._fingerprints[facts] = fingerprint(self.base, self.adapter.trainable().values(), layout)
@@ -255,7 +262,7 @@ class Engine:
     @contextmanager
     def _layout(self, batch: PackedBatch) -> Iterator[tuple[dict[str, Any], Tensor | slice]]:
         """The model's inputs, and which of their flattened positions hold real tokens."""
-        if self._is_packed(batch):
+        if self.packs(batch):
             with packed_attention(self.base):
                 yield packed_inputs(batch), slice(None)
             return
@@ -264,7 +271,7 @@ class Engine:
         yield inputs, rows.attention_mask.flatten().nonzero()[:, 0]
 
     @torch.no_grad()
-    def _is_packed(self, batch: PackedBatch) -> bool:
+    def packs(self, batch: PackedBatch) -> bool:
         """Whether rows lie end to end; before they do for the first time, does every layer keep them apart?"""
         if self.options.packed and not self._packing_is_checked:
             row, layers = packed_inputs(batch.select([0])), len(self.split.layers)
@@ -298,10 +305,6 @@ def _fill_groups(missing: Sequence[int], device: torch.device) -> list[Sequence[
     if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
         return [missing] if missing else []
     return [[index] for index in missing]
-
-
-def _of_rows(rows: Sequence[PackedBatch], group: Sequence[int]) -> PackedBatch:
-    return joined([rows[index] for index in group])
 
 
 def plain_logits(head: FrozenHead, hidden: Float[Tensor, "counted hidden"]) -> Float[Tensor, "counted vocab"]:

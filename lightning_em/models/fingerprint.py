@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.backends import cuda, mkldnn
 from transformers import PreTrainedModel
 
-STORE_FORMAT = 2
+STORE_FORMAT = 3
 """Goes up with every change of keys, files, or how states are computed: older states are not found then."""
 
 _SDPA_KERNELS: tuple[Callable[[], Any], ...] = (

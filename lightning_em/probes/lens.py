@@ -64,7 +64,8 @@ class LogitLens(Probe):
         largest = sorted(directions, key=lambda site: -float(directions[site].norm()))[: self.max_sites]
         points = []
         for site in largest:
-            change = logit_change(model.base, directions[site] / directions[site].norm())
+            with model.adapter.at_scale(0.0):  # it may sit on the final norm itself
+                change = logit_change(model.base, directions[site] / directions[site].norm())
             if tokenizer is not None:
                 change = change[: len(tokenizer)]  # rows behind it pad the matrix
             points += self._extremes(change, site, tokenizer)

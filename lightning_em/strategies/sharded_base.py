@@ -42,6 +42,7 @@ class ShardedBase(ModelParallelStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Shard the base once it is loaded, then go on as usual."""
         module = cast(EMModule, self.lightning_module)
+        leave_inference_mode(trainer)
         if not _is_sharded(module.model):
             remember_base_sha256(module.model.base, module.model.adapter)  # while every rank has all of it
             module.model.compute_in_step(self._most)
@@ -107,6 +108,15 @@ class ShardedBase(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+
+def leave_inference_mode(trainer: Trainer) -> None:
+    """Let `validate`, `test` and `predict` do with `no_grad`, as Lightning does for FSDP1, for gloo and within a fit.
+
+    FSDP keeps from pass to pass what it gathers into, and no other pass can write into tensors of inference mode.
+    """
+    for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+        loop.inference_mode = False
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], world_size: int) -> None:

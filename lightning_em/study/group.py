@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
-import torch
 import yaml
 from torch import Tensor
 
@@ -21,14 +20,13 @@ class RunGroup:
 
     Args:
         runs: By role; `narrow` is among them, and its data are what is measured on.
-        device: Where the base goes.
 
     Raises:
         ValueError: If the runs differ in their base or adapter settings, or one has no valid checkpoint.
     """
 
-    def __init__(self, runs: Mapping[str, RunFolder], device: str | torch.device = "cpu") -> None:
-        self.runs, self.device = dict(runs), device
+    def __init__(self, runs: Mapping[str, RunFolder]) -> None:
+        self.runs = dict(runs)
         self._refuse_differences()
         self.last_steps = {role: _last_step(run) for role, run in self.runs.items()}
 
@@ -38,7 +36,7 @@ class RunGroup:
         loaded = load_run(str(self.runs["narrow"].path), allow_zero_adapter=True)
         for run in self.runs.values():
             refuse_other_base(run, loaded.module)
-        loaded.module.eval().to(self.device)
+        loaded.module.eval()
         return loaded
 
     def model_of(self, role: str, step: int | None = None) -> AdaptedModel:
@@ -65,14 +63,14 @@ class RunGroup:
     def narrow_rows(self, num_examples: int, batch_size: int) -> list[PackedBatch]:
         """Training rows of the narrow data, the first of those that the probes draw from."""
         rows = self._loaded.data.probe_batches("narrow", num_examples, batch_size)
-        return [batch.to(self.device) for batch in rows]
+        return [batch.to(self._loaded.module.device) for batch in rows]
 
     def parallel_rows(self, num_examples: int, batch_size: int) -> list[PackedBatch]:
         """Rows of the other domains that the narrow run held its KL on; none if it had none."""
         if not self._loaded.data.rows("kl").rows:
             return []
         rows = self._loaded.data.probe_batches("kl", num_examples, batch_size)
-        return [batch.to(self.device) for batch in rows]
+        return [batch.to(self._loaded.module.device) for batch in rows]
 
     def _refuse_differences(self) -> None:
         settings = {}

@@ -72,7 +72,7 @@ def analyse_pairs(
     if missing := [role for role in SOLUTIONS if role not in runs]:
         logger.info("no pairs of %s, world %s, seed %d: %s not finished", adapter, world, seed, missing)
         return 0
-    group = RunGroup(runs, "cuda" if torch.cuda.is_available() else "cpu")
+    group = RunGroup(runs)
     weights = {role: _weights_of(run.checkpoint(group.last_steps[role])) for role, run in runs.items()}
     written = 0
     for name, (analysis, roles) in ANALYSES.items():

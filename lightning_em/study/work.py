@@ -13,6 +13,7 @@ from dataclasses import asdict
 
 import torch
 import yaml
+from torch import distributed
 
 from lightning_em import imports, lock, miniature
 from lightning_em.analysis.cells import StudyFolder, start_difference
@@ -42,9 +43,6 @@ def fit(words: list[str]) -> None:
     with leaving_no_trace():
         refuse_other_run(words)
         run = run_cli(words).run
-    gc.collect()  # the trainer and its module refer to each other, and the module holds the base model
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     if (status := run.status()) != "finished":
         raise RuntimeError(f"the run ended as {status!r}; see {run.run_file}")
     run.update_run(plan=asdict(plan))
@@ -87,7 +85,26 @@ def compare(root: str, adapter: str, world: str, seed: int) -> None:
     """Measure the runs of a group against each other."""
     with leaving_no_trace():
         analyse_pairs(StudyFolder(root), adapter, world, seed)
-    gc.collect()
+
+
+def tidy() -> None:
+    """Let go of what a task has left behind, also one that failed: memory, and its ties to other ranks."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()  # the next run has ranks of its own
+    gc.collect()  # the trainer and its module refer to each other, and the module holds the base model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def gpu_is_lost() -> bool:
+    """Whether this process can do nothing more on its GPU, as after an illegal access: then a new one has to."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 KINDS: Mapping[str, Callable[..., None]] = {"fit": fit, "build_world": build_world, "compare": compare}

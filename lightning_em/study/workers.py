@@ -169,7 +169,7 @@ def serve(
     import torch
 
     from lightning_em.callbacks.signals import Interrupted
-    from lightning_em.study.work import KINDS
+    from lightning_em.study.work import KINDS, gpu_is_lost, tidy
 
     imports.restrict(allowed)
     torch.set_num_threads(threads)
@@ -188,6 +188,9 @@ def serve(
             code = error.code or 0 if isinstance(error, SystemExit) else None
             said = f"exit code {code}" if isinstance(code, int) else error
             reason = f"{type(error).__name__}: {said}"
+            if gpu_is_lost():
+                os._exit(1)  # as one that died: the task goes to another worker, as often as any
+        tidy()  # behind the handler, whose error holds what the task held
         connection.send((reason, time.process_time() - before))
 
 

@@ -142,6 +142,13 @@ class Drawn(Adapter):
 
 
 @pytest.mark.parametrize("make", [*ADAPTERS.values(), Drawn])
+def test_an_adapter_goes_where_its_base_is(make) -> None:
+    adapter = make()
+    adapter.bind(make_tiny_model().to("meta"), 0)
+    assert {parameter.device.type for parameter in adapter.trainable().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("make", [*ADAPTERS.values(), Drawn])
 def test_an_adapter_begins_alike_whatever_the_default_device(make) -> None:
     """Lightning asks for the GPU while the model is made; `meta` refuses a CPU's generator as a GPU does."""
     expected = AdaptedModel(make_tiny_model(), make()).adapter.trainable()

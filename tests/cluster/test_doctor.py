@@ -130,7 +130,7 @@ def test_what_was_compared_with_nothing_is_not_ready(config, accelerator, capsys
 def test_gpus_that_are_elsewhere_are_not_counted_here(config, monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "little one")
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: including_emulation)
     flags = ["--trainer.accelerator=gpu", "--trainer.devices=8", "--model.base.dtype=bfloat16"]
     assert findings(config, *flags, gpu_gib=80.0)["device"] == (
         "ok", "for GPUs of 80 GiB; this machine's are not looked at",
@@ -150,7 +150,7 @@ def test_probes_count(config) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 100_000}))
     alone = activations("--data.batch_size=1", "--data.kl_batch_size=1")
     probing = '--probing={"probes": [{"class_path": "lightning_em.probes.GradientNorm"}], "batch_size": 16}'
-    assert activations("--data.batch_size=1", "--data.kl_batch_size=1", probing) > 8 * alone > 0
+    assert activations("--data.batch_size=1", "--data.kl_batch_size=1", probing) > 6 * alone > 0
 
 
 @pytest.mark.parametrize(

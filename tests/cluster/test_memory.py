@@ -88,8 +88,14 @@ def test_activations_grow_with_the_part_and_with_the_layers_above_the_cut() -> N
 
 def test_the_load_of_a_micro_batch() -> None:
     short = Load.of_rows([100, 90], [80, 80, 80], 1, "cuda")
-    assert (short.part_tokens, short.batch_tokens) == (240, 430)  # the larger stream is one part
-    assert Load.of_rows([700, 600], [80], 1, "cpu").part_tokens == 1024  # cut into parts of at most so many
+    assert (short.part_tokens, short.batch_tokens) == (430, 430)  # both streams share a pass
+    sharded = Load.of_rows([100, 90], [80, 80, 80], 2, "cuda")
+    assert (sharded.part_tokens, sharded.batch_tokens) == (240, 430)  # the larger stream is one part
+    long = Load.of_rows([1000, 900], [800], 1, "cuda")
+    assert (long.part_tokens, long.batch_tokens) == (1900, 2700)
+    assert (
+        Load.of_rows([900, 800, 700], [80], 1, "cpu").part_tokens == 1024
+    )  # cut into parts of at most so many
     assert Load.of_rows([3000], [80], 1, "cpu").part_tokens == 3000  # a row is never cut
     filled = Load.of_rows([100, 90], [80, 80, 80], 1, "cuda", max_tokens=16000)
     assert (filled.part_tokens, filled.batch_tokens) == (16000, 16000)  # batch sizes are then a ratio
@@ -109,6 +115,12 @@ def test_probes_ask_for_rows_of_their_own() -> None:
     asked = [(load.part_tokens, load.batch_tokens, load.generated_tokens) for load in loads]
     assert asked == [(60, 60, 0), (0, 60, 0), (0, 50, 50 + 14), (0, 64, 0)]
     assert {load.shards for load in loads} == {2}
+    alone = probing_loads(
+        {"batch_size": 3, "probes": probes[1:2]},
+        {"narrow": [30, 20, 10, 5]},
+        Load.of_rows([10], [10], 1, "cpu"),
+    )
+    assert [load.batch_tokens for load in alone] == [65], "short batches share a pass"
     assert probing_loads({"batch_size": 3, "probes": None}, {"narrow": [30]}, training) == []
     assert Load.of_rows([10], [], 1, "cpu").part_tokens == 10
 

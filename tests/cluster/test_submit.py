@@ -13,12 +13,14 @@ import pytest
 
 from lightning_em import imports
 from lightning_em.__main__ import main
+from lightning_em.analysis.cells import StudyFolder
 from lightning_em.cluster import FitJob, JobArray, SlurmOptions, arrays_of, batch_script, queue
 from lightning_em.cluster.jobs import variations
 from lightning_em.cluster.queue import described, job_of, job_states, status_in_queue
 from lightning_em.lock import LOCK, LockedError
 from lightning_em.runs import RunFolder
-from tests.fitting import experiment, write_config
+from lightning_em.study import read_study
+from tests.fitting import command, experiment, write_config
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs"
@@ -384,6 +386,23 @@ def test_a_study_is_submitted_in_arrays_that_wait_for_each_other(
         assert (parent[:4], child[:4]) == ("101_", "102_")
         assert parent[4:] == child[4:], "aftercorr pairs equal indices"
     assert len(json.loads((root / "study.json").read_text())["cells"]) == 4
+
+
+def test_a_study_is_submitted_again_after_its_jobs(tmp_path, sbatch, config, capsys) -> None:
+    study = {
+        "name": "small", "experiment": str(config), "seeds": [0, 1], "adapters": {"vector": {}},
+        "arms": {"narrow": {"role": "narrow", "set": {"trainer.max_steps": 1}}},
+    }  # fmt: skip
+    file, root = write_config(tmp_path / "study.yaml", study), tmp_path / "study-small"
+    words = ["submit", "--study", str(file), "--root", str(root), "--slurm.gpus=0", "--debug"]
+    assert main(words) == 0
+    done = read_study(str(file), str(root)).runs[0]
+    on_devices = ["--trainer.num_nodes", "1", "--trainer.devices", "1"]  # as configs/slurm/fit.sbatch ends
+    assert command("fit", *done.words, *on_devices).returncode == 0
+    capsys.readouterr()
+    assert main(words) == 0
+    assert f"{root / done.name} is finished: nothing to submit" in " ".join(capsys.readouterr().err.split())
+    assert StudyFolder(root).left_out() == {}
 
 
 def test_a_study_is_not_submitted_over_runs_it_does_not_mean(tmp_path, sbatch, config, capsys) -> None:

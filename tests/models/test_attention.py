@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from lightning_em.models.attention import PACKED, Packing, attend, packed_attention, packed_inputs
+from lightning_em.models.attention import (
+    PACKED,
+    Packing,
+    _varlen_applies,
+    attend,
+    packed_attention,
+    packed_inputs,
+)
 from tests.models.architectures import QUIRKS, build, rows
 
 LENGTHS = (11, 1, 7, 7, 9)
@@ -133,6 +140,22 @@ def test_a_mask_is_made_once_a_pass(name):
     for (length, window), mask in masks.items():
         distance = torch.arange(length)[:, None] - torch.arange(length)[None]
         assert torch.equal(mask, (distance >= 0) & (distance < (window or length)))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "softcap", "applies"),
+    [
+        ((8, 0), torch.bfloat16, None, True),
+        ((9, 0), torch.float16, None, True),
+        ((7, 5), torch.float16, None, False),
+        ((9, 0), torch.float32, None, False),
+        ((9, 0), torch.bfloat16, 50.0, False),
+    ],
+)
+def test_where_the_varlen_kernel_exists(capability, dtype, softcap, applies, monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    assert _varlen_applies(torch.device("cuda"), dtype, softcap) is applies
+    assert not _varlen_applies(torch.device("cpu"), dtype, softcap)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen attention needs a GPU")

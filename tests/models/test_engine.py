@@ -203,6 +203,17 @@ def test_sweep_joins_no_batches_that_are_padded_or_run_in_step(engine, in_step):
     assert shapes == ([(1, 27), (1, 20)] if in_step else [(3, 11), (2, 12)])
 
 
+@pytest.mark.parametrize("reference", ["live", "cached"])
+def test_a_row_that_is_there_twice_is_computed_once(reference):
+    model = made(store=ActivationStore(StoreOptions()), reference=reference)
+    model.row_ce(KL)  # the adapter is checked on the first use
+    twice, runs = joined([CE.select([0]), CE.select([0])]), []
+    model.base.model.layers[0].register_forward_hook(lambda _, __, out: runs.append(out.shape[1]))
+    found = model.row_kl(twice, 1.0)
+    assert runs == [11]
+    assert found.sums[0] == found.sums[1] > 0
+
+
 def test_sweep_leaves_no_trace():
     model = made()
     before = {name: parameter.clone() for name, parameter in model.adapter.trainable().items()}

@@ -2,6 +2,7 @@
 
 import logging
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -148,6 +149,13 @@ def test_attention_that_looks_across_rows_gets_padded_ones(layers, options, capl
     (line,) = caplog.messages
     assert line.startswith(f"padded rows instead of packed ones (slower): {len(layers)} of 4 layers compute")
     assert model._engine.options == EngineOptions(packed=False)
+
+
+def test_the_first_sweep_joins_no_batches_that_turn_out_to_be_padded():
+    model, shapes = made(base=with_own_attention([3])), []
+    model.base.model.layers[-1].register_forward_hook(lambda _, __, out: shapes.append(tuple(out.shape[:2])))
+    model.sweep_row_ce([CE, KL], [partial(model.adapter.at_scale, 1.0)])
+    assert shapes[-2:] == [(3, 11), (2, 12)]
 
 
 def test_eager_attention_asked_for_is_kept(caplog):

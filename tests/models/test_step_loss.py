@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from lightning_em.models import ActivationStore, LossWeights, StoreOptions
+from lightning_em.adapters import SteeringVector
+from lightning_em.models import ActivationStore, AdaptedModel, LossWeights, StoreOptions
 from lightning_em.models.engine import EngineOptions
-from tests.models.architectures import QUIRKS
+from tests.models.architectures import QUIRKS, build, rows
 from tests.models.test_engine import ADAPTERS, CE, KL, OPTIONS, made, measured
 
 WEIGHTS = LossWeights(1.0, 4.0)  # powers of two, as in `measured`
@@ -47,27 +48,37 @@ def test_every_architecture_with_and_without_a_store(name, reference):
         assert_same(model, made(name, engine="plain", dtype=torch.float64))
 
 
-def test_short_streams_take_one_tuned_pass_and_long_ones_two(monkeypatch):
-    model, calls = made(), []
-    model.base.model.layers[-1].register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    stepped(model)
-    assert calls.count(True) == 1
-    monkeypatch.setattr("lightning_em.models.adapted.JOINED_TOKENS", sum(CE.lengths) + sum(KL.lengths) - 1)
-    stepped(model)
-    assert calls.count(True) == 1 + 2
+@pytest.mark.parametrize("reference", ["live", "cached"])
+@pytest.mark.parametrize("gpu", [True, False])
+def test_which_streams_share_a_tuned_pass(gpu, reference, monkeypatch):
+    """A live reference has the tuned pass's shape, or their rounding would differ and KL 0 not be 0."""
+    monkeypatch.setattr("lightning_em.models.adapted._waits_for_launches", lambda batch: gpu)
+    store = ActivationStore(StoreOptions())
+    model, shapes = made(dtype=torch.float64, store=store, reference=reference), []
+    model.losses(CE, KL)  # the store is filled
+    model.base.model.layers[-1].register_forward_hook(
+        lambda _, __, out: shapes.append((out.shape[1], torch.is_grad_enabled()))
+    )
+    plain = made(engine="plain", dtype=torch.float64)
+    assert_same(model, plain)
+    ce, kl = sum(CE.lengths), sum(KL.lengths)
+    together = [] if reference == "cached" else [(ce + kl, False)]
+    apart = [(ce, True), (kl, False), (kl, True)]
+    assert shapes == ([*together, (ce + kl, True)] if gpu or reference == "cached" else apart)
+    monkeypatch.setattr("lightning_em.models.adapted.JOINED_TOKENS", ce + kl - 1)
+    shapes.clear()
+    assert_same(model, plain)
+    assert sorted(size for size, tracked in shapes if tracked) == sorted([ce, kl]), "long streams take two"
 
 
-@pytest.mark.parametrize("reference", [None, "live", "cached"])
-def test_on_a_gpu_the_live_reference_takes_the_shape_of_the_tuned_pass(reference, monkeypatch):
-    """Or their rounding would differ, and with it the KL of an adapter without effect from 0."""
-    monkeypatch.setattr("lightning_em.models.passes._rounds_by_shape", lambda batch: True)
-    store = {} if reference is None else {"store": ActivationStore(StoreOptions()), "reference": reference}
-    model, shapes = made(dtype=torch.float64, **store), []
-    model.row_ce(CE)
-    model.base.model.layers[-1].register_forward_hook(lambda _, __, out: shapes.append(out.shape[1]))
-    assert_same(model, made(engine="plain", dtype=torch.float64))
-    tuned, rows_alone = sum(CE.lengths) + sum(KL.lengths), list(KL.lengths)
-    assert shapes == [*(rows_alone if reference == "cached" else [tuned]), tuned]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_an_adapter_the_kl_is_exactly_zero_in_a_wide_model_too(dtype):
+    """Narrow ones round alike in any shape."""
+    base = build("llama", dtype, hidden_size=512, intermediate_size=768)
+    model = AdaptedModel(base, SteeringVector(1))
+    for seed in range(4):
+        narrow, parallel = rows((61, 57, 90), seed), rows((80, 33), seed + 9)
+        assert model.step_loss(narrow, parallel, WEIGHTS).kl.total == 0
 
 
 def test_a_stream_without_rows_and_one_without_kl():

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_em.batch import EncodedRow
 from lightning_em.probes import Probe, ProbeExamples, ScaleCurve
 from lightning_em.probes.base import RowMeans
+from lightning_em.probes.rows import by_length
 from lightning_em.records import Point, ProbeResult
 from lightning_em.testing import check_probe
 from lightning_em.testing.probe_laws import _compare, _snapshot, _Trial
@@ -159,3 +161,13 @@ def test_the_mean_is_over_tokens_and_the_error_over_rows() -> None:
     assert means.standard_error == pytest.approx(jackknife, rel=0.02)
     assert (means - means).standard_error == 0.0
     assert RowMeans(sums[:1], counts[:1]).standard_error is None
+
+
+def test_rows_that_were_sorted_are_put_back() -> None:
+    rows = [EncodedRow([1] * length, [True] * length, f"{length}") for length in (5, 2, 9, 2, 7)]
+    order = by_length(rows)
+    assert order == [1, 3, 0, 4, 2], "the shortest first, equal ones as they came"
+    losses = torch.tensor([5.0, 2.0, 9.0, 2.5, 7.0], dtype=torch.float64)
+    put_back = RowMeans(losses[order], 2 * losses[order]).restored(order)
+    assert torch.equal(put_back.sums, losses)
+    assert torch.equal(put_back.counts, 2 * losses)

@@ -27,6 +27,18 @@ def test_logits_change_by_head_times_norm_weight_times_direction(architecture) -
     assert logit_change(base, direction).tolist() == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_vector_on_the_final_norm_does_not_bend_what_it_is_read_with() -> None:
+    """It edits the norm's input, and the norm's gain is what the norm makes of ones."""
+    model = adapted(ADAPTERS["last_vector"](), size=1.0)
+    points = LogitLens(num_tokens=VOCAB_SIZE).measure(model, EXAMPLES)
+    vector = model.adapter.vector.detach()
+    change = model.base.lm_head.weight.detach() @ (
+        model.base.model.norm.weight.detach() * vector / vector.norm()
+    )
+    found = {p.coordinates["token_id"]: p.value for p in points if p.coordinates["direction"] == "promoted"}
+    assert [found[token] for token in range(VOCAB_SIZE)] == pytest.approx(change.tolist(), abs=1e-5)
+
+
 def test_it_lists_the_extremes_in_order_with_their_text(tiny_model_folder) -> None:
     base = BaseModel(str(tiny_model_folder()))
     model = AdaptedModel(base.load_model(), SteeringVector(1, alpha=4.0))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import torch
+from lightning.pytorch import Trainer
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -13,7 +14,7 @@ from lightning_em.adapters import SteeringVector
 from lightning_em.batch import EncodedRow, PackedBatch
 from lightning_em.models import AdaptedModel, Sampling
 from lightning_em.models.generation import sample_tokens
-from lightning_em.strategies.sharded_base import average_gradients, shard_blocks
+from lightning_em.strategies.sharded_base import average_gradients, leave_inference_mode, shard_blocks
 from tests.slurm.daemons import free_port
 from tests.tiny import make_tiny_model
 
@@ -71,6 +72,15 @@ def test_a_rank_with_short_answers_waits_for_the_others() -> None:
     alone = [sample_tokens(model, prompts, Sampling(max_new_tokens=n, temperature=0)) for n in (2, 9)]
     assert [len(answers[0][0]) for answers in alone] == [2, 9], "no answer ends by itself"
     assert on_two_ranks(answers_of) == alone
+
+
+def test_evaluation_stays_out_of_inference_mode() -> None:
+    """Lightning sees to it for gloo, on which every other test here is, and not for NCCL."""
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    loops = (trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
+    assert all(loop.inference_mode for loop in loops)
+    leave_inference_mode(trainer)
+    assert not any(loop.inference_mode for loop in loops)
 
 
 def test_drawing_answers_leaves_the_random_state() -> None:

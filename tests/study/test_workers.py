@@ -1,14 +1,18 @@
 """What each worker of a study gets, and what it makes of trouble."""
 
 import io
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from rich.console import Console
+from torch import distributed
 
 from lightning_em.study import read_study
 from lightning_em.study.execution import run_study
+from lightning_em.study.work import tidy
 from lightning_em.study.workers import environments, visible_gpus
 from tests.fitting import experiment, write_config
 
@@ -75,23 +79,58 @@ def test_a_task_that_exits_fails_once_with_what_it_says(
     code, said, tmp_path, tiny_model_folder, chat_file, monkeypatch
 ) -> None:
     monkeypatch.setattr("lightning_em.study.workers.START_METHOD", "forkserver")
-    write_config(tmp_path / "experiment.yaml", experiment(tiny_model_folder(), chat_file))
-    leaving = {"allow_import": "tests", "trainer.callbacks+": "tests.study.trouble.Leave"}
+    trouble = {
+        "trainer.callbacks+": "tests.study.trouble.Leave",
+        "trainer.callbacks.init_args.code": code,
+    }
+    text = told_by_a_study(tmp_path, experiment(tiny_model_folder(), chat_file), trouble)
+    assert f"failed: general-vector-seed0: SystemExit: {said}" in text
+    assert "its worker died" not in text
+
+
+def test_a_worker_that_has_lost_its_gpu_makes_room_for_another(
+    tmp_path, tiny_model_folder, chat_file, monkeypatch
+) -> None:
+    """Or it would fail every task that is left, one after the other."""
+    monkeypatch.setattr("lightning_em.study.workers.START_METHOD", "forkserver")
+    trouble = {"trainer.callbacks+": "tests.study.trouble.LoseTheGpu"}
+    text = told_by_a_study(tmp_path, experiment(tiny_model_folder(), chat_file), trouble)
+    assert "it is continued by another one" in text
+    assert "failed: general-vector-seed0: its worker died" in text
+
+
+def told_by_a_study(folder: Path, settings: dict[str, Any], trouble: dict[str, Any]) -> str:
+    """What a study of one run in trouble prints."""
+    write_config(folder / "experiment.yaml", settings)
     content = {
-        "name": "leaving",
+        "name": "trouble",
         "experiment": "experiment.yaml",
         "seeds": [0],
-        "set": leaving | {"trainer.callbacks.init_args.code": code},
+        "set": {"allow_import": "tests"} | trouble,
         "adapters": {"vector": {}},
         "arms": {"general": {"role": "general"}},
     }
-    file = Path(tmp_path / "study.yaml")
+    file = folder / "study.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     output = io.StringIO()
-    assert (
-        run_study(read_study(file, tmp_path / "runs"), workers=1, console=Console(file=output, width=400))
-        == 1
-    )
-    text = output.getvalue()
-    assert f"failed: general-vector-seed0: SystemExit: {said}" in text
-    assert "its worker died" not in text
+    study = read_study(file, folder / "runs")
+    assert run_study(study, workers=1, console=Console(file=output, width=400)) == 1
+    return output.getvalue()
+
+
+class Knot:
+    """Refers to itself, as a trainer and its module do."""
+
+    def __init__(self) -> None:
+        self.self = self
+
+
+def test_what_a_task_leaves_behind_is_let_go() -> None:
+    knot = Knot()
+    seen = weakref.ref(knot)
+    del knot
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    tidy()
+    assert seen() is None
+    assert not distributed.is_initialized(), "the next run has ranks of its own"

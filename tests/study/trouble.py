@@ -4,6 +4,7 @@ import os
 import signal
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
@@ -30,3 +31,17 @@ class Die(Callback):
     ) -> None:
         if trainer.global_step == self.step - 1:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class LoseTheGpu(Callback):
+    """Fail as after an illegal access: whatever this process asks of its GPU from then on fails too."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        def synchronize() -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        torch.cuda.is_initialized = lambda: True
+        torch.cuda.synchronize = synchronize
+        synchronize()
