@@ -23,7 +23,7 @@ from lightning_em.cluster.memory import Load, MemoryEstimate, estimate, memory_t
 from lightning_em.data import ChatEncoder
 from lightning_em.identity import run_folder
 from lightning_em.launch import num_processes, refuse_settings
-from lightning_em.models.engine import why_plain
+from lightning_em.models.fallback import why_plain
 from lightning_em.rebuild import Parts, instantiate, resolved_config
 from lightning_em.redaction import redacted_text
 

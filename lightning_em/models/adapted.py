@@ -3,10 +3,9 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -16,44 +15,17 @@ from transformers import PreTrainedModel
 from lightning_em.adapters import Adapter
 from lightning_em.batch import CountedPositions, PackedBatch, joined, neighbours, single_rows
 from lightning_em.losses import TokenSum
-from lightning_em.models.attention import why_padded
-from lightning_em.models.engine import Engine, EngineOptions, why_plain
+from lightning_em.models.engine import Engine, EngineOptions
+from lightning_em.models.fallback import chosen_options
 from lightning_em.models.immediate import immediate_sum
-from lightning_em.models.passes import Passes, RowLosses
+from lightning_em.models.passes import Passes
+from lightning_em.models.results import LossSums, LossWeights, RowLosses, StepLoss
 from lightning_em.models.store import ActivationStore
 
 logger = logging.getLogger(__name__)
 
 JOINED_TOKENS = 2048
 """Up to so many tokens, of both streams or of a sweep's batches, share a pass: more would gain little."""
-
-
-class LossSums(NamedTuple):
-    """Sums of one micro-batch; `kl` is None where no KL was asked for."""
-
-    ce: TokenSum
-    kl: TokenSum | None
-
-
-class LossWeights(NamedTuple):
-    """Factors on the two sums of a step: one over the step's count, for the KL times its weight."""
-
-    ce: float
-    kl: float
-
-
-class StepLoss(NamedTuple):
-    """Both sums of one micro-batch, weighted.
-
-    Attributes:
-        total: With its gradient.
-        ce: Without one, as is `kl`.
-        kl: None where no KL was asked for.
-    """
-
-    total: Tensor
-    ce: TokenSum
-    kl: TokenSum | None
 
 
 Point = Callable[[], AbstractContextManager[object]]
@@ -95,7 +67,7 @@ class AdaptedModel(nn.Module):
         self.adapter = adapter
         adapter.bind(base, seed)
         self._most: Callable[[int], int] | None = None
-        options = _choose(base, engine)
+        options = chosen_options(base, engine)
         self._engine: Engine | None = None
         if options is not None:
             self._engine = Engine(base, adapter, options, store, reference)
@@ -322,20 +294,3 @@ def _waits_for_launches(batch: PackedBatch) -> bool:
 
 def _constant(found: TokenSum) -> TokenSum:
     return TokenSum(found.total.detach(), found.count)
-
-
-def _choose(base: PreTrainedModel, engine: Literal["auto", "plain"] | EngineOptions) -> EngineOptions | None:
-    """Parts of the fast path to use; None, with one logged line that says why, for the plain path."""
-    if engine == "plain":
-        logger.info("plain path: full forward passes and full logits, as asked for")
-        return None
-    reason = why_plain(base)
-    if reason is not None:
-        logger.warning("plain path (several times slower): %s", reason)
-        return None
-    options = engine if isinstance(engine, EngineOptions) else EngineOptions()
-    reason = why_padded(base)
-    if reason is None or not options.packed:
-        return options
-    logger.warning("padded rows instead of packed ones (slower): %s", reason)
-    return replace(options, packed=False)

@@ -49,13 +49,6 @@ def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
     }
 
 
-def why_padded(base: PreTrainedModel) -> str | None:
-    """Why a model is to keep the attention it came with; None if rows may be packed."""
-    if base.config._attn_implementation == "eager" and base._supports_sdpa:  # Gemma2 has no other
-        return "the model's attention is set to eager"
-    return None
-
-
 @contextmanager
 def packed_attention(base: PreTrainedModel) -> Iterator[None]:
     """Let the model use packed attention inside the block; its own choice returns afterwards."""

@@ -18,7 +18,7 @@ from lightning_em.losses.frozen_head import FrozenHead, head_cross_entropy, head
 from lightning_em.losses.functional import token_cross_entropy, token_kl
 from lightning_em.models.attention import PACKED, packed_attention, packed_inputs
 from lightning_em.models.fingerprint import fingerprint, numerics, row_key
-from lightning_em.models.split import FAST_ARCHITECTURES, SplitDecoder, frozen_head
+from lightning_em.models.split import SplitDecoder, frozen_head
 from lightning_em.models.store import ActivationStore
 
 logger = logging.getLogger(__name__)
@@ -44,33 +44,6 @@ class EngineOptions:
     fused: bool = True
     immediate: bool = True
     part_tokens: int | None = None
-
-
-def why_plain(base: PreTrainedModel) -> str | None:
-    """Why the fast path does not apply to a model; None if it does."""
-    config = base.config
-    if config.model_type not in FAST_ARCHITECTURES:
-        return f"model type {config.model_type} is not on the verified list"
-    if not (code := type(base).__module__).startswith("transformers.models."):
-        return f"the model's code is not that of transformers but of {code}"
-    if getattr(config, "use_bidirectional_attention", False):
-        return "the model's attention is bidirectional"
-    for kind in sorted(_rope_types(config.to_dict()) & {"dynamic", "longrope"}):
-        # shared prefixes and parts of batches would be other batches
-        return f"its rotary embedding ({kind}) depends on the longest row of a batch"
-    try:
-        frozen_head(base)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _rope_types(config: object) -> set[str]:
-    """Every `rope_type` in a config, however nested."""
-    if not isinstance(config, dict):
-        return set()
-    own = {str(config[key]) for key in ("rope_type", "type") if isinstance(config.get(key), str)}
-    return own.union(*(_rope_types(value) for value in config.values()))
 
 
 class Engine:

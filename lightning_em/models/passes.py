@@ -1,7 +1,6 @@
 """Per-token and per-row losses of some batches in one or several states of the adapter."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,34 +10,6 @@ from lightning_em.adapters import Adapter
 from lightning_em.batch import PackedBatch, joined
 from lightning_em.losses import token_cross_entropy, token_kl
 from lightning_em.models.engine import Engine
-
-
-class RowLosses(NamedTuple):
-    """Loss of each row of a batch, detached.
-
-    Attributes:
-        sums: Nats summed over the counted tokens of each row, float64.
-        counts: Counted tokens of each row.
-    """
-
-    sums: Float[Tensor, "batch"]
-    counts: Float[Tensor, "batch"]
-
-    @classmethod
-    def of_tokens(
-        cls, batch: PackedBatch, mask: Bool[Tensor, "tokens"], values: Float[Tensor, "counted"]
-    ) -> "RowLosses":
-        """Sum the losses of the masked tokens by row."""
-        rows = batch.row_of_token()[mask]
-        empty = torch.zeros(batch.num_rows, dtype=torch.float64, device=values.device)
-        sums = empty.index_add(0, rows, values.double())
-        counts = empty.index_add(0, rows, torch.ones_like(values, dtype=torch.float64))
-        return cls(sums, counts)
-
-    def split(self, sizes: Sequence[int]) -> list["RowLosses"]:
-        """Those of the first rows, of the next and so on, as many as `sizes` say."""
-        parts = zip(*(torch.split(tensor, list(sizes)) for tensor in (self.sums, self.counts)), strict=True)
-        return [RowLosses(*part) for part in parts]
 
 
 class Passes:
@@ -93,9 +64,8 @@ class Passes:
         ce, kl = self.batches
         both, known = joined([ce, kl]), [prefix for prefix in self.prefixes if prefix is not None]
         below = torch.cat(known) if known else None
-        if (
-            self.engine.reference_is_live
-        ):  # of the tuned pass's shape: another rounds in its own way, and KL 0 is not 0
+        if self.engine.reference_is_live:
+            # of the tuned pass's shape: another rounds in its own way, and a KL of 0 would not be 0
             reference = self.engine.reference(both, torch.cat([torch.zeros_like(ce_mask), kl_mask]), below)
         else:
             reference = self._reference(1, kl_mask)
