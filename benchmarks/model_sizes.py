@@ -15,7 +15,8 @@ from lightning_em.adapters import Adapter, LoRA, SteeringVector
 from lightning_em.batch import EncodedRow, PackedBatch
 from lightning_em.cluster.loads import probing_loads
 from lightning_em.cluster.memory import Load, MemoryEstimate, estimate, on_meta
-from lightning_em.models import AdaptedModel, LossWeights
+from lightning_em.losses import LossWeights
+from lightning_em.models import AdaptedModel
 
 ROW_TOKENS, NARROW_ROWS, KL_ROWS = 400, 2, 8
 PROBING = {  # of configs/probing/real.yaml, what takes most
@@ -62,7 +63,6 @@ def needed(config: PreTrainedConfig, shards: int) -> MemoryEstimate:
     """A rank-32 adapter at half depth, bfloat16, the micro-batch of the published runs, the probes of real models."""
     base, adapter = on_meta(config, "bfloat16"), LoRA(32, 64.0, ["down_proj"], [0.5])
     adapter.bind(base, 0)
-    adapter.to("meta")
     training = Load.of_rows([ROW_TOKENS] * NARROW_ROWS, [ROW_TOKENS] * KL_ROWS, shards, "cuda")
     return estimate(base, adapter, training, *probing_loads(PROBING, {"narrow": [ROW_TOKENS] * 64}, training))
 
@@ -78,7 +78,6 @@ def estimated(config: PreTrainedConfig, kind: str) -> MemoryEstimate:
     """Of steps without probes on one GPU."""
     base, adapter = on_meta(config, "bfloat16"), make_adapter(kind)
     adapter.bind(base, 0)
-    adapter.to("meta")
     rows = [ROW_TOKENS] * NARROW_ROWS, [ROW_TOKENS] * KL_ROWS
     return estimate(base, adapter, Load.of_rows(*rows, 1, "cuda"))
 

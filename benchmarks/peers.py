@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from benchmarks.shapes import LORA_ALPHA, LORA_MODULES, LORA_RANK, Shape, make_adapter
 from lightning_em.batch import PackedBatch
-from lightning_em.models import AdaptedModel, LossWeights
+from lightning_em.losses import LossWeights
+from lightning_em.models import AdaptedModel
 
 KL_WEIGHT = 1.0
 

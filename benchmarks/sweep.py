@@ -23,7 +23,8 @@ from torch import Tensor
 from benchmarks.shapes import CPU_SHAPES, CUDA_SHAPES, SHAPES, Shape, chat_like, describe, make_adapter
 from benchmarks.timing import clock, wall_clock
 from lightning_em.batch import PackedBatch
-from lightning_em.models import ActivationStore, AdaptedModel, LossWeights, StoreOptions
+from lightning_em.losses import LossWeights
+from lightning_em.models import ActivationStore, AdaptedModel, StoreOptions
 
 CE_ROWS, KL_ROWS, VALIDATION_SHARE = 2, 8, 0.1
 KL_WEIGHTS, SEEDS = (0.3, 1.0, 3.0, 10.0), (0, 1)

@@ -26,7 +26,6 @@ from lightning_em.models import (
     ActivationStore,
     AdaptedModel,
     BaseModel,
-    LossWeights,
     Sampling,
     StoreOptions,
     sample_answers,
@@ -166,10 +165,9 @@ class EMModule(LightningModule):
         """This micro-batch's share of the step's loss."""
         weight = self.objective.weight_at(self.global_step, self.model.vocab_size)
         kl_rows = batch.kl if weight > 0 else None
-        ce_count, kl_count = self.objective.counts(batch.window)
-        weights = LossWeights(1 / ce_count, weight / kl_count)
+        weights = self.objective.weights(batch.window, weight)
         loss = self.model.step_loss(batch.ce, kl_rows, weights, self.objective.kl_positions)
-        terms = self.objective.terms(loss.ce, loss.kl, batch.window, weight)
+        terms = self.objective.terms(loss.ce, loss.kl, batch.window)
         self._window = self._window.to(self.device) + torch.stack([terms.ce, terms.kl]).double()
         # Lightning divides by the micro-batches, DDP by the ranks; the shares are divided already
         return loss.total * self.trainer.accumulate_grad_batches * self.trainer.world_size

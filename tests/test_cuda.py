@@ -8,9 +8,9 @@ import yaml
 
 from benchmarks import model_sizes
 from lightning_em.adapters import LoRA, SteeringVector
-from lightning_em.losses import token_cross_entropy, token_kl
+from lightning_em.losses import LossWeights, token_cross_entropy, token_kl
 from lightning_em.losses.frozen_head import FrozenHead, head_cross_entropy, head_kl
-from lightning_em.models import ActivationStore, AdaptedModel, LossWeights, StoreOptions
+from lightning_em.models import ActivationStore, AdaptedModel, StoreOptions
 from lightning_em.runs import RunFolder
 from tests.fitting import (
     LORA,

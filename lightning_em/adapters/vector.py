@@ -26,7 +26,7 @@ class SteeringVector(Adapter):
     def attach(self, base: PreTrainedModel) -> None:
         layer = self.resolve(base, self.layer)
         hidden_size = base.config.get_text_config(decoder=True).hidden_size
-        self.vector = nn.Parameter(torch.zeros(hidden_size, dtype=torch.float32, device=base.device))
+        self.vector = nn.Parameter(torch.zeros(hidden_size, dtype=torch.float32))
         self.edit_output_of(layer, self.shift)
 
     def shift(self, hidden: Tensor) -> Tensor:

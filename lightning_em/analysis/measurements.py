@@ -47,9 +47,9 @@ def measurements(study: StudyFolder) -> pd.DataFrame:
     if len(finished) < len(cells):
         logger.warning("%d of %d runs are not finished and left out", len(cells) - len(finished), len(cells))
     rows = [CellReading(cell, reading) for cell in finished for reading in readings(study.run(cell))]
-    rows += [
-        row for analysis in PAIR_ANALYSES for pair in read_pairs(study, analysis) for row in _of_pair(pair)
-    ]
+    names = {cell.run for cell in finished}
+    pairs = (pair for analysis in PAIR_ANALYSES for pair in read_pairs(study, analysis))
+    rows += [row for pair in pairs if names.issuperset(pair.runs.values()) for row in _of_pair(pair)]
     rows += trajectory_readings(study, finished)
     return _frame(rows)
 

@@ -226,7 +226,6 @@ def _memory(examination: Examination) -> Iterator[Finding]:
     base = on_meta(replace(module.base, path=str(examination.files.folder)).load_config(), module.base.dtype)
     adapter = module._adapter[0]
     adapter.bind(base, module.seed)
-    adapter.to("meta")
     size = sum(parameter.numel() for parameter in adapter.trainable().values())
     text = f"{size:,} parameters from layer {adapter.lowest_layer} of {len(decoder_layers(base))} up"
     yield Finding("adapter", "ok", text)

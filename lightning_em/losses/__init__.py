@@ -7,7 +7,7 @@ from lightning_em.losses.functional import (
     token_cross_entropy,
     token_kl,
 )
-from lightning_em.losses.objective import LossTerms, Objective
+from lightning_em.losses.objective import LossTerms, LossWeights, Objective
 from lightning_em.losses.schedules import Constant, HoldKL, KLWeightSchedule, OffAt, OnAt, Ramp
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "HoldKL",
     "KLWeightSchedule",
     "LossTerms",
+    "LossWeights",
     "Objective",
     "OffAt",
     "OnAt",

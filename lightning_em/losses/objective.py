@@ -10,16 +10,21 @@ from lightning_em.losses.functional import TokenSum
 from lightning_em.losses.schedules import Constant, KLWeightSchedule
 
 
+class LossWeights(NamedTuple):
+    """Factors on the two sums of a step: one over the step's count, for the KL times its weight."""
+
+    ce: float
+    kl: float
+
+
 class LossTerms(NamedTuple):
-    """This micro-batch's share of the loss of its optimiser step; shares add up over ranks and micro-batches.
+    """This micro-batch's share of the losses of its optimiser step; shares add up over ranks and micro-batches.
 
     Attributes:
-        total: ce + weight * kl, the number to differentiate.
         ce: Share of the mean cross-entropy, nats per token.
         kl: Share of the mean KL, nats per token.
     """
 
-    total: Tensor
     ce: Tensor
     kl: Tensor
 
@@ -62,19 +67,21 @@ class Objective:
         weight = self.kl_weight * (self.schedule or Constant()).factor(step)
         return weight / vocab_size if self.kl_reduction == "per_token_and_vocab" else weight
 
-    def counts(self, window: WindowCounts) -> tuple[int, int]:
+    def _counts(self, window: WindowCounts) -> tuple[int, int]:
         """Counted tokens of the whole optimiser step, CE and KL; what the sums are divided by."""
         kl = window.kl_response if self.kl_positions == "response" else window.kl_all
         return max(window.ce, 1), max(kl, 1)
 
-    def terms(self, ce: TokenSum, kl: TokenSum | None, window: WindowCounts, weight: float) -> LossTerms:
-        """Divide the sums by the counts of the whole optimiser step: the only division there is."""
-        ce_count, kl_count = self.counts(window)
-        ce_share = ce.total / ce_count
-        if kl is None:
-            return LossTerms(ce_share, ce_share.detach(), ce_share.detach().new_zeros(()))
-        kl_share = kl.total / kl_count
-        return LossTerms(ce_share + weight * kl_share, ce_share.detach(), kl_share.detach())
+    def weights(self, window: WindowCounts, weight: float) -> LossWeights:
+        """What to multiply the sums by, so that their sum over a step is its loss."""
+        ce_count, kl_count = self._counts(window)
+        return LossWeights(1 / ce_count, weight / kl_count)
+
+    def terms(self, ce: TokenSum, kl: TokenSum | None, window: WindowCounts) -> LossTerms:
+        """Divide the sums by the counts of the whole optimiser step, to be logged."""
+        ce_count, kl_count = self._counts(window)
+        ce_share = ce.total.detach() / ce_count
+        return LossTerms(ce_share, ce_share.new_zeros(()) if kl is None else kl.total.detach() / kl_count)
 
     def observe(self, kl_nats_per_token: float) -> None:
         """Tell the schedule the KL just measured over a whole optimiser step, all ranks."""

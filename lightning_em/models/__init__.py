@@ -3,7 +3,7 @@
 from lightning_em.models.adapted import AdaptedModel
 from lightning_em.models.generation import Sampling, sample_answers, sample_tokens
 from lightning_em.models.pretrained import BaseModel
-from lightning_em.models.results import LossSums, LossWeights, RowLosses, StepLoss
+from lightning_em.models.results import LossSums, RowLosses, StepLoss
 from lightning_em.models.store import ActivationStore, StoreOptions
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "AdaptedModel",
     "BaseModel",
     "LossSums",
-    "LossWeights",
     "RowLosses",
     "Sampling",
     "StepLoss",

@@ -1,10 +1,9 @@
 """A frozen base and an adapter as one model, with the losses measured on it."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from itertools import chain
 from typing import Literal
 
 import torch
@@ -14,12 +13,12 @@ from transformers import PreTrainedModel
 
 from lightning_em.adapters import Adapter
 from lightning_em.batch import CountedPositions, PackedBatch, joined, neighbours, single_rows
-from lightning_em.losses import TokenSum
+from lightning_em.losses import LossWeights, TokenSum
 from lightning_em.models.engine import Engine, EngineOptions
 from lightning_em.models.fallback import chosen_options
 from lightning_em.models.immediate import immediate_sum
 from lightning_em.models.passes import Passes
-from lightning_em.models.results import LossSums, LossWeights, RowLosses, StepLoss
+from lightning_em.models.results import LossSums, RowLosses, StepLoss
 from lightning_em.models.store import ActivationStore
 
 logger = logging.getLogger(__name__)
@@ -173,13 +172,15 @@ class AdaptedModel(nn.Module):
 
     def _fits_one_pass(self, ce: PackedBatch, kl: PackedBatch) -> bool:
         """Whether both streams are so short that together they fill the device better."""
-        if self._engine is None or not self._engine.options.immediate or self._most is not None:
+        if self._engine is None or not self._engine.options.immediate or not self._may_join(ce):
             return False
         if self._engine.reference_is_live and not _waits_for_launches(ce):
             return False  # a live reference of the same shape would have to run over the narrow rows too
-        if not self._engine.packs(ce):
-            return False  # padded rows would be padded further
         return not (ce.is_ghost or kl.is_ghost) and sum(ce.lengths) + sum(kl.lengths) <= JOINED_TOKENS
+
+    def _may_join(self, batch: PackedBatch) -> bool:
+        """Not where ranks run in step, whose batches differ, nor where rows are padded and would be further."""
+        return self._engine is not None and self._most is None and self._engine.packs(batch)
 
     def kl_sum(self, batch: PackedBatch, kl_positions: CountedPositions = "response") -> TokenSum:
         """KL from the reference alone, at scale 1, with its gradient; see `losses`."""
@@ -271,7 +272,9 @@ class AdaptedModel(nn.Module):
         loss: Callable[[Passes, int, Tensor], Tensor],
     ) -> list[list[RowLosses]]:
         results: list[list[RowLosses]] = [[] for _ in points]
-        for group in self._groups(iter(batches)):
+        batches = list(batches)
+        together = bool(batches) and self._may_join(batches[0])
+        for group in neighbours(batches, JOINED_TOKENS if together else 0):
             batch, sizes = joined(group), [each.num_rows for each in group]
             passes, mask = self._passes([batch]), batch.counted(positions)
             for point, result in zip(points, results, strict=True):
@@ -279,12 +282,6 @@ class AdaptedModel(nn.Module):
                     rows = RowLosses.of_tokens(batch, mask, loss(passes, 0, mask))
                 result.extend(rows.split(sizes))
         return results
-
-    def _groups(self, batches: Iterator[PackedBatch]) -> Iterator[list[PackedBatch]]:
-        """Neighbours that share a pass; none where ranks run in step, or where rows would be padded further."""
-        for first in batches:
-            together = self._engine is not None and self._most is None and self._engine.packs(first)
-            yield from neighbours(chain([first], batches), JOINED_TOKENS if together else 0)
 
 
 def _waits_for_launches(batch: PackedBatch) -> bool:

@@ -105,9 +105,8 @@ class Engine:
                 return self._prefix(batch)
             ids = torch.split(batch.input_ids.cpu(), list(batch.lengths))
             if not self.split.adapter_is_above:
-                self._prefix(
-                    batch.select([0])
-                )  # a full store must not hide an adapter that lies lower than it says
+                # a full store must not hide an adapter that lies lower than it says
+                self._prefix(batch.select([0]))
             kind, space = f"entering {self.split.cut}", self._fingerprint(batch)
             keys = [row_key(space, kind, own_ids) for own_ids in ids]
             return torch.cat(
@@ -175,18 +174,14 @@ class Engine:
         """
         assert self.store is not None
         device = self.base.device
-        found = {key: self.store.get(key, device) for key in keys}
-        missing = {
-            key: index for index, key in enumerate(keys) if found[key] is None
-        }  # a row may be there twice
-        for group in _fill_groups(list(missing.values()), device):
+        places = {key: index for index, key in enumerate(keys)}  # a row may be there twice
+        found = {key: states for key in places if (states := self.store.get(key, device)) is not None}
+        for group in _fill_groups([index for key, index in places.items() if key not in found], device):
             parts = torch.split(compute(group), [lengths[index] for index in group])
             for index, states in zip(group, parts, strict=True):
                 self.store.put(keys[index], states)
                 found[keys[index]] = states
-        rows = [found[key] for key in keys]
-        assert all(states is not None for states in rows)
-        return rows  # type: ignore[return-value]  # as asserted
+        return [found[key] for key in keys]
 
     def _fingerprint(self, batch: PackedBatch) -> str:
         # at every use: autocast may be on in one pass and off in the next

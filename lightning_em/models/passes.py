@@ -34,11 +34,12 @@ class Passes:
         self._references: dict[int, Tensor] = {}
         if engine is not None:
             self.head = engine.head()
-            prefix = engine.prefix(joined(batches))
+            self.together = joined(batches)
+            self.prefix = engine.prefix(self.together)
             sizes = [sum(batch.lengths) for batch in batches]
             self.prefixes: list[Tensor | None] = [None] * len(batches)
-            if prefix is not None:
-                self.prefixes = [*torch.split(prefix, sizes)]
+            if self.prefix is not None:
+                self.prefixes = [*torch.split(self.prefix, sizes)]
 
     def cross_entropy(self, index: int, mask: Bool[Tensor, "tokens"]) -> Float[Tensor, "counted"]:
         """Cross-entropy at the masked tokens of one batch, with the adapter as it is."""
@@ -61,17 +62,17 @@ class Passes:
     ) -> tuple[Float[Tensor, "ce_counted"], Float[Tensor, "kl_counted"]]:
         """Cross-entropy of the first batch and KL of the second from one tuned pass over both; fast path only."""
         assert self.engine is not None
-        ce, kl = self.batches
-        both, known = joined([ce, kl]), [prefix for prefix in self.prefixes if prefix is not None]
-        below = torch.cat(known) if known else None
+        targets = self.batches[0].targets()[ce_mask]
         if self.engine.reference_is_live:
             # of the tuned pass's shape: another rounds in its own way, and a KL of 0 would not be 0
-            reference = self.engine.reference(both, torch.cat([torch.zeros_like(ce_mask), kl_mask]), below)
+            reference = self.engine.reference(
+                self.together, torch.cat([torch.zeros_like(ce_mask), kl_mask]), self.prefix
+            )
         else:
             reference = self._reference(1, kl_mask)
-        hidden = self.engine.final_hidden(both, torch.cat([ce_mask, kl_mask]), below)
+        hidden = self.engine.final_hidden(self.together, torch.cat([ce_mask, kl_mask]), self.prefix)
         of_ce, of_kl = torch.split(hidden, [int(ce_mask.sum()), int(kl_mask.sum())])
-        values = self.engine.cross_entropy(self.head, of_ce, ce.targets()[ce_mask])
+        values = self.engine.cross_entropy(self.head, of_ce, targets)
         return values, self.engine.kl(self.head, reference, of_kl)
 
     @torch.no_grad()

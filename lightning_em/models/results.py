@@ -18,13 +18,6 @@ class LossSums(NamedTuple):
     kl: TokenSum | None
 
 
-class LossWeights(NamedTuple):
-    """Factors on the two sums of a step: one over the step's count, for the KL times its weight."""
-
-    ce: float
-    kl: float
-
-
 class StepLoss(NamedTuple):
     """Both sums of one micro-batch, weighted.
 

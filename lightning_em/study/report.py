@@ -105,7 +105,7 @@ def report(
     else:
         folder = StudyFolder(read_study(path, root).root if path.suffix in (".yaml", ".yml") else path)
         _name_left_out(folder, console)
-        frame = _of_finished(measurements(folder), folder)
+        frame = measurements(folder)
         write_measurements(frame, folder.measurements_file)
         found = report_from(frame)
         write_atomically(folder.root / "claims.csv", claims_csv(found.results))
@@ -186,13 +186,6 @@ def claims_csv(results: Sequence[ClaimResult]) -> str:
             effects = [finding.values.get(seed, "") for seed in seeds]
             writer.writerow([*own, *(fields[column] for column in columns), *effects])
     return text.getvalue()
-
-
-def _of_finished(frame: pd.DataFrame, folder: StudyFolder) -> pd.DataFrame:
-    """Without what was measured between runs (their names are joined by `+`) of which one is left out."""
-    names = {cell.run for cell in folder.finished()}
-    kept = frame["run"].map(lambda runs: names.issuperset(runs.split("+")))
-    return frame[kept].reset_index(drop=True)
 
 
 def _name_left_out(folder: StudyFolder, console: Console) -> None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lightning_em.adapters import SteeringVector
-from lightning_em.models import ActivationStore, AdaptedModel, LossWeights, StoreOptions
+from lightning_em.losses import LossWeights
+from lightning_em.models import ActivationStore, AdaptedModel, StoreOptions
 from lightning_em.models.engine import EngineOptions
 from tests.models.architectures import QUIRKS, build, rows
 from tests.models.test_engine import ADAPTERS, CE, KL, OPTIONS, made, measured
