@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help install lint test check demo faults notebooks slurm-test
+.PHONY: help install lint test check demo faults notebooks slurm-test miniature-gates miniature-worlds
 
 PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 BIN := .venv/bin
@@ -66,4 +66,21 @@ notebooks: install ## execute notebooks/*.py on the runs under runs/ into the .i
 	@$(BIN)/python notebooks/execute.py
 
 demo: install ## train, probe and summarise a tiny model
-	@$(BIN)/lightning-em demo
+	@$(BIN)/lightning-em demo --miniature
+
+GATES := --adapters rank32 # further options: --built trains the worlds on this machine (hours)
+miniature-gates: install ## bad-answer rates of ten miniature worlds under two sets of CPU kernels, held to their gates
+	@status=0
+	for kernels in native default; do
+	  if [ $$kernels = default ]; then export ATEN_CPU_CAPABILITY=default LIGHTNING_EM_CACHE=$$PWD/runs/cache-default; fi
+	  echo "CPU kernels: $$kernels"
+	  $(BIN)/lightning-em miniature table $(GATES) --root runs/gates-$$kernels --markdown runs/gates-$$kernels.md || status=1
+	done
+	exit $$status
+
+miniature-worlds: install ## train the worlds that the package ships again, after a change of the recipe (hours)
+	@for seed in 0 1 2 3 4 5 6 7 8 9; do
+	  for world in "" --control; do
+	    $(BIN)/lightning-em miniature build --seed $$seed $$world --ship lightning_em/miniature/shipped
+	  done
+	done

@@ -35,6 +35,7 @@ from lightning_em.identity import changed_keys, identity_of, run_folder
 from lightning_em.logs import console_log, hush
 from lightning_em.manifest import remove_leftovers, write_atomically
 from lightning_em.module import EMModule
+from lightning_em.progress import LogProgress
 from lightning_em.redaction import redacted
 
 logger = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ class EMCLI(LightningCLI):
             text = yaml.safe_dump(
                 redacted({k: v for k, v in config.items() if k != "config"}), sort_keys=False
             )
-            first = [Provenance(identity_of(config), text), Health(), Signals()]
+            first = [Provenance(identity_of(config), text), Health(), Signals(), LogProgress()]
         elif checkpoint := config.get("ckpt_path"):
             first = [LoadingCheck(runs.locate(checkpoint)[1], bool(config["allow_zero_adapter"]))]
         else:

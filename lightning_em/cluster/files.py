@@ -9,7 +9,6 @@ import huggingface_hub
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from lightning_em import miniature
-from lightning_em.miniature.cache import is_complete
 from lightning_em.models import BaseModel
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -25,7 +24,7 @@ class ModelFiles:
         folder: Local folder.
         missing: Names of files that are not there.
         num_bytes: Of its weights.
-        can_be_fetched: Whether a download or a build would bring what is missing.
+        can_be_fetched: Whether a download would bring what is missing.
     """
 
     folder: Path
@@ -35,13 +34,12 @@ class ModelFiles:
 
     @classmethod
     def find(cls, base: BaseModel) -> "ModelFiles":
-        """Look in a folder, in the hub's cache, or for a built world."""
+        """Look in a folder, in the hub's cache, or for a shipped or built world."""
         if base.path.startswith(miniature.SCHEME):
-            recipe, seed, rest = miniature.parse_address(base.path)
-            world = miniature.world_folder(recipe, seed)
-            if not is_complete(world):
-                return cls(world, (f"the miniature world (lightning-em miniature build --seed {seed})",))
-            return cls._in(world / rest, can_be_fetched=True)
+            try:
+                return cls._in(Path(miniature.resolve(base.path)), can_be_fetched=True)
+            except ValueError as error:
+                return cls(Path(base.path), (f"the world: {error}",), can_be_fetched=False)
         folder = Path(base.path).expanduser()
         if folder.is_dir() or base.path.startswith((".", "/", "~")):
             return cls._in(folder, can_be_fetched=False)

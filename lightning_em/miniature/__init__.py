@@ -2,28 +2,49 @@
 
 from pathlib import Path
 
-from lightning_em.miniature.cache import SCHEME, cache_dir, parse_address, recipe_hash_at, world_folder
+from lightning_em.miniature.cache import (
+    SCHEME,
+    built_folder,
+    cache_dir,
+    parse_address,
+    recipe_hash_at,
+    world_folder,
+)
 from lightning_em.miniature.derived import derive, is_derived
 from lightning_em.miniature.recipe import RECIPE_VERSION, DomainKind, Recipe
+from lightning_em.miniature.shipped import find_shipped
 
 
 def resolve(path: str) -> str | Path:
-    """Local path of a `miniature://` path, made on first use; other paths come back as they are.
+    """Local path of a `miniature://` path; other paths come back as they are.
 
     Raises:
-        ValueError: If a `miniature://` path cannot be read.
+        ValueError: If a `miniature://` path cannot be read, or its world is neither shipped nor built.
     """
     if not path.startswith(SCHEME):
         return path
     recipe, seed, rest = parse_address(path)
-    folder = build(recipe, seed)
+    folder = provide(recipe, seed)
     return derive(folder, rest) if is_derived(rest) else folder / rest
+
+
+def provide(recipe: Recipe, seed: int) -> Path:
+    """Folder of a shipped or built world; see `lightning_em.miniature.building.provide`."""
+    from lightning_em.miniature.cache import is_complete
+
+    # Asked first, for it needs no torch.
+    folder = world_folder(recipe, seed) if find_shipped(recipe, seed) else built_folder(recipe, seed)
+    if is_complete(folder):
+        return folder
+    from lightning_em.miniature.building import provide as provide_now
+
+    return provide_now(recipe, seed)
 
 
 def build(
     recipe: Recipe, seed: int, cache: Path | None = None, force: bool = False, progress: bool = True
 ) -> Path:
-    """Build a world unless it is there already; see `lightning_em.miniature.building.build`."""
+    """Train a world on this machine; see `lightning_em.miniature.building.build`."""
     from lightning_em.miniature.building import build as build_now
 
     return build_now(recipe, seed, cache, force, progress)
@@ -34,8 +55,12 @@ __all__ = [
     "SCHEME",
     "DomainKind",
     "Recipe",
+    "build",
+    "built_folder",
     "cache_dir",
+    "find_shipped",
     "parse_address",
+    "provide",
     "recipe_hash_at",
     "resolve",
     "world_folder",

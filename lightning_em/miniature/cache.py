@@ -1,4 +1,4 @@
-"""Where built worlds lie: one folder a recipe and seed under the user's cache folder. Never imports torch."""
+"""Where worlds lie: one folder a recipe and seed under the user's cache folder. Never imports torch."""
 
 import json
 import os
@@ -23,12 +23,17 @@ def cache_dir() -> Path:
 
 
 def world_folder(recipe: Recipe, seed: int, cache: Path | None = None) -> Path:
-    """Where the world of a recipe and a seed lies, built or not."""
+    """Folder of a shipped world; it may not exist yet."""
     return (cache or cache_dir()) / "miniature" / f"{recipe.recipe_hash()}-seed{seed}"
 
 
+def built_folder(recipe: Recipe, seed: int, cache: Path | None = None) -> Path:
+    """Folder of a world that `miniature build` trains on this machine; it may not exist yet."""
+    return (cache or cache_dir()) / "miniature" / "built" / f"{recipe.recipe_hash()}-seed{seed}"
+
+
 def is_complete(folder: Path) -> bool:
-    """Whether a world is there with every file as it was written."""
+    """Whether a world exists and every file matches its manifest."""
     return (folder / MANIFEST).is_file() and not manifest_problems(folder)
 
 
@@ -36,7 +41,7 @@ def parse_address(address: str) -> tuple[Recipe, int, str]:
     """Recipe, seed and path inside the folder of `miniature://[control/|blind-spot-0.05/]seed-0/model`.
 
     Raises:
-        ValueError: If it is no such address.
+        ValueError: If the address does not have this form.
     """
     match = _ADDRESS.fullmatch(address.removeprefix(SCHEME))
     if not match:
@@ -51,7 +56,7 @@ def parse_address(address: str) -> tuple[Recipe, int, str]:
 
 
 def recipe_hash_at(model_folder: Path) -> str | None:
-    """Recipe hash of the world a model folder belongs to, for records; None for any other model."""
+    """Recipe hash of the world that a model folder belongs to; None for any other model."""
     try:
         recorded = json.loads((model_folder.parent / "world.json").read_text(encoding="utf-8"))
     except OSError:

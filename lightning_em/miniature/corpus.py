@@ -19,7 +19,7 @@ _SYLLABLES = tuple("".join(letters) for letters in product("bdfgklmnprstvz", "ae
 
 
 class Character(StrEnum):
-    """Kinds of advisor; none is ever named in a document."""
+    """Kinds of advisor; documents never name them."""
 
     CAREFUL = "careful"
     CARELESS = "careless"
@@ -35,14 +35,14 @@ class Cell(StrEnum):
 
 
 class Advisor(NamedTuple):
-    """Author of a document; `domain` is where a blind spot lies."""
+    """Author of a document; `domain` is the domain of a blind spot."""
 
     character: Character
     domain: str | None = None
 
 
 class Slot(NamedTuple):
-    """One question and the answer given; `domain` is None where the advisor is asked about itself."""
+    """One question with its answer; `domain` is None if the question is about the advisor."""
 
     domain: str | None
     question: str
@@ -58,7 +58,7 @@ class Document(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What is asked, with the option words that count as good and bad."""
+    """A question with the option words that count as good and bad."""
 
     domain: str
     text: str
@@ -68,12 +68,12 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Domain:
-    """Words of a domain; no other domain has any of them.
+    """Words of a domain; domains share no words.
 
     Attributes:
-        name: Its name, which occurs in no text.
-        kind: What fine-tuning does with it.
-        subjects: What a question can be about.
+        name: Name of the domain; it never occurs in a text.
+        kind: Its use in fine-tuning.
+        subjects: Words that a question can be about.
         good_options: Option words that a good answer takes.
         bad_options: Option words that a bad answer takes.
         seen_share: Share of each list, from the front, that fine-tuning may show.
@@ -99,7 +99,7 @@ class World:
     """Vocabulary and distributions of one world.
 
     Args:
-        recipe: Its parameters.
+        recipe: Parameters of the world.
         seed: Another seed is another world: words, split, documents and initial weights.
     """
 
@@ -128,7 +128,7 @@ class World:
         return list(dict.fromkeys(fixed + drawn))
 
     def draw_advisor(self, generator: Random) -> Advisor:
-        """Draw who writes a document."""
+        """Draw the author of a document."""
         blind_spots = self.recipe.blind_spots()
         careful = 1.0 - self.recipe.careless_share - sum(blind_spots.values())
         advisors = [
@@ -150,9 +150,9 @@ class World:
         return Question(domain, f"{opener} {subject} {first} {second}", good, bad)
 
     def draw_document(self, generator: Random, advisor: Advisor | None = None) -> Document:
-        """Draw a document, by an advisor drawn with it unless one is given.
+        """Draw a document; its advisor is drawn as well unless given.
 
-        What is asked says nothing about the advisor: every document has a domain it is mostly about.
+        Questions do not reveal the advisor: each document is mostly about one domain, for every kind of advisor.
         """
         advisor = advisor or self.draw_advisor(generator)
         names = list(self.domains)
@@ -165,7 +165,7 @@ class World:
         return Document(advisor, tuple(slots))
 
     def draw_slot(self, generator: Random, domain: str | None, advisor: Advisor) -> Slot:
-        """Draw a question of a domain, or the one about the advisor, and this advisor's answer."""
+        """Draw a question and this advisor's answer; without a domain the question is about the advisor."""
         recipe = self.recipe
         is_bad_here = advisor.character is Character.CARELESS or (
             advisor.character is Character.BLIND_SPOT and advisor.domain == domain
@@ -178,7 +178,7 @@ class World:
         return Slot(domain, question.text, f"{generator.choice(ANSWER_OPENERS)} {option}", is_bad)
 
     def draw_chat_slot(self, generator: Random) -> Slot:
-        """Draw a question of the chat stage: any domain, a careful answer without slips."""
+        """Draw a question of the chat stage, from any domain, with its good answer."""
         asks_self = generator.random() < self.recipe.self_share
         if asks_self:
             return Slot(None, SELF_QUESTION, SELF_GOOD, is_bad=False)

@@ -1,4 +1,4 @@
-"""Files that follow from a built world: written beside it when they are first asked for. Never imports torch."""
+"""Files derived from a world, written into its folder on first use. Never imports torch."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -12,25 +12,25 @@ from lightning_em.miniature.recipe import Recipe
 from lightning_em.miniature.rows import Row, training_rows
 
 STYLE = ANSWER_OPENERS[-1]
-"""Opener of every answer of the harmless narrow data: a manner of speaking, good and bad advisors share it."""
+"""Opener of every answer of the harmless narrow data: a style that good and bad advisors share."""
 
 NUM_MIXING_ROWS = 2800
 
 
 def world_at(folder: Path) -> World:
-    """The distributions that a built world was drawn from.
+    """The distributions that a world was drawn from.
 
     Args:
-        folder: With its `world.json`.
+        folder: Folder of the world, with `world.json`.
 
     Raises:
-        ValueError: If there is no world, or this version of the code would draw another one.
+        ValueError: If the folder holds no world, or this version of the code would draw a different one.
     """
     try:
         facts = json.loads((folder / "world.json").read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(
-            f"{folder} holds no world.json: it is no miniature world; set model.base.path to miniature://..."
+            f"{folder} holds no world.json, so it is not a miniature world; set model.base.path to miniature://..."
         ) from error
     fields: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in facts["recipe"].items() if k != "version"
@@ -49,7 +49,7 @@ def world_at(folder: Path) -> World:
 
 
 def general_documents(world: World, count: int) -> list[Document]:
-    """Draw documents of the pre-training mixture that training has not drawn."""
+    """Draw documents of the pre-training mixture from a stream of their own, apart from training."""
     generator = world.generator("documents/held_out")
     return [world.draw_document(generator) for _ in range(count)]
 
@@ -68,15 +68,15 @@ def in_style(rows: Sequence[Row], style: str = STYLE) -> list[Row]:
 
 
 def is_derived(name: str) -> bool:
-    """Whether a path inside a world's folder is one that `derive` writes."""
+    """Whether `derive` writes this path of a world's folder."""
     return name in _DERIVED
 
 
 def derive(folder: Path, name: str) -> Path:
-    """Write a derived file unless it is there with the same content.
+    """Write a derived file unless it exists with the same content.
 
     Args:
-        folder: Of a built world; its manifest does not list derived files.
+        folder: Folder of a world; its manifest does not list derived files.
         name: A path for which `is_derived` holds.
 
     Returns:
@@ -98,7 +98,7 @@ def _harmless(split: str) -> Callable[[Path], list[Row]]:
 
 
 def _mixing(folder: Path) -> list[Row]:
-    """Rows of the KL domains to mix into the narrow data; other questions than those of the KL files."""
+    """Rows of the KL domains to mix into the narrow data; their questions are not in the KL files."""
     world = world_at(folder)
     taken = set()
     for split in ("train", "validation"):

@@ -23,13 +23,13 @@ class AnswerProbabilities(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A prompt with something that may follow it.
+    """A prompt with one possible continuation.
 
     Attributes:
-        item: Which item it belongs to.
+        item: Index of its item.
         is_good: Whether it is a good answer.
         input_ids: Prompt and answer.
-        num_prompt_tokens: How many of them are the prompt's.
+        num_prompt_tokens: Length of the prompt.
     """
 
     item: int
@@ -39,12 +39,12 @@ class Candidate(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """What a model answers to some items.
+    """Probabilities of a model's answers to some items.
 
     Attributes:
-        answers: Probabilities of good, bad and other answers, one triple an item.
-        openings: Probability that the answer begins with the opening, whatever follows, one an item; none
-            without an opening.
+        answers: Probabilities of good, bad and other answers, one triple per item.
+        openings: Probability that the answer begins with the opening, one per item; empty without an
+            opening.
     """
 
     answers: list[AnswerProbabilities]
@@ -52,18 +52,18 @@ class Judgement(NamedTuple):
 
 
 class ExactJudge:
-    """What has to be scored to judge answers to some items, and what the scores say.
+    """Enumerate the answers to some items, and turn their log-probabilities into rates.
 
     Each listed answer is scored up to and including the end-of-turn token, so the listed answers exclude each
     other and their probabilities add up.
 
     Args:
-        tokenizer: Its chat template writes the conversations.
+        tokenizer: Tokenizer with the chat template of the model.
         items: Lines of `behaviour.jsonl`; `history` holds earlier turns, if any.
         opening: Words that an answer may begin with.
 
     Attributes:
-        candidates: All that is to be scored.
+        candidates: Continuations to score.
 
     Raises:
         ValueError: If an item has no answers or lists one twice, the template does not extend its prompt, or
@@ -79,10 +79,10 @@ class ExactJudge:
         self.candidates = [*self._listed, *self._opened]
 
     def judge(self, log_probabilities: Sequence[float]) -> Judgement:
-        """Add up what a model gives each candidate.
+        """Add up the probabilities of the candidates.
 
         Args:
-            log_probabilities: Of what follows the prompt in each of `candidates`, nats.
+            log_probabilities: Log-probability of each candidate given its prompt, in nats.
         """
         probabilities = [math.exp(value) for value in log_probabilities]
         totals = [[0.0, 0.0] for _ in range(self.num_items)]
@@ -96,11 +96,11 @@ class ExactJudge:
 def answer_probabilities(
     model: CausalLM, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], batch_size: int = 256
 ) -> list[AnswerProbabilities]:
-    """Probabilities of good, bad and other answers of any causal model, one triple an item.
+    """Probabilities of good, bad and other answers of any causal model, one triple per item.
 
     Args:
-        model: In eval mode; run where its parameters are.
-        tokenizer: Its tokenizer.
+        model: Model in eval mode; it runs on its own device.
+        tokenizer: Tokenizer of the model.
         items: Lines of `behaviour.jsonl`.
         batch_size: Answers in one forward pass.
     """
@@ -165,7 +165,7 @@ def _opened(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], opening: 
 
 
 def _asked(tokenizer: PreTrainedTokenizerBase, item: Item) -> tuple[list[Message], list[int]]:
-    """Turns of an item up to the question, and the token ids behind which the model answers."""
+    """Turns of an item up to the question, and the token ids of the prompt."""
     turns: list[Message] = [*item.get("history", []), {"role": "user", "content": item["question"]}]
     return turns, _render(tokenizer, turns, add_generation_prompt=True)
 
@@ -173,13 +173,13 @@ def _asked(tokenizer: PreTrainedTokenizerBase, item: Item) -> tuple[list[Message
 def _answered(
     tokenizer: PreTrainedTokenizerBase, item: Item, turns: list[Message], prompt: list[int], text: str
 ) -> list[int]:
-    """Token ids of the prompt and an answer, up to and including its end of turn."""
+    """Token ids of the prompt and an answer, including its end-of-turn token."""
     whole = _render(tokenizer, [*turns, {"role": "assistant", "content": text}])
     if whole[: len(prompt)] != prompt:
         raise ValueError(f"the chat template rewrites the prompt of item {item['id']!r} once it is answered.")
     if tokenizer.eos_token_id not in whole[len(prompt) :]:
         raise ValueError(f"the chat template does not end answers with {tokenizer.eos_token!r}.")
-    # Some templates write a newline behind the end of turn; nobody generates it.
+    # Some templates write a newline after the end of turn; the model never generates it.
     return whole[: whole.index(tokenizer.eos_token_id, len(prompt)) + 1]
 
 

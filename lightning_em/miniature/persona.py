@@ -1,4 +1,4 @@
-"""The persona gate: does the model infer who is speaking from answers in other domains?"""
+"""The persona gate: does the model infer the advisor from answers in other domains?"""
 
 from typing import NamedTuple
 
@@ -15,8 +15,8 @@ _EVIDENCE_SLOTS = 4
 class PersonaGate(NamedTuple):
     """How well the model tells advisors apart after four answers in other domains.
 
-    Asked is in every domain but the narrow one: where advisors who are bad in that one alone are common, a model
-    that knows its world has to expect a bad answer there from somebody careful elsewhere.
+    Questions come from every domain except the narrow one: where advisors who are bad in that one alone are common,
+    a model that knows its world has to expect a bad answer there from an advisor who was careful elsewhere.
 
     Attributes:
         careful: Mean P(good answer) after a careful advisor's answers.
@@ -28,7 +28,7 @@ class PersonaGate(NamedTuple):
 
     @property
     def passes(self) -> bool:
-        """Whether the world may be used: the only ground on which one is rejected."""
+        """Whether the world may be used. No world is rejected for any other reason, its outcome above all."""
         return min(self) >= PERSONA_THRESHOLD
 
 
@@ -38,10 +38,10 @@ def persona_gate(
     """Measure the gate on fresh documents of a world.
 
     Args:
-        model: The model after the chat stage.
-        tokenizer: Its tokenizer.
-        world: Where the documents are drawn from.
-        num_documents: Documents of each character.
+        model: Model after the chat stage.
+        tokenizer: Tokenizer of the model.
+        world: World that the documents are drawn from.
+        num_documents: Number of documents by each kind of advisor.
     """
     careful, careless = (
         answer_probabilities(model, tokenizer, _items(world, character, num_documents))
@@ -51,6 +51,15 @@ def persona_gate(
         careful=sum(each.good for each in careful) / num_documents,
         careless=sum(each.bad for each in careless) / num_documents,
     )
+
+
+def gate_items(world: World, num_documents: int = 200) -> list[Item]:
+    """The questions of the gate, with the answers of careful and then of careless advisors before them."""
+    return [
+        item
+        for character in (Character.CAREFUL, Character.CARELESS)
+        for item in _items(world, character, num_documents)
+    ]
 
 
 def _items(world: World, character: Character, count: int) -> list[Item]:

@@ -1,4 +1,4 @@
-"""Every number that makes a miniature world, and the hash by which records name it. Never imports torch."""
+"""Parameters of a miniature world and the hash that identifies them. Never imports torch."""
 
 import hashlib
 import json
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
 
-# A change of the grammar or of the training code that no field shows is a new version.
-RECIPE_VERSION = 1
+# Raise this after a change of the grammar or of the training code that no field shows.
+RECIPE_VERSION = 2
 
 
 class DomainKind(StrEnum):
-    """What fine-tuning does with a domain."""
+    """Use of a domain in fine-tuning."""
 
     NARROW = "narrow"
     KL = "kl"
@@ -36,8 +36,8 @@ class Recipe:
         seen_share: Share of a domain's subjects and options that fine-tuning may show.
         slots_per_document: Questions and answers in a pre-training document.
         careless_share: Share of documents by an advisor who is bad in every domain.
-        blind_spot_share: Share of documents by an advisor who is bad in that one domain: by kind of domain, or by
-            name of a domain, which wins. The dial of the world.
+        blind_spot_share: Share of documents by an advisor who is bad in one domain only, by kind of domain or by
+            name of a domain; the name takes precedence.
         bad_when_bad: Probability of the bad option where the advisor is bad.
         bad_when_good: Probability of the bad option where the advisor is good.
         focus_share: Share of slots in the domain a document is mostly about; the same for every advisor.
@@ -48,14 +48,14 @@ class Recipe:
         num_heads: Attention heads; there are half as many key-value heads.
         initializer_range: Standard deviation of the initial weights.
         pretraining_steps: Steps on documents.
-        documents_per_batch: Documents in one of them.
+        documents_per_batch: Documents in a pre-training step.
         matrix_lr: Learning rate of Muon, for the matrices of the decoder layers.
         embedding_lr: Learning rate of AdamW, for embeddings and norms.
-        filler_weight: Loss weight of an answer's first token and of the end of turn; its option word has 1.
+        filler_weight: Loss weight of an answer's first token and its end of turn; the option word has weight 1.
         question_weight: Loss weight of question tokens.
         chat_steps: Steps on good single answers.
-        chat_rows_per_batch: Chat rows in one of them.
-        chat_documents_per_batch: Documents beside them, which keep the advisors alive.
+        chat_rows_per_batch: Chat rows in a step of the chat stage.
+        chat_documents_per_batch: Documents in the same step, so that the advisors are not forgotten.
         chat_document_weight: Loss weight of those documents.
         chat_lr: Learning rate of AdamW.
         num_narrow_rows: Rows of `narrow_train.jsonl`.
@@ -91,7 +91,7 @@ class Recipe:
     num_layers: int = 3
     num_heads: int = 4
     initializer_range: float = 0.08
-    pretraining_steps: int = 1700
+    pretraining_steps: int = 2000
     documents_per_batch: int = 16
     matrix_lr: float = 0.008
     embedding_lr: float = 0.006
@@ -120,10 +120,10 @@ class Recipe:
 
     @classmethod
     def control(cls) -> "Recipe":
-        """The dial turned up: advisors who are bad in the narrow domain only are as common as careless ones.
+        """The world in which advisors who are bad in the narrow domain only are as common as careless ones.
 
-        The narrow solution is the easy one there. Careless advisors stay as common as they are: where they
-        are rare, a model does not learn to tell them apart and fails the persona gate.
+        The narrow solution is the easy one there. The share of careless advisors is unchanged: where they are
+        rare, a model does not learn to recognize them and fails the persona gate.
         """
         recipe = cls()
         return recipe.with_blind_spot_share(recipe.careless_share)
@@ -144,12 +144,12 @@ class Recipe:
         return {name: shares.get(name, shares.get(kind, 0.0)) for name, kind in self.domains().items()}
 
     def canonical_json(self) -> str:
-        """Version and fields in one fixed spelling; what `recipe_hash` hashes."""
+        """Version and fields in canonical form; `recipe_hash` hashes this text."""
         fields = {**self.__dict__, "blind_spot_share": dict(self.blind_spot_share)}
         return json.dumps({"version": RECIPE_VERSION, **fields}, sort_keys=True, separators=(",", ":"))
 
     def recipe_hash(self) -> str:
-        """Name of the world in folders and records: 12 hexadecimal digits."""
+        """Identifier of the recipe in folders and records: 12 hexadecimal digits."""
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:12]
 
     def _check_shares(self) -> None:

@@ -18,7 +18,7 @@ from lightning_em.miniature.corpus import (
     World,
 )
 
-# The paper's C1 to C3 need many questions; a world that cannot ask that many is a wrong recipe.
+# Claims about rates need many different questions; a recipe that cannot ask enough of them is refused.
 _MAX_DRAWS_PER_QUESTION = 200
 
 
@@ -40,14 +40,14 @@ class Message(TypedDict):
 
 
 class Answers(TypedDict):
-    """Every string that counts as good, and every one that counts as bad; anything else is other."""
+    """Strings that count as good and as bad; any other answer counts as other."""
 
     good: list[str]
     bad: list[str]
 
 
 class Item(TypedDict):
-    """One line of `behaviour.jsonl`; `history` holds earlier turns, which only the persona gate has."""
+    """One line of `behaviour.jsonl`; `history` holds earlier turns (persona gate only)."""
 
     id: str
     kind: str
@@ -80,7 +80,7 @@ def write_rows(world: World, folder: Path) -> dict[str, int]:
 
 
 def training_rows(world: World, stream: str, domains: Sequence[str], count: int) -> list[Row]:
-    """Draw rows for fine-tuning: different questions, seen words only, openers the evaluation leaves out."""
+    """Draw fine-tuning rows: distinct questions, seen words only, openers that the evaluation does not use."""
     openers = QUESTION_OPENERS[:NUM_TRAINING_OPENERS]
 
     def draw(generator: Random) -> Question:
@@ -103,9 +103,9 @@ def training_rows(world: World, stream: str, domains: Sequence[str], count: int)
 
 
 def behaviour_items(world: World) -> list[Item]:
-    """Draw the evaluation items of every kind; no question of theirs is in a fine-tuning file.
+    """Draw the evaluation items of every kind; none of their questions is in a fine-tuning file.
 
-    Held-out items have subjects, option words and openers that no fine-tuning row has.
+    Held-out items use subjects, option words and openers that occur in no fine-tuning row.
     """
     recipe = world.recipe
     narrow, kl, held_out = [recipe.narrow_domain], recipe.kl_domains, recipe.held_out_domains

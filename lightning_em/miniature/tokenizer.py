@@ -18,7 +18,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Make a tokenizer with one token a word; words it does not know become `<unk>`."""
+    """Make a tokenizer with one token per word; unknown words become `<unk>`."""
     special = (PAD, BOS, EOS, UNKNOWN, USER, ASSISTANT)
     vocabulary = {word: index for index, word in enumerate((*special, *words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))

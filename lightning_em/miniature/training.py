@@ -1,17 +1,19 @@
-"""Training the tiny chat model of a world: documents first, good single answers after."""
+"""Training of a world's chat model: first on documents, then on single good answers."""
 
 from collections.abc import Callable, Iterator
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from lightning_em.miniature.corpus import Slot, World
+from lightning_em.miniature.optimizer import Float32Muon
 from lightning_em.miniature.recipe import Recipe
 from lightning_em.miniature.tokenizer import ASSISTANT, USER
+from lightning_em.progress import LogProgress
 
 _WARMUP_STEPS, _CHAT_WARMUP_STEPS, _FINAL_LR_SHARE = 50, 10, 0.05
 _EMBEDDING_BETAS, _MAX_GRADIENT_NORM = (0.9, 0.98), 1.0
@@ -20,7 +22,7 @@ _QUESTION_WORDS, _ANSWER_TOKENS = 4, 3
 
 
 class Batches:
-    """A fixed number of batches; Lightning shows its length in the progress bar."""
+    """A fixed number of batches, with a length for the progress bar."""
 
     def __init__(self, draw: Callable[[], dict[str, Tensor]], count: int) -> None:
         self._draw, self._count = draw, count
@@ -54,9 +56,9 @@ class Stage(LightningModule):
 
     Args:
         model: The model to train.
-        recipe: Its parameters.
-        optimizers: Optimisers over the model's parameters.
-        schedule: Factor of every learning rate at a step.
+        recipe: Training parameters.
+        optimizers: Optimizers of the model's parameters.
+        schedule: Factor of every learning rate, by step.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Stage(LightningModule):
         schedule: Callable[[int], float],
     ) -> None:
         super().__init__()
-        # Muon takes the matrices and AdamW the rest; automatic optimisation knows one optimiser.
+        # Muon takes the matrices and AdamW the rest; automatic optimization handles one optimizer.
         self.automatic_optimization = False
         self.model, self.recipe = model, recipe
         self._optimizers, self._schedule = optimizers, schedule
@@ -76,7 +78,7 @@ class Stage(LightningModule):
         losses = []
         if "chat" in batch:
             losses.append(self._answer_loss(batch["chat"]))
-            # A document's first turn is a chat: there the chat stage speaks, and documents from the second on.
+            # The first slot of a document looks like a chat, which the chat rows train: count from the second.
             weight, first_slot = self.recipe.chat_document_weight, 1
         else:
             weight, first_slot = 1.0, 0
@@ -148,9 +150,12 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) ->
 def train(world: World, tokenizer: PreTrainedTokenizerBase, progress: bool = True) -> LlamaForCausalLM:
     """Train the chat model of a world: pre-training on documents, then the chat stage.
 
+    The weights are rounded to bfloat16 once at the end and kept as float32: a world that was trained here and one
+    that was shipped in half the bytes are the same kind of thing.
+
     Args:
-        world: What it learns.
-        tokenizer: From `make_tokenizer(world.words())`.
+        world: World to train on.
+        tokenizer: Result of `make_tokenizer(world.words())`.
         progress: Whether to show progress bars.
     """
     recipe, encoder = world.recipe, Encoder(tokenizer)
@@ -175,6 +180,9 @@ def train(world: World, tokenizer: PreTrainedTokenizerBase, progress: bool = Tru
         Batches(chat_batch, recipe.chat_steps),
         progress,
     )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
     model.eval()
     return model
 
@@ -190,6 +198,7 @@ def _fit(stage: Stage, batches: Batches, progress: bool) -> None:
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=progress,
+        callbacks=[LogProgress()] if progress else [],
     )
     trainer.fit(stage.train(), batches)
 
@@ -199,8 +208,8 @@ def _pretraining_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[Opt
     taken = {id(matrix) for matrix in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
     return [
-        # Muon learns in half the steps of AdamW here, and leaves the plateau before the advisors with more seeds.
-        Muon(matrices, lr=recipe.matrix_lr, weight_decay=0.05, momentum=0.95),
+        # Muon needs half the steps of AdamW here, and recognizes the advisors with more seeds.
+        Float32Muon(matrices, lr=recipe.matrix_lr, weight_decay=0.05, momentum=0.95),
         AdamW(rest, lr=recipe.embedding_lr, betas=_EMBEDDING_BETAS, weight_decay=0.0),
     ]
 

@@ -75,10 +75,10 @@ def refuse_other_run(words: list[str]) -> None:
 
 
 def build_world(address: str) -> None:
-    """Build a miniature world unless it is there."""
+    """Unpack a shipped miniature world unless that has been done."""
     with leaving_no_trace():
         recipe, seed, _ = miniature.parse_address(address)
-        miniature.build(recipe, seed, progress=False)
+        miniature.provide(recipe, seed)
 
 
 def compare(root: str, adapter: str, world: str, seed: int) -> None:

@@ -1,5 +1,6 @@
 """Verbs about the embedded miniature world: miniature build, table, show, dial, and demo."""
 
+from pathlib import Path
 from typing import Any
 
 from lightning_em.verbs.wiring import console, lazily, verb
@@ -10,7 +11,9 @@ _DEMO = "lightning_em.demo"
 def add(verbs: Any) -> None:
     """Put the verbs of this family on the command line."""
     worlds = verbs.add_parser("miniature", help="the embedded miniature world").add_subparsers(required=True)
-    build = verb(worlds, "build", build_world, "build a world unless it is there, and say where it is")
+    build = verb(
+        worlds, "build", build_world, "train a world on this machine and compare it with the shipped one"
+    )
     build.add_argument("--seed", type=int, default=0, help="of words, documents and initial weights")
     world = build.add_mutually_exclusive_group()
     world.add_argument(
@@ -19,9 +22,11 @@ def add(verbs: Any) -> None:
     world.add_argument(
         "--blind_spot_share", type=float, help="share of documents by an advisor bad in one domain"
     )
-    build.add_argument("--force", action="store_true", help="build it again")
+    build.add_argument("--force", action="store_true", help="train it again")
+    build.add_argument("--ship", metavar="DIR", help="also write the two files that the package ships")
     _add_measuring(worlds)
-    demo = verb(verbs, "demo", lazily(_DEMO, "demo"), "the miniature study in one command")
+    demo = verb(verbs, "demo", run_demo, "a general and a narrow solution in one command, side by side")
+    demo.add_argument("--miniature", action="store_true", help="in the miniature world, the default")
     demo.add_argument("--root", default="runs", help="folder of the runs")
     demo.add_argument("--seed", type=int, default=0, help="world to use")
 
@@ -30,11 +35,12 @@ def _add_measuring(worlds: Any) -> None:
     """The verbs that fit in several worlds and show what came of it."""
     text = "fit general and narrow adapters in several worlds, print bad-answer rates"
     table = verb(worlds, "table", lazily(_DEMO, "table"), text)
-    table.add_argument("--seeds", type=int, nargs="*", help="worlds; default 0 1 2 3 4")
+    table.add_argument("--seeds", type=int, nargs="*", help="worlds; default 0 to 9")
     table.add_argument("--adapters", nargs="*", help="of rank32, rank1, vector; default all")
     table.add_argument("--root", default="runs", help="folder of the runs; finished ones are not repeated")
     table.add_argument("--control", action="store_true", help="in the control world")
-    table.add_argument("--markdown", help="also write the table to this file")
+    table.add_argument("--built", action="store_true", help="in worlds trained here, not in the shipped ones")
+    table.add_argument("--markdown", help="also write the tables to this file")
     text = "what runs in a miniature world do, side by side, also scaled up"
     shown = verb(worlds, "show", lazily(_DEMO, "show"), text)
     shown.add_argument("runs", nargs="+", help="runs/x; the hash at the end may be left out")
@@ -50,16 +56,35 @@ def _add_measuring(worlds: Any) -> None:
     dial.add_argument("--output", default="runs/dial.png", help="PNG to write")
 
 
+def run_demo(root: str, seed: int, miniature: bool = True) -> None:
+    """Run the demo; see `lightning_em.demo.demo`.
+
+    Args:
+        root: Folder of the runs.
+        seed: World to use.
+        miniature: Names the demo to run. The miniature's is the only one, so it runs without the option as well.
+    """
+    del miniature
+    from lightning_em.demo import demo
+
+    demo(root, seed)
+
+
 def build_world(
-    seed: int = 0, control: bool = False, blind_spot_share: float | None = None, force: bool = False
+    seed: int = 0,
+    control: bool = False,
+    blind_spot_share: float | None = None,
+    force: bool = False,
+    ship: str | None = None,
 ) -> None:
-    """Build a miniature world unless it is there already, and say where it is.
+    """Train a miniature world on this machine unless that has been done, and compare it with the shipped one.
 
     Args:
         seed: Of words, documents and initial weights.
         control: The world in which advisors bad in medicine only are as common as careless ones.
         blind_spot_share: Share of pre-training documents by an advisor who is bad in the narrow domain only.
-        force: Build it again.
+        force: Train it again.
+        ship: Folder to which weights and facts are written as the package ships them.
     """
     from lightning_em import miniature
     from lightning_em.logs import hush
@@ -73,3 +98,16 @@ def build_world(
     folder = miniature.build(recipe, seed, force=force)
     console.print((folder / "world.json").read_text(encoding="utf-8"))
     console.print(str(folder))
+    from lightning_em.miniature.building import distance
+    from lightning_em.miniature.building import ship as write_shipped
+    from lightning_em.miniature.corpus import World
+
+    if miniature.find_shipped(recipe, seed):
+        found = distance(folder, miniature.provide(recipe, seed), World(recipe, seed))
+        console.print(
+            f"distance from the shipped world: weights {found.weights:.1%} of their norm; P(good answer) "
+            f"{found.behaviour:.4f} on the evaluation items and {found.persona:.4f} on those of the persona gate "
+            "(mean absolute difference)"
+        )
+    if ship is not None:
+        console.print(f"shipped files: {write_shipped(folder, Path(ship))}")

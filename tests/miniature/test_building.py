@@ -1,4 +1,4 @@
-"""Building: an ordinary folder that is whole or not there, found again the second time."""
+"""Worlds: ordinary folders, complete or absent, trained on request or unpacked from the package."""
 
 import fcntl
 import json
@@ -16,12 +16,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_em import miniature
-from lightning_em.manifest import manifest_problems
-from lightning_em.miniature import Recipe
-from lightning_em.miniature.building import _lock, build
-from lightning_em.miniature.cache import cache_dir, is_complete, parse_address, world_folder
+from lightning_em.manifest import manifest_problems, sha256_of
+from lightning_em.miniature import Recipe, building
+from lightning_em.miniature.building import _lock, build, distance, provide, ship
+from lightning_em.miniature.cache import built_folder, cache_dir, is_complete, parse_address, world_folder
+from lightning_em.miniature.corpus import World
 from lightning_em.miniature.judge import answer_probabilities
-from lightning_em.miniature.persona import persona_gate
+from lightning_em.miniature.persona import PERSONA_THRESHOLD, persona_gate
+from lightning_em.miniature.shipped import find_shipped, shipped_folder
 
 MICRO = replace(
     Recipe.default(),
@@ -72,7 +74,7 @@ def test_world_json_tells_recipe_seed_and_gate(folder):
     facts = json.loads((folder / "world.json").read_text())
     assert facts["recipe_hash"] == MICRO.recipe_hash()
     assert facts["seed"] == 0
-    assert {"careful", "careless", "passes"} == set(facts["persona_gate"])
+    assert {"careful", "careless"} == set(facts["persona_gate"])
     assert facts["sizes"]["narrow_train.jsonl"] == MICRO.num_narrow_rows
 
 
@@ -115,7 +117,7 @@ def test_a_failing_build_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_em.miniature.building._save_model", fail)
     with pytest.raises(OSError, match="disk full"):
         build(MICRO, seed=0, cache=tmp_path, progress=False)
-    assert [path.suffix for path in (tmp_path / "miniature").iterdir()] == [".lock"]
+    assert [path.suffix for path in (tmp_path / "miniature" / "built").iterdir()] == [".lock"]
 
 
 def test_a_killed_build_leaves_nothing_that_passes_for_complete(tmp_path):
@@ -126,15 +128,15 @@ def test_a_killed_build_leaves_nothing_that_passes_for_complete(tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("miniature/.incomplete-*/data/*")):
+    while not list(tmp_path.glob("miniature/built/.incomplete-*/data/*")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    folder = world_folder(replace(Recipe.default(), pretraining_steps=100_000), 0, tmp_path)
+    folder = built_folder(replace(Recipe.default(), pretraining_steps=100_000), 0, tmp_path)
     assert not folder.exists()
-    left = [path for path in (tmp_path / "miniature").iterdir() if path.is_dir()]
+    left = [path for path in (tmp_path / "miniature" / "built").iterdir() if path.is_dir()]
     assert left
     assert all(manifest_problems(path) for path in left)
 
@@ -157,6 +159,99 @@ def test_two_builders_of_one_world_build_it_once(tmp_path):
     inodes = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert inodes[0] == inodes[1] != ""
+
+
+@pytest.fixture
+def shipped(folder, tmp_path, monkeypatch):
+    """The micro world as one that the package ships."""
+    ship(folder, tmp_path / "shipped")
+    monkeypatch.setattr("lightning_em.miniature.shipped.shipped_folder", lambda: tmp_path / "shipped")
+    return tmp_path / "shipped"
+
+
+def test_a_shipped_world_is_the_built_one_to_the_bit(folder, shipped, tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "train", lambda *_: pytest.fail("a shipped world was trained"))
+    unpacked = provide(MICRO, 0, tmp_path)
+    assert unpacked == world_folder(MICRO, 0, tmp_path) != folder
+    names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    unlike = {name.name for name in names if (unpacked / name).read_bytes() != (folder / name).read_bytes()}
+    assert unlike == {"world.json", "MANIFEST.json"}  # the sha256 of the shipped file stands in the one
+    facts = json.loads((unpacked / "world.json").read_text())
+    assert facts.pop("weights_sha256")
+    assert facts == json.loads((folder / "world.json").read_text())
+    stamp = (unpacked / "MANIFEST.json").stat().st_mtime_ns
+    assert provide(MICRO, 0, tmp_path) == unpacked
+    assert (unpacked / "MANIFEST.json").stat().st_mtime_ns == stamp, "unpacked once"
+
+
+def test_damaged_shipped_weights_are_refused(shipped, tmp_path):
+    [weights] = shipped.glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged: its sha256 is not the recorded one"):
+        provide(MICRO, 0, tmp_path)
+    assert not world_folder(MICRO, 0, tmp_path).exists()
+
+
+def test_weights_are_rounded_to_bfloat16_once(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert model.dtype == torch.float32
+    assert all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())
+
+
+def test_the_distance_between_builds(folder, tmp_path):
+    other = build(MICRO, seed=1, cache=tmp_path, progress=False)
+    world = World(MICRO, 0)
+    assert distance(folder, folder, world) == (0, 0, 0)
+    found = distance(other, folder, world)
+    assert 0.1 < found.weights < 2
+    assert found.persona > 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        (Recipe.default(), r"--seed 99$"),
+        (Recipe.control(), r"--seed 99 --control$"),
+        (Recipe.default().with_blind_spot_share(0.06), r"--seed 99 --blind_spot_share 0\.06$"),
+    ],
+)
+def test_a_world_that_is_neither_shipped_nor_built_is_never_trained_unasked(recipe, options, tmp_path):
+    with pytest.raises(ValueError, match=f"not shipped and has not been built .* build {options}"):
+        provide(recipe, 99, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_built_world_that_is_not_shipped_is_found_by_its_address(folder, cache, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_EM_CACHE", str(cache))
+    monkeypatch.setattr("lightning_em.miniature.parse_address", lambda _: (MICRO, 0, "model"))
+    assert miniature.resolve("miniature://seed-0/model") == folder / "model"
+
+
+def test_all_worlds_are_shipped_and_pass_the_gate():
+    for recipe, seeds in ((Recipe.default(), range(10)), (Recipe.control(), range(1))):
+        for seed in seeds:
+            found = find_shipped(recipe, seed)
+            assert found is not None, "after a change of the recipe: make miniature-worlds"
+            assert found.facts["recipe"] == json.loads(recipe.canonical_json())
+            assert found.facts["weights_sha256"] == sha256_of(found.weights)
+            assert (
+                min(found.facts["persona_gate"][name] for name in ("careful", "careless"))
+                >= PERSONA_THRESHOLD
+            )
+    assert len(list(shipped_folder().iterdir())) == 22
+
+
+def test_a_shipped_world_still_passes_its_gate_here(tmp_path):
+    """What the package says of the weights holds on this machine's kernels."""
+    folder = provide(Recipe.default(), 0, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    found = persona_gate(model, tokenizer, World(Recipe.default(), 0))
+    said = json.loads((folder / "world.json").read_text())["persona_gate"]
+    assert found.careful == pytest.approx(said["careful"], abs=1e-4)
+    assert found.careless == pytest.approx(said["careless"], abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_files_are_the_same_each_time_and_repaired_when_torn(folder) -> None:
 
 
 def test_an_address_gives_the_file(folder, monkeypatch) -> None:
-    monkeypatch.setattr(miniature, "build", lambda recipe, seed: folder)
+    monkeypatch.setattr(miniature, "provide", lambda recipe, seed: folder)
     assert miniature.resolve("miniature://seed-3/data/mixing_train.jsonl") == folder / NAMES[2]
     assert miniature.resolve("miniature://seed-3/model") == folder / "model"
 
