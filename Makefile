@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help install lint test check demo faults notebooks slurm-test miniature-gates miniature-worlds
+.PHONY: help install lint test test-cpus check demo faults notebooks slurm-test miniature-gates miniature-worlds
 
 PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 BIN := .venv/bin
@@ -47,6 +47,18 @@ lint: install ## style, types, import floors, spelling
 
 test: install ## the test suite on two processes
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-cpus: install ## the test suite once with each set of CPU kernels that this machine has
+	@failed=
+	for setting in native ATEN_CPU_CAPABILITY=default "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2"; do
+	  # where there is no AVX-512, avx2 is native
+	  if [[ $$setting == *avx2* ]] && ! grep -qw avx512f /proc/cpuinfo; then continue; fi
+	  echo "== CPU kernels: $$setting"
+	  SECONDS=0
+	  env $${setting/native/} $(BIN)/python -m pytest -n 2 --dist worksteal || failed+=" ($$setting)"
+	  echo "== CPU kernels: $$setting took $$((SECONDS / 60)) min $$((SECONDS % 60)) s"
+	done
+	if [ "$$failed" ]; then echo "failed with CPU kernels:$$failed" >&2; exit 1; fi
 
 faults: install ## kill, fill, corrupt: every fault test, with a table (minutes)
 	@FAULT_TABLE=$${FAULT_TABLE:-fault_table.md} $(BIN)/python -m pytest -p tests.faults.table -m fault -q

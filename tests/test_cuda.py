@@ -25,6 +25,7 @@ from tests.fitting import (
 )
 from tests.losses.test_frozen_head import HEADS, made, naive_logits
 from tests.models.architectures import QUIRKS, build, rows
+from tests.oracle import entirely_float64
 from tests.test_distributed import CURVES, assert_equal_per_step, assert_equal_probes, probes_of_files
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -45,6 +46,8 @@ def model_of(name, adapter, engine, dtype, way="live"):
     if "store" in options:
         options["store"] = ActivationStore(StoreOptions(**options["store"]))
     base = build(name, dtype=torch.bfloat16).to(dtype)
+    if dtype == torch.float64:
+        entirely_float64(base)
     model = AdaptedModel(base, ADAPTERS[adapter](name), engine=engine, **options).to(DEVICE)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

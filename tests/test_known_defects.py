@@ -132,7 +132,10 @@ def test_defect_09_a_small_kl_survives_bf16_logits(kl) -> None:
 
     found = token_kl(reference, adapted_logits)
     assert found.dtype == torch.float32
-    assert (found - expected).norm() <= 1e-3 * expected.norm()
+    # A float32 log probability is off by about eps |log p|, however small the KL is, so that a token's KL is off by
+    # about eps sum p |log p|, eps times the entropy. How the sum over the vocabulary is ordered differs by CPU.
+    entropy = -(p.exp() * p).sum(-1)
+    assert (found - expected).norm() <= 2 * torch.finfo(torch.float32).eps * entropy.norm()
     [gradient] = torch.autograd.grad(found.sum(), [adapted_logits])
     [wanted] = torch.autograd.grad(expected.sum(), [exact])
     assert (gradient - wanted).norm() <= 1e-2 * wanted.norm()  # the gradient itself is handed back in bf16
@@ -147,20 +150,20 @@ def test_defect_09_a_small_kl_survives_a_bf16_base(engine) -> None:
     """The model's own hidden states are bf16; from there on nothing is lost."""
     model = adapted(SteeringVector(1, alpha=1.0), dtype=torch.bfloat16, size=0.02, engine=engine)
     batch = pack(ROWS)
-    mask = batch.counted("response")
-    with torch.no_grad():
-        hidden = {}
-        handle = model.base.model.norm.register_forward_hook(
-            lambda _, __, output: hidden.setdefault(model.adapter.scale, output)
-        )
-        for scale in (0.0, 1.0):
-            model.logits(batch, scale)
-        handle.remove()
-        real = batch.padded().attention_mask.bool()
-        head = model.base.lm_head.weight.double()
-        p, q = (oracle.log_probabilities(hidden[scale][real].double() @ head.T) for scale in (0.0, 1.0))
-        expected = (p.exp() * (p - q)).sum(-1)[mask].sum()
+    # The states that the loss itself was computed from: packed and padded rows round to different bf16 states.
+    hidden = {}
+    handle = model.base.model.norm.register_forward_hook(
+        lambda _, __, output: hidden.update({model.adapter.scale: output.detach()})
+    )
     sums = model.losses(batch, batch)
+    handle.remove()
+    if engine == "plain":  # all positions of padded rows; the fast path keeps those that count
+        counted = batch.padded().attention_mask.bool()
+        hidden = {scale: states[counted][batch.counted("response")] for scale, states in hidden.items()}
+    head = model.base.lm_head.weight.detach().double()
+    p, q = (oracle.log_probabilities(hidden[scale].flatten(0, -2).double() @ head.T) for scale in (0.0, 1.0))
+    assert len(p) == len(q) == sums.kl.count
+    expected = (p.exp() * (p - q)).sum()
     assert sums.kl.total.dtype == torch.float32
     assert 1e-5 < expected / sums.kl.count < 1e-2
     # the plain path rounds the logits to bf16 as the model does; only the fused head is exact from the states

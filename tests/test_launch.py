@@ -174,13 +174,15 @@ def test_the_command_line_is_read_as_the_parser_will(tmp_path) -> None:
         assert named_trainer([f"--trainer.devices={text}"])["devices"] == devices
 
 
-@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
 @pytest.mark.parametrize(
-    ("flags", "answer"),
-    [
-        (["--trainer.strategy", "deepspeed"], "lightning_em.strategies.ShardedBase"),
-        (["--trainer.devices", "auto"], "write the number"),
-        (["--trainer.precision", "bf16-true"], "Set model.base.dtype: bfloat16"),
+    ("verb", "flags", "answer"),
+    [  # each setting by `fit`, each verb with one of them: all verbs share the check
+        ("fit", ["--trainer.strategy", "deepspeed"], "lightning_em.strategies.ShardedBase"),
+        ("fit", ["--trainer.devices", "auto"], "write the number"),
+        ("fit", ["--trainer.precision", "bf16-true"], "Set model.base.dtype: bfloat16"),
+        ("validate", ["--trainer.strategy", "deepspeed"], "lightning_em.strategies.ShardedBase"),
+        ("test", ["--trainer.devices", "auto"], "write the number"),
+        ("predict", ["--trainer.precision", "bf16-true"], "Set model.base.dtype: bfloat16"),
     ],
 )
 def test_it_is_refused_within_five_seconds_and_starts_nothing(tmp_path, verb, flags, answer) -> None:

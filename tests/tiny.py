@@ -87,12 +87,15 @@ def make_tiny_model(
 
     Args:
         architecture: One of `ARCHITECTURES`.
-        dtype: Of the weights; they are drawn in float32 and cast, so all types hold the same model.
+        dtype: Of the weights; they are drawn in float32 and cast, so all types hold the same model. A float64
+            model computes in float64 throughout, so that tolerances can follow from that dtype.
         seed: Of the weights.
         overrides: Fields of the Hugging Face config, such as `num_hidden_layers` or `tie_word_embeddings`.
     """
     import torch
     import transformers
+
+    from tests.oracle import entirely_float64
 
     names = {
         "qwen2": "Qwen2",
@@ -143,7 +146,8 @@ def make_tiny_model(
     resolved = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     model = model.to(resolved)
     model.config.dtype = resolved
-    return model.eval()
+    model = model.eval()
+    return entirely_float64(model) if resolved is torch.float64 else model
 
 
 def make_tiny_folder(

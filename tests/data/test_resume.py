@@ -120,19 +120,28 @@ def remaining(name: str, seen: list) -> list:
     return seen[int(name[:3]) :]
 
 
+LIMITS = {
+    "epochs": {"max_epochs": 2},
+    "steps": {"max_epochs": -1, "max_steps": 6},
+    "both": {"max_epochs": 3, "max_steps": 8},
+}
+
+
 @pytest.mark.parametrize(
-    "limits",
-    [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 6}, {"max_epochs": 3, "max_steps": 8}],
-    ids=["epochs", "steps", "both"],
+    ("limits", "accumulate", "batch_size"),
+    [  # each limit with two or three kinds of windows, each kind with two limits
+        *(("epochs", 1, 2), ("epochs", 2, 1), ("epochs", 4, 1)),
+        *(("steps", 1, 2), ("steps", 2, 1), ("steps", 2, 2)),
+        *(("both", 2, 2), ("both", 4, 1)),
+    ],
 )
-@pytest.mark.parametrize(("accumulate", "batch_size"), [(1, 2), (2, 1), (2, 2), (4, 1)])
 def test_resume_from_every_checkpoint_sees_the_remaining_batches(
-    tmp_path, files, accumulate, batch_size, limits
+    tmp_path, files, limits, accumulate, batch_size
 ):
     def data():
         return make_data(files, batch_size=batch_size)
 
-    flags = limits | {"accumulate_grad_batches": accumulate}
+    flags = LIMITS[limits] | {"accumulate_grad_batches": accumulate}
     seen, checkpoints = saved(tmp_path / "c", files, data=data(), **flags)
     assert len(checkpoints) > len(seen)
     for name, path in checkpoints.items():

@@ -7,6 +7,7 @@ from lightning_em.adapters import SteeringVector, decoder_layers
 from lightning_em.exchange.placement import stream_site
 from tests.exchange.made import HIDDEN, make_phi, words
 from tests.models.architectures import QUIRKS, build
+from tests.oracle import entirely_float64
 
 BIASED = {"qwen2", "qwen2_window", "qwen3", "llama", "mistral", "phi", "phi3", "smollm3", "gpt_neox"}
 NOT_BIASED = {"gemma2", "gemma3", "olmo2", "granite"}
@@ -20,7 +21,7 @@ def test_every_architecture_is_on_one_list() -> None:
 
 def make(architecture: str):
     with torch.random.fork_rng(devices=[]):
-        return (make_phi() if architecture == "phi" else build(architecture)).double()
+        return entirely_float64((make_phi() if architecture == "phi" else build(architecture)).double())
 
 
 def is_a_shift(architecture: str, layer: int) -> bool:

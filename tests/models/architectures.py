@@ -7,6 +7,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from lightning_em.batch import EncodedRow, PackedBatch
+from tests.oracle import entirely_float64
 
 LAYERS = 4
 QUIRKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -24,8 +25,6 @@ QUIRKS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": 6}),
     "gemma2": (
         "Gemma2",
-        # A window longer than any padding of the tests: transformers' eager attention gives NaN for a float64
-        # token that sees padding alone, and so for the whole row.
         {"sliding_window": 6, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.5},
     ),
     "gemma3": ("Gemma3", {"sliding_window": 5}),
@@ -46,7 +45,10 @@ QUIRKS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
-    """Make the model with logits away from uniform, norms away from one and biases away from zero."""
+    """Make the model with logits away from uniform, norms away from one and biases away from zero.
+
+    A float64 model computes in float64 throughout, so that tolerances can follow from that dtype.
+    """
     family, quirk = QUIRKS[name]
     prefix = "Gemma3Text" if family == "Gemma3" else family
     fields: dict[str, Any] = {
@@ -74,7 +76,8 @@ def build(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Pr
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
             else:
                 parameter.add_(0.1 * noise) if "norm" in key else parameter.copy_(0.1 * noise)
-    return model.to(dtype).eval()
+    model = model.to(dtype).eval()
+    return entirely_float64(model) if dtype == torch.float64 else model
 
 
 def rows(lengths: tuple[int, ...], seed: int = 0, prompt: int = 3) -> PackedBatch:

@@ -66,10 +66,8 @@ def test_final_hidden_through_the_head_gives_the_models_logits(name):
     torch.testing.assert_close(frozen_head(model).logits(hidden), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", QUIRKS)
-def test_every_listed_model_type_is_tested(name):
-    assert build(name).config.model_type in FAST_ARCHITECTURES
-    assert {build(each).config.model_type for each in QUIRKS} == set(FAST_ARCHITECTURES)
+def test_every_listed_model_type_is_tested():
+    assert {build(name).config.model_type for name in QUIRKS} == set(FAST_ARCHITECTURES)
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
