@@ -171,7 +171,7 @@ def test_prompt_that_is_no_prefix_of_the_whole_is_refused():
 def test_token_across_the_start_of_an_answer_is_refused():
     messages = [TWO_TURNS[0], {"role": "assistant", "content": "\nBoil water."}]
     with pytest.raises(
-        ValueError, match=r"one token, '\\n\\n', holds the end of the prompt and the beginning"
+        ValueError, match=r"one token, '\\n\\n', spans the end of the prompt and the beginning"
     ):
         encode_chat(make_tokenizer(QWEN25), messages)
     template = (
@@ -179,7 +179,7 @@ def test_token_across_the_start_of_an_answer_is_refused():
         "{% endfor %}"
     )
     messages = [TWO_TURNS[0], {"role": "assistant", "content": "hello"}]
-    with pytest.raises(ValueError, match="one token, ' h', holds the end of the prompt"):
+    with pytest.raises(ValueError, match="one token, ' h', spans the end of the prompt"):
         encode_chat(make_tokenizer(template), messages)
 
 

@@ -65,7 +65,7 @@ def test_truncation_keeps_the_beginning_and_loses_rows_without_a_response(caplog
     assert encoded.rows[1].input_ids == whole.rows[1].input_ids[:MAX_LENGTH]
     assert encoded.rows[1].response_mask == whole.rows[1].response_mask[:MAX_LENGTH]
     assert [error.line for error in encoded.lost] == [3]
-    assert f"f.jsonl:3: {LONG_QUESTION} tokens, and none of the response within the first" in caplog.text
+    assert f"f.jsonl:3: {LONG_QUESTION} tokens, and no response token within the first" in caplog.text
 
 
 @pytest.mark.parametrize("on_too_long", ["drop", "truncate"])

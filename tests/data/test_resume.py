@@ -176,7 +176,7 @@ def test_run_that_is_stopped_again_and_again_sees_every_batch_once(tmp_path, fil
 def test_stop_within_an_epoch_cannot_be_resumed_by_epochs(tmp_path, files):
     _, checkpoints = saved(tmp_path / "c", files, max_epochs=-1, max_steps=3)
     with pytest.raises(
-        ValueError, match=r"stopped within an epoch, which trainer\.max_epochs counts as a whole one"
+        ValueError, match=r"stopped within an epoch, which trainer\.max_epochs counts as a complete one"
     ):
         fit(files, checkpoints["003-train_end"], max_epochs=2)
 
@@ -205,7 +205,7 @@ def test_second_fit_of_one_datamodule_starts_afresh(tmp_path, files):
 def test_resume_with_other_batches_is_refused(tmp_path, files, settings, flags, difference):
     _, checkpoints = saved(tmp_path / "c", files, max_steps=2)
     with pytest.raises(
-        ValueError, match=f"belongs to other batches, so its place in the data is lost.*{difference}"
+        ValueError, match=f"written with different batches, so its position is not valid.*{difference}"
     ):
         fit(files, checkpoints["002-batch_end"], data=make_data(files, **settings), **flags)
 

@@ -330,7 +330,7 @@ def test_impossible_budgets_are_refused() -> None:
     longest = max(NARROW_ALL[:23]) + max(KL_ALL)
     with pytest.raises(ValueError, match=rf"more than the longest rows .* {longest} tokens, got {longest}"):
         sampler(max_tokens=longest)
-    with pytest.raises(ValueError, match="may be left without a row of the narrow stream; set more"):
+    with pytest.raises(ValueError, match="may get no row of the narrow stream; raise it"):
         sampler(max_tokens=longest + 2)
     with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
         sampler(max_tokens=0)
