@@ -38,9 +38,8 @@ def current_position(trainer: Trainer, cut_epochs: int) -> Position:
     if epochs.started > epochs.processed:
         return Position(epoch + 1, 0, cut_epochs) if is_whole else Position(epoch, consumed, cut_epochs)
     if consumed == 0 or is_whole:
-        return Position(
-            epoch, 0, cut_epochs
-        )  # between epochs the batch counter still belongs to the old epoch
+        # between epochs the batch counter still belongs to the old epoch
+        return Position(epoch, 0, cut_epochs)
     return Position(epoch - 1, consumed, cut_epochs + 1)
 
 

@@ -56,7 +56,7 @@ def test_too_little_room(case: Case, small_disk: Path) -> None:
     done = case.at(small_disk).fit("small")
     run = RunFolder(small_disk / "small")
     assert done.code == 2
-    assert "6 checkpoints to come need about 2" in done.output
+    assert "the remaining 6 checkpoints need about 2" in done.output
     assert " free. Free some space" in done.output
     assert "Traceback" not in done.output
     assert run.steps() == []
