@@ -1,4 +1,4 @@
-"""The files of a model on this machine, looked for without a network, and fetched with one."""
+"""Find a model's files on this machine without a network, and download them with one."""
 
 import json
 import os
@@ -13,19 +13,19 @@ from lightning_em.miniature.cache import is_complete
 from lightning_em.models import BaseModel
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))  # any of these
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # never *.bin: a pickle
+_TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))  # any one is enough
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # not *.bin, which is a pickle
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where a model lies and what it lacks.
+    """Local folder of a model, and the files that are missing.
 
     Attributes:
         folder: Local folder.
-        missing: Names of files that are not there.
-        num_bytes: Of its weights.
-        can_be_fetched: Whether a download or a build would bring what is missing.
+        missing: Names of missing files.
+        num_bytes: Size of the weights in bytes.
+        can_be_fetched: Whether a download or a build would provide the missing files.
     """
 
     folder: Path
@@ -35,7 +35,7 @@ class ModelFiles:
 
     @classmethod
     def find(cls, base: BaseModel) -> "ModelFiles":
-        """Look in a folder, in the hub's cache, or for a built world."""
+        """Look for the model in a folder, in the hub's cache, or among the built worlds."""
         if base.path.startswith(miniature.SCHEME):
             recipe, seed, rest = miniature.parse_address(base.path)
             world = miniature.world_folder(recipe, seed)
@@ -67,7 +67,7 @@ class ModelFiles:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """Names of the files that hold the weights, there or not."""
+    """Return the names of the files that hold the weights, present or not."""
     if not (folder / _INDEX).is_file():
         return [_SINGLE]
     index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
@@ -75,15 +75,15 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def download(base: BaseModel) -> str:
-    """Bring model and tokenizer onto this machine; says what was done.
+    """Download model and tokenizer to this machine; return a message about the result.
 
     Raises:
-        ValueError: If the hub does not have them, or cannot be reached.
+        ValueError: If the hub does not have the model or cannot be reached.
     """
     if base.path.startswith(miniature.SCHEME):
         return f"the miniature world is at {miniature.resolve(base.path)}"
     if Path(base.path).expanduser().is_dir():
-        return f"{base.path} is a folder here: nothing to download"
+        return f"{base.path} is a local folder: nothing to download"
     code = ["*.py"] if base.trust_remote_code else []
     try:
         folder = huggingface_hub.snapshot_download(
@@ -95,4 +95,4 @@ def download(base: BaseModel) -> str:
     except (OSError, huggingface_hub.errors.HfHubHTTPError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ValueError(f"could not download {base.path}: {first_line}") from error
-    return f"{base.path} is in {folder}; HF_HUB_OFFLINE=1 works from here on"
+    return f"{base.path} is in {folder}; HF_HUB_OFFLINE=1 works from now on"
