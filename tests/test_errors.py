@@ -188,7 +188,9 @@ def test_a_module_error_without_a_name_is_told_as_it_is() -> None:
 def test_broken_yaml_names_the_place(config, capsys) -> None:
     torn = config.parent / "torn.yaml"
     torn.write_text("model: {a: [1,\n b: 2\n", encoding="utf-8")
-    assert f"{torn}:3:1 is not valid YAML" in told(capsys, "fit", "--config", str(config), "--config", str(torn))
+    assert f"{torn}:3:1 is not valid YAML" in told(
+        capsys, "fit", "--config", str(config), "--config", str(torn)
+    )
 
 
 def test_a_model_without_chat_template(config, capsys, tiny_model_folder, tmp_path) -> None:

@@ -23,7 +23,7 @@ def length_of(question: str, answer: str) -> int:
 
 PAIRS = [("short?", "yes"), ("short?", "no " * 40), ("long? " * 40, "no")]
 SHORT, LONG_ANSWER, LONG_QUESTION = (length_of(*pair) for pair in PAIRS)
-MAX_LENGTH = SHORT + 20  # between the short row and both long ones
+MAX_LENGTH = SHORT + 20  # longer than the short row, shorter than both long ones
 
 
 def test_counts_are_of_response_tokens_and_of_all():

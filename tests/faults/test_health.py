@@ -1,4 +1,4 @@
-"""F15: a loss that is no number."""
+"""F15: a loss that is NaN or infinite."""
 
 import re
 
