@@ -1,4 +1,4 @@
-"""Errors in a user's words: what was expected, what came, which key of which file. Never imports torch."""
+"""User-facing errors: what was expected, what was given, which key of which file. Never imports torch."""
 
 import difflib
 import importlib
@@ -13,8 +13,8 @@ from typing import NamedTuple
 import yaml
 
 EVERYWHERE = (
-    "With every verb: --allow_import NAME lets configs name classes of your package NAME; --debug shows the traceback "
-    "of an error."
+    "With every subcommand: --allow_import NAME lets configs name classes of your package NAME; --debug shows the "
+    "traceback of an error."
 )
 _PARTS = ("adapters", "callbacks", "data", "losses", "probes")
 _MAX_LINES = 12
@@ -22,16 +22,16 @@ _YAML = (".yaml", ".yml")
 
 
 class ConfigError(ValueError):
-    """A config or a flag that cannot be used."""
+    """A config or an option that cannot be used."""
 
 
 def explain_parsing(message: str, words: Sequence[str], known_keys: Iterable[str]) -> str:
-    """Shorten a message of jsonargparse to what its reader can act on.
+    """Shorten a jsonargparse message to the part that a user can act on.
 
     Args:
-        message: As raised.
-        words: The command line; its config files are searched for the key.
-        known_keys: Every key that would have been accepted, dotted.
+        message: Message of the parser's exception.
+        words: Command-line arguments; their config files are searched for the key.
+        known_keys: All accepted keys, dotted.
     """
     refusal = _Refusal(message, words, config_files(words))
     lines = [line for line in message.splitlines() if line.strip()]
@@ -45,8 +45,8 @@ def explain_parsing(message: str, words: Sequence[str], known_keys: Iterable[str
 
 
 def explain_missing_module(error: ModuleNotFoundError) -> str:
-    """Which extra a missing package belongs to, or which package an allowed name was looked for in."""
-    if error.name is None:  # raised by somebody who knows more
+    """Name the extra that provides a missing package, or say that an allowed package was not found."""
+    if error.name is None:  # raised with a message of its own, not by the import system
         return str(error)
     name = error.name.split(".")[0]
     for requirement in importlib.metadata.requires("lightning-em") or ():
@@ -60,8 +60,8 @@ def explain_misconfiguration(message: str, words: Sequence[str]) -> str:
     """Name the trainer's key that a `MisconfigurationException` of Lightning is about.
 
     Args:
-        message: As raised.
-        words: The command line; its config files are searched for the key.
+        message: Message of the exception.
+        words: Command-line arguments; their config files are searched for the key.
     """
     text = " ".join(message.split())
     if "No supported gpu backend" in text:
@@ -73,15 +73,15 @@ def explain_misconfiguration(message: str, words: Sequence[str]) -> str:
 
 
 def place_of(key: str, words: Sequence[str]) -> str:
-    """` (file:line)` of a dotted key in the config files of a command line; nothing if a flag gives it."""
+    """Return ` (file:line)` of a dotted key in the config files of a command line; empty if an option sets it."""
     try:
         return _Refusal("", words, config_files(words)).place(key)
     except (yaml.YAMLError, UnicodeDecodeError):
-        return ""  # the parser that comes later says what is wrong
+        return ""  # the parser reports the error later
 
 
 def config_files(words: Sequence[str]) -> list[Path]:
-    """The YAML files that a command line names, and those they refer to."""
+    """Return the YAML files that a command line names, and those they refer to."""
     values = [word.partition("=")[2] if word.startswith("--") else word for word in words]
     pending = [Path(value) for value in values if value.endswith(_YAML)]
     files: list[Path] = []
@@ -96,7 +96,7 @@ def config_files(words: Sequence[str]) -> list[Path]:
 
 
 def class_names() -> list[str]:
-    """Names that a config can give a class by."""
+    """Return the short class names that a config may use."""
     names: list[str] = []
     for part in _PARTS:
         names += importlib.import_module(f"lightning_em.{part}").__all__
@@ -105,7 +105,7 @@ def class_names() -> list[str]:
 
 
 class _Refusal(NamedTuple):
-    """What the parser has said, and where it came from."""
+    """A message of the parser, and the command line it is about."""
 
     message: str
     words: Sequence[str]
@@ -113,19 +113,19 @@ class _Refusal(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The whole dotted key it is about; empty if it names none."""
+        """Dotted key that the message is about; empty if it names none."""
         parts = re.split(r"Problem with given class_path '[^']*'", self.message)
         keys = [found[1] for part in parts if (found := re.search(r'Parser key "([\w.]+)"', part))]
         return ".init_args.".join(dict.fromkeys(keys))
 
     @property
     def class_path(self) -> str:
-        """The class it is about; empty if it names none."""
+        """Class that the message is about; empty if it names none."""
         found = re.findall(r"class_path '([\w.]+)'", self.message)
         return found[-1] if found else ""
 
     def place(self, name: str) -> str:
-        """` (file:line)` of the last file with this dotted key, or this value; nothing if a flag gives it."""
+        """Return ` (file:line)` of the last file with this dotted key or value; empty if an option sets it."""
         if any(name in (key, value) for key, value in _flags(self.words)):
             return ""
         for file in reversed(self.files):
@@ -136,7 +136,7 @@ class _Refusal(NamedTuple):
 
 
 def _wrong_file(refusal: _Refusal) -> str | None:
-    """A config file that is not there, no YAML, empty, or a study's."""
+    """Explain a config file that is missing, not YAML, empty, or a study file."""
     for key, value in _flags(refusal.words):
         if _is_missing(value, Path(), refusal):
             return f"--{key} names {value}, but there is no file {Path(value).absolute()}."
@@ -155,7 +155,7 @@ def _wrong_file(refusal: _Refusal) -> str | None:
 
 
 def _is_missing(value: str, folder: Path, refusal: _Refusal) -> bool:
-    """Whether a value that the parser has stumbled over is the name of a YAML file that is not there."""
+    """Tell whether a value in the parser's message is the name of a missing YAML file."""
     return value.endswith(_YAML) and value in refusal.message and not (folder / value).exists()
 
 
@@ -171,22 +171,22 @@ def _broken_yaml(files: Sequence[Path]) -> str | None:
             mark = error.problem_mark
             place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else str(file)
             if "tag:yaml.org,2002:python" in str(error):
-                return f"{place}: a YAML tag that would run Python code; nothing of it was run. Name a class_path."
-            return f"{place} is no YAML: {error.problem or error}."
+                return f"{place}: a YAML tag that would run Python code; it was not run. Use a class_path instead."
+            return f"{place} is not valid YAML: {error.problem or error}."
         except yaml.YAMLError as error:
-            return f"{file} is no YAML: {error}."
+            return f"{file} is not valid YAML: {error}."
     return None
 
 
 def _wrong_class(refusal: _Refusal) -> str | None:
-    """A class that may not be imported, is not there, or has no such option."""
+    """Explain a class that may not be imported, does not exist, or lacks the given option."""
     message, given = refusal.message, refusal.class_path
     if found := re.search(r"Importing '([\w.]+)' is not allowed, denied by the '([\w.*]+)'", message):
         package = found[1].split(".")[0] if found[2] == "*" else "NAME"
         return (
             f"{found[1]} may not be imported by a config{refusal.place(given or found[1])}: only "
-            "classes of lightning_em, and some of lightning and torch, may. A package of yours that you trust is "
-            f"allowed by --allow_import {package}."
+            "classes of lightning_em, and some of lightning and torch, are allowed. To allow a package that you "
+            f"trust, add --allow_import {package}."
         )
     if found := re.search(r"Option '([\w.]+)' is not accepted", message):
         place = refusal.place(f"{refusal.key}.init_args.{found[1]}")
@@ -202,22 +202,22 @@ def _wrong_class(refusal: _Refusal) -> str | None:
 
 
 def _wrong_key(refusal: _Refusal, known_keys: set[str]) -> str | None:
-    """A key or a word that nobody knows, or keys that are missing."""
+    """Explain an unknown key, an argument without option, or missing keys."""
     if found := re.search(r"unrecognized arguments: ([^\s-]\S*)", refusal.message):
         meant = f"write --config {found[1]}" if found[1].endswith(_YAML) else "every value needs its --KEY"
-        return f"{found[1]} stands alone; {meant}."
+        return f"unexpected argument {found[1]}; {meant}."
     if found := re.search(r"(?:accept option '|unrecognized arguments: --?)([\w.+-]+)", refusal.message):
         return _unknown_key(found[1].rstrip("+"), known_keys, refusal)
     if found := re.search(r"following arguments are required: (.+)", refusal.message):
         flags = ", ".join(f"--{key.strip().partition('.')[2]}" for key in found[1].split(","))
         given = " and ".join(value for key, value in _flags(refusal.words) if key == "config")
-        start = f"{given} must say more: give" if given else "give --config configs/experiment/x.yaml, or"
+        start = f"{given} is incomplete: add" if given else "give --config configs/experiment/x.yaml, or"
         return f"{start} {flags}."
     return None
 
 
 def _wrong_value(refusal: _Refusal) -> str | None:
-    """A value of another type than its key's."""
+    """Explain a value of the wrong type."""
     expected = re.findall(
         r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[([^\]]+)\]|(?!path but)([^\n.]+))",
         refusal.message,
@@ -242,7 +242,7 @@ def _no_package(name: str) -> str:
 
 
 def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Key and value of every `--key value` and `--key=value`."""
+    """Yield key and value of every `--key value` and `--key=value`."""
     for word, following in pairwise([*words, ""]):
         if word.startswith("--"):
             key, has_value, value = word.removeprefix("--").partition("=")
@@ -255,7 +255,7 @@ def _tree(file: Path) -> yaml.Node | None:
 
 
 def _leaves(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, str, int]]:
-    """Dotted key, value if it is a plain one, and line of everything in a YAML tree."""
+    """Yield the dotted key, the value if it is a scalar, and the line of every node in a YAML tree."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             dotted = f"{prefix}{key.value}"
@@ -269,7 +269,7 @@ def _leaves(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, str, int
 
 
 def _parameters(class_path: str) -> list[str]:
-    """Options of a class that has been imported by now."""
+    """Return the options of a class that the parser has already imported."""
     module, _, name = class_path.rpartition(".")
     try:
         owner = getattr(importlib.import_module(module), name)
@@ -279,7 +279,7 @@ def _parameters(class_path: str) -> list[str]:
 
 
 def _near(name: str, candidates: Iterable[str]) -> str:
-    """A suggestion, or the whole list if nothing is alike and the list is short."""
+    """Return a suggestion, or all candidates if none is similar and there are few."""
     names = list(dict.fromkeys(candidates))
     by_lower = {candidate.lower(): candidate for candidate in names}
     if near := difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6):
@@ -288,7 +288,7 @@ def _near(name: str, candidates: Iterable[str]) -> str:
 
 
 def _unknown_key(key: str, known_keys: set[str], refusal: _Refusal) -> str:
-    """Name the first part of a dotted key that nobody knows, and what is like it at that place or elsewhere."""
+    """Name the first unknown part of a dotted key, and suggest a similar key at that level or elsewhere."""
     known = {
         ".".join(leaf.split(".")[:depth]) for leaf in known_keys for depth in range(1, leaf.count(".") + 2)
     }

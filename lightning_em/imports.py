@@ -1,4 +1,4 @@
-"""What a config may import: our own classes and a few of Lightning's and torch's; other packages by name only."""
+"""Restrict what a config may import: this package, parts of Lightning and torch, and packages allowed by name."""
 
 import importlib.metadata
 from collections.abc import Iterable, Sequence
@@ -23,13 +23,13 @@ _named: set[str] = set()
 
 
 def restrict(names: Iterable[str] = ()) -> None:
-    """Let configs name classes of the allowed packages and of no others; a denied one is never imported.
+    """Let configs name classes of allowed packages only; a denied package is never imported.
 
     Args:
-        names: Packages to allow beside `ALWAYS_ALLOWED` and the entry points of installed plug-ins.
+        names: Packages to allow in addition to `ALWAYS_ALLOWED` and the entry points of installed plug-ins.
 
     Raises:
-        ValueError: If a name is no import path.
+        ValueError: If a name is not an import path.
     """
     names = list(names)
     try:
@@ -42,25 +42,25 @@ def restrict(names: Iterable[str] = ()) -> None:
 
 
 def installed_plugins() -> list[str]:
-    """Packages that an installed distribution offers by an entry point of the group `lightning_em.plugins`."""
+    """Return the packages that installed distributions offer as entry points of the group `lightning_em.plugins`."""
     return sorted({point.module for point in importlib.metadata.entry_points(group=PLUGIN_GROUP)})
 
 
 def allowed() -> list[str]:
-    """Packages that were allowed beside the usual ones, for the record."""
+    """Return the packages that were allowed in addition to the default ones, for the run's record."""
     return sorted({*_named, *installed_plugins()})
 
 
 def as_words() -> list[str]:
-    """The same for the command line of another process."""
+    """Return the allowed packages as command-line arguments for another process."""
     return [f"--allow_import={name}" for name in allowed()]
 
 
 def take(words: Sequence[str]) -> list[str]:
-    """Apply every `--allow_import NAME` of a command line; returns the other words.
+    """Apply every `--allow_import NAME` of a command line; return the other arguments.
 
     Raises:
-        ValueError: If a name is missing or is no import path.
+        ValueError: If a name is missing or not an import path.
     """
     names: list[str] = []
     rest: list[str] = []

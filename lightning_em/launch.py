@@ -1,4 +1,4 @@
-"""What cannot run is refused before anything heavy is imported, with what can. Never imports torch."""
+"""Reject invalid trainer settings before heavy imports, and suggest valid ones. Never imports torch."""
 
 import math
 import os
@@ -17,33 +17,36 @@ SHARDED = "trainer.strategy.class_path=lightning_em.strategies.ShardedBase (conf
 DDP = "trainer.strategy=ddp (configs/trainer/ddp4.yaml)"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _OPTIONS = ("strategy", "devices", "num_nodes", "accelerator", "precision")
-_GPU_FILES = ("nvidia*", "kfd", "dxg")  # of NVIDIA, AMD, and Windows' Linux
+_GPU_FILES = ("nvidia*", "kfd", "dxg")  # device files of NVIDIA, AMD, and Windows' Linux subsystem
 _WHOLE_PRECISION = ("None", "32", "32-true")
 
-# By the beginning of a name or class name in lower case: why it cannot work, and what does.
+# Prefix of a strategy's name or class name in lower case -> why it cannot work, and what does.
 _REFUSED = {
     "fsdp": ("FSDP1 flattens the adapter together with the frozen base", SHARDED),
-    "deepspeed": ("DeepSpeed owns optimiser and checkpoints, ours hold the adapter alone", SHARDED),
-    "modelparallel": (
-        "Lightning's ModelParallelStrategy shards nothing by itself and reduces no gradient of an adapter",
+    "deepspeed": (
+        "DeepSpeed owns optimizer and checkpoints; checkpoints here hold the adapter alone",
         SHARDED,
     ),
-    "model_parallel": ("it shards nothing by itself and reduces no gradient of an adapter", SHARDED),
-    "ddp_spawn": ("started by spawn, its processes have no command line to resume by", DDP),
-    "ddp_fork": ("forked processes cannot use a GPU that the parent has touched", DDP),
-    "ddp_notebook": ("forked processes cannot use a GPU that the parent has touched", DDP),
-    "xla": ("the base is not loaded onto TPUs", DDP),
+    "modelparallel": (
+        "Lightning's ModelParallelStrategy shards nothing by itself and does not reduce an adapter's gradients",
+        SHARDED,
+    ),
+    "model_parallel": ("it shards nothing by itself and does not reduce an adapter's gradients", SHARDED),
+    "ddp_spawn": ("spawned processes have no command line to resume with", DDP),
+    "ddp_fork": ("forked processes cannot use a GPU that the parent has initialized", DDP),
+    "ddp_notebook": ("forked processes cannot use a GPU that the parent has initialized", DDP),
+    "xla": ("the base model cannot be loaded onto TPUs", DDP),
 }
 
 
 def refuse_settings(trainer: Mapping[str, Any]) -> None:
-    """Refuse what cannot work of a trainer's settings, or would not do what it says.
+    """Reject trainer settings that cannot work or would not do what they say.
 
     Args:
-        trainer: Settings of the trainer.
+        trainer: Trainer settings.
 
     Raises:
-        ValueError: Why, and what to write instead.
+        ValueError: If a setting is rejected; the message gives the reason and a valid setting.
     """
     refuse_strategy(trainer)
     refuse_precision(trainer)
@@ -53,13 +56,13 @@ def refuse_settings(trainer: Mapping[str, Any]) -> None:
 
 
 def refuse_strategy(trainer: Mapping[str, Any]) -> None:
-    """Refuse a strategy under which training would fail, hang, or give other numbers.
+    """Reject a strategy under which training would fail, hang, or give other numbers.
 
     Args:
-        trainer: Settings of the trainer.
+        trainer: Trainer settings.
 
     Raises:
-        ValueError: Why it cannot work, and which strategy does.
+        ValueError: If the strategy is rejected; the message gives the reason and a valid strategy.
     """
     strategy = trainer.get("strategy")
     chosen = strategy.get("class_path", "") if isinstance(strategy, Mapping) else strategy
@@ -76,13 +79,13 @@ def refuse_strategy(trainer: Mapping[str, Any]) -> None:
 
 
 def refuse_precision(trainer: Mapping[str, Any]) -> None:
-    """Refuse a precision of Lightning's: the base has a dtype of its own, and the adapter stays float32.
+    """Reject Lightning's precision settings: the base model has its own dtype, and the adapter stays float32.
 
     Args:
-        trainer: Settings of the trainer.
+        trainer: Trainer settings.
 
     Raises:
-        ValueError: Why it cannot work, and what to set instead.
+        ValueError: If the precision is rejected; the message gives the reason and a valid setting.
     """
     chosen = str(trainer.get("precision"))
     if chosen in _WHOLE_PRECISION:
@@ -91,30 +94,30 @@ def refuse_precision(trainer: Mapping[str, Any]) -> None:
     reason = (
         "training would compute under autocast and probes without it, two different models"
         if chosen.endswith("-mixed") or chosen in ("16", "bf16")
-        else "it casts the adapter and its optimiser too, where small updates vanish"
+        else "it also casts the adapter and its optimizer, where small updates would be lost"
         if dtype != "float64"
-        else "it casts the adapter and its optimiser too, and what is saved is float32"
+        else "it also casts the adapter and its optimizer, but checkpoints are float32"
     )
     raise ValueError(
         f"trainer.precision {chosen} cannot work here: {reason}. Set model.base.dtype: {dtype} and leave "
-        "trainer.precision out: the frozen base gets that dtype, the adapter and its optimiser stay float32."
+        "trainer.precision out: the frozen base model gets that dtype, the adapter and its optimizer stay float32."
     )
 
 
 def refuse_devices(trainer: Mapping[str, Any]) -> None:
-    """Refuse a number of devices that the machine decides, and one that the strategy does not use.
+    """Reject a number of devices that depends on the machine, or that the strategy does not use.
 
     Args:
-        trainer: Settings of the trainer.
+        trainer: Trainer settings.
 
     Raises:
-        ValueError: What to write instead.
+        ValueError: If the number is rejected; the message gives a valid setting.
     """
     count, devices, strategy = num_processes(trainer), trainer.get("devices"), trainer.get("strategy")
     if count is None:
         raise ValueError(
-            f"trainer.devices {devices} means as many as there happen to be, but their number decides how many rows a "
-            "step has, and so which run it is: write the number, and trainer.accumulate_grad_batches to go with it."
+            f"trainer.devices {devices} depends on the machine, but their number determines the rows per optimizer "
+            "step, and so the run's identity: write the number, and a matching trainer.accumulate_grad_batches."
         )
     chosen = str(strategy.get("class_path") if isinstance(strategy, Mapping) else strategy)
     if count > 1 and chosen.rsplit(".", 1)[-1].lower().startswith(("single_device", "singledevice")):
@@ -125,39 +128,39 @@ def refuse_devices(trainer: Mapping[str, Any]) -> None:
 
 
 def refuse_accelerator(trainer: Mapping[str, Any]) -> None:
-    """Refuse an accelerator that the base is not loaded onto.
+    """Reject an accelerator that the base model cannot be loaded onto.
 
     Args:
-        trainer: Settings of the trainer.
+        trainer: Trainer settings.
 
     Raises:
-        ValueError: What to write instead.
+        ValueError: If the accelerator is rejected; the message gives a valid setting.
     """
     if str(trainer.get("accelerator")).lower() in ("tpu", "hpu", "xla"):
         raise ValueError(
-            f"trainer.accelerator {trainer['accelerator']} cannot work here: the base is not loaded onto it. Use "
-            "gpu or cpu (configs/trainer/gpu1.yaml, cpu.yaml)."
+            f"trainer.accelerator {trainer['accelerator']} cannot work here: the base model cannot be loaded onto it. "
+            "Use gpu or cpu (configs/trainer/gpu1.yaml, cpu.yaml)."
         )
     chosen, here = trainer.get("accelerator") or "auto", (sys.platform, platform.machine())
     if chosen == "mps" or (here == ("darwin", "arm64") and chosen in ("auto", "gpu")):
         raise ValueError(
-            f"trainer.accelerator {chosen} means Apple's GPU, which has no float64: the sums of "
-            "losses are. Use --trainer.accelerator cpu."
+            f"trainer.accelerator {chosen} means Apple's GPU, which has no float64, but losses are summed in "
+            "float64. Use --trainer.accelerator cpu."
         )
 
 
 def refuse_logger(trainer: Mapping[str, Any]) -> None:
-    """Refuse a logger that is no logger: `metrics.csv` is always written.
+    """Reject `logger: true`, which names no logger; `metrics.csv` is always written.
 
     Args:
-        trainer: Settings of the trainer.
+        trainer: Trainer settings.
 
     Raises:
-        ValueError: What to write instead.
+        ValueError: If the logger is `true`; the message gives a valid setting.
     """
     if trainer.get("logger") is True:
         raise ValueError(
-            "trainer.logger true names no logger: leave it out (metrics.csv is always written), or name one beside it, "
+            "trainer.logger true names no logger: leave it out (metrics.csv is always written), or name another one, "
             "e.g. trainer.logger.class_path=lightning.pytorch.loggers.CSVLogger."
         )
 
@@ -165,33 +168,33 @@ def refuse_logger(trainer: Mapping[str, Any]) -> None:
 def refuse_missing_gpu(
     trainer: Mapping[str, Any], words: Sequence[str], devices: Path = Path("/dev")
 ) -> None:
-    """Refuse an accelerator whose device files are not here, before torch is imported to find that out.
+    """Reject a GPU accelerator if the GPU's device files are missing, without importing torch.
 
     Args:
-        trainer: Settings of the trainer.
-        words: The command line, to say where the accelerator is named.
+        trainer: Trainer settings.
+        words: Command-line arguments, used to locate the setting.
         devices: Folder of the device files.
 
     Raises:
-        ValueError: What to write instead.
+        ValueError: If there is no GPU; the message gives a valid setting.
     """
     chosen, here = trainer.get("accelerator"), any(any(devices.glob(name)) for name in _GPU_FILES)
     if chosen in ("gpu", "cuda") and sys.platform == "linux" and not here:
         raise ValueError(
             f"trainer.accelerator is {chosen}{place_of('trainer.accelerator', words)}, but there is no GPU here; set "
-            "--trainer.accelerator cpu, or send it to a machine that has one with lightning-em submit."
+            "--trainer.accelerator cpu, or use lightning-em submit to run on a machine with a GPU."
         )
 
 
 def refuse_control_characters(what: str, *texts: object) -> None:
-    """Refuse line breaks and the like in what becomes a path, a log line, and a line of a batch file.
+    """Reject line breaks and other control characters in text that becomes a path, a log line or a batch file line.
 
     Args:
-        what: They are for.
-        texts: To look at; None is let through.
+        what: Name of the setting, for the message.
+        texts: Values to check.
 
     Raises:
-        ValueError: The text, with what is wrong made visible.
+        ValueError: If a value contains a control character; the message shows it escaped.
     """
     for text in texts:
         if _CONTROL.search(str(text)):
@@ -201,23 +204,23 @@ def refuse_control_characters(what: str, *texts: object) -> None:
 
 
 def refuse_task_count(trainer: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse a trainer that expects another number of processes than srun or torchrun has started.
+    """Reject a trainer that expects another number of processes than srun or torchrun has started.
 
-    Lightning would wait for ranks that never come, or train one independent copy a task, each with exit code 0.
+    Lightning would wait for ranks that never come, or train one independent copy per task, each with exit code 0.
 
     Raises:
-        ValueError: Both numbers and the keys to change.
+        ValueError: If the numbers differ; the message names both and the keys to change.
     """
     wanted = num_processes(trainer)
     if wanted is None:
         return
-    by_torchrun = "RANK" in environment and "WORLD_SIZE" in environment  # also by one that srun has started
+    by_torchrun = "RANK" in environment and "WORLD_SIZE" in environment  # also if srun started torchrun
     launcher, variable = ("torchrun", "WORLD_SIZE") if by_torchrun else ("srun", "SLURM_STEP_NUM_TASKS")
     started = environment.get(variable)
     if started is not None and int(started) != wanted and (by_torchrun or not _is_shell(environment)):
         raise ValueError(
             f"{launcher} has started {started} processes, but trainer.devices x trainer.num_nodes is "
-            f"{wanted}. Set --trainer.devices to the tasks of a node and --trainer.num_nodes to the nodes."
+            f"{wanted}. Set --trainer.devices to the tasks per node and --trainer.num_nodes to the number of nodes."
         )
     in_batch_script = "SLURM_JOB_ID" in environment and started is None
     if in_batch_script and wanted > 1 and int(environment.get("SLURM_NTASKS", "1")) > 1:
@@ -228,22 +231,22 @@ def refuse_task_count(trainer: Mapping[str, Any], environment: Mapping[str, str]
 
 
 def num_processes(trainer: Mapping[str, Any]) -> int | None:
-    """Processes that a trainer's settings ask for; None for as many devices as there happen to be."""
+    """Return the number of processes that trainer settings ask for; None if it depends on the machine."""
     devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
     if isinstance(devices, str) and "," in devices:
         devices = [index for index in devices.split(",") if index.strip()]
     count = len(devices) if isinstance(devices, Sequence) and not isinstance(devices, str) else devices
     known = [int(each) for each in (count, nodes) if str(each).isdecimal() and int(each) > 0]
-    return math.prod(known) if len(known) == 2 else None  # "auto" and -1 are no numbers
+    return math.prod(known) if len(known) == 2 else None  # "auto" and -1 depend on the machine
 
 
 def _is_shell(environment: Mapping[str, str]) -> bool:
-    """An interactive job, in which Lightning starts its processes itself."""
+    """Tell whether this is an interactive Slurm job, in which Lightning starts its processes itself."""
     return environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
 
 
 def named_trainer(words: Sequence[str]) -> dict[str, Any]:
-    """What a command line says about where to run, as far as it can be read without the parser."""
+    """Return the trainer's device settings of a command line, as far as they can be read without the parser."""
     found: dict[str, Any] = {}
     for index, word in enumerate(words):
         key, has_value, value = word.partition("=")
@@ -260,7 +263,7 @@ def named_trainer(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _plain(value: str) -> Any:
-    """A word as the parser will read it: a number, a list, or the text itself."""
+    """Parse an argument like the parser: a number, a list, or text."""
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError:
@@ -276,4 +279,4 @@ def _of_file(file: Path, part: str | None = None) -> dict[str, Any]:
             return _of_file(file.parent / content)
         return {key: content[key] for key in _OPTIONS if key in content}
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
-        return {}  # the parser that comes later says what is wrong
+        return {}  # the parser reports the error later

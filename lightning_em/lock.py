@@ -1,4 +1,4 @@
-"""One process at a time writes into a run folder. Never imports torch."""
+"""Lock a run folder, so that only one process at a time writes into it. Never imports torch."""
 
 import contextlib
 import fcntl
@@ -25,16 +25,16 @@ class LockedError(ValueError):
 
 
 class RunLock:
-    """Hold a run folder while the context is open.
+    """Hold the lock of a run folder while the context is open.
 
-    The kernel's lock on `run.lock` ends with its process, however that dies. Where the file system does not
-    carry it to other machines, the holder written inside and its heartbeat (the file's time) speak: a holder
-    on another machine counts as alive until its heart has been still for `STALE_SECONDS`, or until its own Slurm
-    job is started again, which ends it for certain.
+    The kernel releases its lock on `run.lock` when the process ends, however it ends. Some file systems do not
+    carry such locks to other machines. There, the holder written into the file and its heartbeat (the file's mtime)
+    decide: a holder on another machine counts as alive until its heartbeat is older than `STALE_SECONDS`, or until
+    its own Slurm job is started again, which proves that it has ended.
 
     Args:
-        folder: The run's folder; made if it is not there, and removed again if nothing else came into it.
-        words: The command line, for whoever is refused.
+        folder: Run folder; created if missing, and removed again if it stays empty.
+        words: Command line of this process, recorded for error messages of other processes.
     """
 
     def __init__(self, folder: Path, words: Sequence[str] = ()) -> None:
@@ -44,7 +44,7 @@ class RunLock:
         self._stopped = threading.Event()
 
     def __enter__(self) -> "RunLock":
-        """Take the lock.
+        """Acquire the lock.
 
         Raises:
             LockedError: If a live process holds it.
@@ -57,18 +57,19 @@ class RunLock:
         content = json.dumps(_myself(self.words)) + "\n"
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, content.encode(), 0)
-        os.register_at_fork(after_in_child=self._let_go)  # a data worker must not outlive us with the lock
+        # a forked data worker must not keep the lock after we exit
+        os.register_at_fork(after_in_child=self._let_go)
         threading.Thread(target=self._beat, name="run-lock", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give it back."""
+        """Release the lock."""
         self._stopped.set()
         self.path.unlink(missing_ok=True)
         self._let_go()
-        with contextlib.suppress(OSError):  # the run has files, as it should
+        with contextlib.suppress(OSError):  # not empty, which is the normal case
             self.path.parent.rmdir()
 
     def _let_go(self) -> None:
@@ -81,11 +82,11 @@ class RunLock:
             try:
                 os.utime(self.path)
             except OSError:
-                continue  # a full or absent disk is for the writers to report
+                continue  # a full or missing disk is reported by the code that writes data
 
 
 def refuse_if_held(folder: Path) -> None:
-    """Look without taking: cheap enough to ask before anything heavy is imported.
+    """Check the lock without taking it; cheap enough to run before heavy imports.
 
     Raises:
         LockedError: If a live process holds the folder.
@@ -106,7 +107,7 @@ def refuse_if_held(folder: Path) -> None:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a live process is writing into the folder."""
+    """Tell whether a live process is writing into the folder."""
     try:
         refuse_if_held(folder)
     except LockedError:
@@ -115,7 +116,7 @@ def is_held(folder: Path) -> bool:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one of its job that writes, as far as the environment tells."""
+    """Tell whether this process is the writing rank of its job, judging by the environment."""
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
         if name in os.environ:
             return os.environ[name] == "0" and (name == "RANK" or os.environ.get("NODE_RANK", "0") == "0")
@@ -123,7 +124,7 @@ def is_first_rank() -> bool:
 
 
 def named_folder(words: Sequence[str]) -> Path | None:
-    """The run folder that flags or config files name outright; None if only the config's hash tells."""
+    """Return the run folder that flags or config files name explicitly; None if it depends on the config's hash."""
     options: dict[str, Any] = {"root": "runs"}
     for index, word in enumerate(words):
         key, has_value, value = word.partition("=")
@@ -143,11 +144,11 @@ def _run_options(config: Path) -> dict[str, Any]:
         options = content["run"]
         return {key: options[key] for key in ("root", "name") if isinstance(options.get(key), str)}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
-        return {}  # the parser that comes later says what is wrong
+        return {}  # the parser reports the error later
 
 
 def _open_locked(path: Path) -> int:
-    """Descriptor of the lock file, locked; another file under the name meanwhile means another try."""
+    """Open and lock the lock file; retry if the file was replaced between opening and locking."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -164,7 +165,7 @@ def _open_locked(path: Path) -> int:
 
 
 def _holder_elsewhere(path: Path) -> dict[str, Any] | None:
-    """The holder if it is on another machine and its heart beats; the kernel's lock knows about this one."""
+    """Return the holder if it is alive on another machine; on this machine, the kernel's lock decides."""
     holder = _read(path)
     if holder.get("host") in (None, socket.gethostname()) or _is_my_past(holder):
         return None
@@ -176,7 +177,7 @@ def _holder_elsewhere(path: Path) -> dict[str, Any] | None:
 
 
 def _is_my_past(holder: dict[str, Any]) -> bool:
-    """Whether the holder is an earlier start of this very job, which Slurm has put back into the queue."""
+    """Tell whether the holder is an earlier start of this same job, which Slurm has requeued."""
     mine = _job()
     same = mine["job"] is not None and all(holder.get(key) == mine[key] for key in ("job", "array_task"))
     return same and mine["restarts"] > (holder.get("restarts") or 0)

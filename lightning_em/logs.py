@@ -1,4 +1,4 @@
-"""What a run says: into its own console.log, and without the small talk of libraries."""
+"""Logging of a run: its console.log, and filters for third-party messages."""
 
 import contextlib
 import logging
@@ -9,24 +9,24 @@ from pathlib import Path
 import transformers
 
 EXPECTED_WARNINGS = (
-    r"LightningCLI's args parameter",  # sys.argv holds the same words, for the ranks that DDP starts
-    r"Found \d+ module\(s\) in eval mode",  # the frozen base belongs there
+    r"LightningCLI's args parameter",  # sys.argv holds the same arguments, for DDP's child processes
+    r"Found \d+ module\(s\) in eval mode",  # intended for the frozen base model
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     r".*does not have many workers",
     r".*smaller than the logging interval",
-    r"`is_gradient_checkpointing` is deprecated",  # peft asks transformers the old way
+    r"`is_gradient_checkpointing` is deprecated",  # peft still reads the old attribute of transformers
     r".*`srun` command is available",
-    r".*on epoch level in distributed setting",  # TokenMean has reduced them over the ranks
+    r".*on epoch level in distributed setting",  # TokenMean has already reduced over the ranks
 )
 CHATTER = (
     "\U0001f4a1 Tip", "Seed set to", "TPU available", "GPU available: False", "Loading `train_dataloader` to estimate",
-    "You are using a CUDA device",  # float32 products are the adapter's, or those of a base that was asked for so
+    "You are using a CUDA device",  # matmul precision is chosen deliberately: float32 is the adapter's, or requested
 )  # fmt: skip
 
 
 @contextlib.contextmanager
 def console_log(path: Path) -> Iterator[None]:
-    """Append what is logged to a file of the run as well, with the time."""
+    """Also append log messages, with the time, to a file of the run."""
     handler = logging.FileHandler(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     names = ("lightning_em", "lightning.pytorch")
@@ -41,7 +41,7 @@ def console_log(path: Path) -> Iterator[None]:
 
 
 def hush() -> None:
-    """Leave out warnings that are expected here, and the libraries' small talk."""
+    """Filter out expected warnings and third-party messages."""
     transformers.utils.logging.disable_progress_bar()
     for text in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=text)

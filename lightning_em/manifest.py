@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all: temporary sibling, fsync, manifest, rename. Never imports torch."""
+"""Publish folders atomically: temporary sibling, fsync, manifest, rename. Never imports torch."""
 
 import hashlib
 import json
@@ -12,25 +12,25 @@ TEMPORARY_PREFIX = ".incomplete-"
 
 
 def sha256_of(path: Path) -> str:
-    """Hash of a file's bytes, hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def publish(target: Path, write: Callable[[Path], None]) -> Path:
-    """Fill a folder and let it appear under its name only when it is complete and on disk.
+    """Fill a folder and publish it under its name only when it is complete and on disk.
 
-    A valid folder that is there already is kept; an invalid one is renamed aside first.
+    A valid folder that exists already is kept; an invalid one is renamed first.
 
     Args:
-        target: The folder to make.
-        write: Fills the folder it is given with plain files, no subfolders.
+        target: Folder to create.
+        write: Function that fills the folder it is given with plain files, without subfolders.
 
     Returns:
         `target`.
 
     Raises:
-        OSError: If writing fails; nothing is left behind under either name.
+        OSError: If writing fails; nothing is left under either name.
     """
     if target.exists():
         if not manifest_problems(target):
@@ -56,7 +56,7 @@ def publish(target: Path, write: Callable[[Path], None]) -> Path:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename an invalid folder so that its name is free; its content is kept."""
+    """Rename an invalid folder to free its name; its content is kept."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.invalid-{number}")).exists():
         number += 1
@@ -64,7 +64,7 @@ def set_aside(folder: Path) -> Path:
 
 
 def manifest_problems(folder: Path) -> list[str]:
-    """What is wrong with a published folder, one line a file; empty if it is whole."""
+    """List what is wrong with a published folder, one line per file; empty if the folder is valid."""
     manifest = folder / MANIFEST
     try:
         listing = json.loads(manifest.read_text(encoding="utf-8"))["files"]
@@ -83,7 +83,7 @@ def manifest_problems(folder: Path) -> list[str]:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Delete what killed writers left behind; the caller makes sure that nobody is writing."""
+    """Delete temporary files of killed writers; the caller must make sure that no process is writing."""
     for left in parent.glob(f"{TEMPORARY_PREFIX}*"):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
@@ -92,7 +92,7 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file in one step, on disk when this returns."""
+    """Replace a small text file atomically; it is on disk when this returns."""
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Keeping secrets out of what a run writes about itself. Never imports torch."""
+"""Keep secrets out of the files that a run writes. Never imports torch."""
 
 import os
 import re
@@ -16,7 +16,7 @@ _SHORTEST = 8
 
 
 def redacted(value: Any) -> Any:
-    """A copy of plain nested values without what looks like a key, by its name, its form or the environment."""
+    """Copy plain nested values and hide secrets, recognized by name, by form or from the environment."""
     if isinstance(value, dict):
         return {k: HIDDEN if _is_secret(k, v) else redacted(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -25,7 +25,7 @@ def redacted(value: Any) -> Any:
 
 
 def redacted_words(words: list[str]) -> list[str]:
-    """The same for a command line, where a flag names the word behind it."""
+    """Hide secrets in a command line, where a flag names the argument after it."""
     result: list[str] = []
     for index, word in enumerate(words):
         name, has_value, value = word.partition("=")
@@ -40,7 +40,7 @@ def redacted_words(words: list[str]) -> list[str]:
 
 
 def redacted_text(text: str) -> str:
-    """Hide keys inside free text, such as an error message."""
+    """Hide secrets in free text, such as an error message."""
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST and _SECRET_VARIABLE.search(name):
             text = text.replace(value, f"<{name}>")

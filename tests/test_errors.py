@@ -100,8 +100,8 @@ def test_a_wrong_key_names_file_and_line(config, capsys, key, value, message) ->
             ["--data.narrow.answer", "foo"],
             "data.narrow.answer must be one of messages, good, bad, mixed, both, got foo",
         ),
-        (["x.yaml"], "x.yaml stands alone; write --config x.yaml."),
-        (["x"], "x stands alone; every value needs its --KEY."),
+        (["x.yaml"], "unexpected argument x.yaml; write --config x.yaml."),
+        (["x"], "unexpected argument x; every value needs its --KEY."),
     ],
 )
 def test_a_wrong_flag(config, capsys, flags, message) -> None:
@@ -144,7 +144,7 @@ def test_nothing_at_all(capsys, monkeypatch) -> None:
         "give --config configs/experiment/x.yaml, or --model.base.path, --model.adapter, --data.narrow.path."
     )
     assert wanted in told(capsys, "fit")
-    assert "overfit.yaml must say more: give --model.base" in told(
+    assert "overfit.yaml is incomplete: add --model.base" in told(
         capsys, "fit", "--config", "configs/debug/overfit.yaml"
     )
 
@@ -188,7 +188,9 @@ def test_a_module_error_without_a_name_is_told_as_it_is() -> None:
 def test_broken_yaml_names_the_place(config, capsys) -> None:
     torn = config.parent / "torn.yaml"
     torn.write_text("model: {a: [1,\n b: 2\n", encoding="utf-8")
-    assert f"{torn}:3:1 is no YAML" in told(capsys, "fit", "--config", str(config), "--config", str(torn))
+    assert f"{torn}:3:1 is not valid YAML" in told(
+        capsys, "fit", "--config", str(config), "--config", str(torn)
+    )
 
 
 def test_a_model_without_chat_template(config, capsys, tiny_model_folder, tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""Callbacks: what happens around training, each in its own file."""
+"""Training callbacks, one per file."""
 
 from lightning_em.callbacks.checkpointing import AdapterCheckpoint, CheckpointListener
 from lightning_em.callbacks.health import Health, UnhealthyError

@@ -1,4 +1,4 @@
-"""When checkpoints are written, and who is told once one is on disk."""
+"""Write checkpoints on schedule and notify other callbacks once one is on disk."""
 
 import errno
 import math
@@ -14,20 +14,20 @@ from lightning_em.runs import RunFolder
 
 @runtime_checkable
 class CheckpointListener(Protocol):
-    """A callback that wants to know when a checkpoint has been published."""
+    """A callback that is notified after a checkpoint has been published."""
 
     def on_checkpoint_published(self, trainer: Trainer, module: Any, step: int) -> None:
-        """Called on every rank once the checkpoint of `step` is complete on disk."""
+        """Called on every rank after the checkpoint of `step` is complete on disk."""
 
 
 class AdapterCheckpoint(Checkpoint):
-    """Write an adapter-only checkpoint every so many optimiser steps, and after the last one.
+    """Write an adapter-only checkpoint every `every_n_steps` optimizer steps and at the end of training.
 
     Args:
-        every_n_steps: Distance between checkpoints; 0 writes only the last one.
-        dense_until: Up to this step, checkpoints come every `dense_every` steps as well.
-        dense_every: Distance between the early checkpoints.
-        keep_last: How many of the newest checkpoints to keep; all if not given.
+        every_n_steps: Steps between checkpoints; 0 writes only the last one.
+        dense_until: Last step of the early phase, in which checkpoints are also written every `dense_every` steps.
+        dense_every: Steps between checkpoints of the early phase.
+        keep_last: Number of newest checkpoints to keep; all by default.
     """
 
     def __init__(
@@ -52,15 +52,15 @@ class AdapterCheckpoint(Checkpoint):
         self._last_published = -1
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint belongs after this many optimiser steps."""
+        """Tell whether a checkpoint is written after this many optimizer steps."""
         regular = self.every_n_steps > 0 and step % self.every_n_steps == 0
         return step > 0 and (regular or (step <= self.dense_until and step % self.dense_every == 0))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed run has its starting point on disk already; the rest must find room there.
+        """Note the checkpoint that a resumed run started from, and check the disk space for the remaining ones.
 
         Raises:
-            OSError: If the disk has less room than the checkpoints to come will take.
+            OSError: If the disk has less free space than the remaining checkpoints need.
         """
         self._last_published = trainer.global_step
         refusal = self._no_room(trainer, pl_module) if trainer.is_global_zero else None
@@ -68,24 +68,27 @@ class AdapterCheckpoint(Checkpoint):
             raise OSError(errno.ENOSPC, refusal)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take note that nothing has been trained yet."""
+        """Mark that no training has happened yet."""
         self._last_published = -1
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run killed between its last checkpoint and its end has no step left: tell the listeners now."""
+        """Notify the listeners if a resumed run had no step left, so that training hooks were never called.
+
+        This happens if a run was killed after its last checkpoint and before its end.
+        """
         if self._last_published < 0 and trainer.global_step > 0:
-            pl_module.to(trainer.strategy.root_device)  # the strategy has put it away
+            pl_module.to(trainer.strategy.root_device)  # the strategy's teardown has moved it to the CPU
             self._tell(trainer, pl_module, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save at the boundary of an optimiser step; the epoch's last one waits for the validation behind it."""
+        """Save after an optimizer step; the last one of an epoch is saved after validation, in `on_train_epoch_end`."""
         if not trainer.is_last_batch:
             self._publish_if_due(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save after the epoch's validation, so that a resumed run has its values."""
+        """Save after the epoch's validation, so that a resumed run has its metrics."""
         self._publish_if_due(trainer, pl_module)
 
     def _publish_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -93,21 +96,21 @@ class AdapterCheckpoint(Checkpoint):
             self.publish(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end of training, unless it has just been saved."""
+        """Save the final state, unless it has already been saved."""
         if trainer.global_step != self._last_published:
             self.publish(trainer, pl_module)
 
     def publish(self, trainer: Trainer, pl_module: LightningModule, tell: bool = True) -> Path:
-        """Write the checkpoint on rank zero, let every rank wait for it, then tell the listeners.
+        """Write the checkpoint on rank zero, wait on every rank, then notify the listeners.
 
         Args:
-            trainer: The running trainer.
-            pl_module: Its module.
-            tell: Whether listeners (probes) run; an emergency save does without.
+            trainer: Trainer that is fitting.
+            pl_module: Module of the trainer.
+            tell: Whether to notify listeners (probes); False for an emergency save.
         """
         run, step = RunFolder(trainer.default_root_dir), trainer.global_step
         for log in trainer.loggers:
-            log.save()  # the metrics up to here first: a checkpoint stands for a step that is on record
+            log.save()  # metrics first: a checkpoint's step must be in the metrics file, see MetricsFile.rewind
         trainer.save_checkpoint(run.checkpoint(step), weights_only=False)
         self._last_published = step
         if trainer.is_global_zero:
@@ -122,7 +125,7 @@ class AdapterCheckpoint(Checkpoint):
                 callback.on_checkpoint_published(trainer, pl_module, step)
 
     def _no_room(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
-        """Both figures, if the checkpoints to come need more than there is."""
+        """Return an error message if the remaining checkpoints need more space than there is."""
         run, last = RunFolder(trainer.default_root_dir), trainer.estimated_stepping_batches
         if not math.isfinite(last):
             return None
@@ -133,13 +136,13 @@ class AdapterCheckpoint(Checkpoint):
         written = [run.checkpoint(step) for step in run.steps()]
         sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in written]
         weights = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
-        # Adam keeps two more numbers a weight; the rest is random states and the manifest
+        # Adam keeps two moments per weight; the remainder is random states and the manifest
         need = kept * max([3 * weights + 40_000, *sizes])
         free = shutil.disk_usage(run.path).free
         if need <= free:
             return None
         return (
-            f"{kept} checkpoints to come need about {need:,} bytes, but {run.path} has {free:,} free. Free some "
+            f"the remaining {kept} checkpoints need about {need:,} bytes, but {run.path} has {free:,} free. Free some "
             "space, choose another --run.root, or write fewer with checkpoint.every_n_steps or checkpoint.keep_last."
         )
 

@@ -1,4 +1,4 @@
-"""A run that has gone bad stops before it writes anything, and says which rows it was looking at."""
+"""Stop an unhealthy run before it writes anything, and report the rows of the failed step."""
 
 import logging
 import time
@@ -19,10 +19,10 @@ _SHOWN_ROWS = 16
 
 
 class UnhealthyError(ArithmeticError):
-    """Training produced a number that is none; nothing of that step was saved.
+    """The loss, a gradient or a weight is NaN or infinite; nothing of that step was saved.
 
     Attributes:
-        step: The optimiser step that failed, the first is 1.
+        step: Optimizer step that failed, counted from 1.
     """
 
     def __init__(self, message: str, step: int) -> None:
@@ -31,9 +31,9 @@ class UnhealthyError(ArithmeticError):
 
 
 class Health(Callback):
-    """Stop on a NaN or infinite loss, gradient or weight, and on a tensor that is not trained; log the pace.
+    """Stop on a NaN or infinite loss, gradient or weight, and on a tensor that is not trained; log throughput.
 
-    All of it is decided from values that are the same on every rank, at the optimiser step.
+    All decisions use values that are the same on every rank, once per optimizer step, so all ranks stop together.
     """
 
     def __init__(self) -> None:
@@ -45,30 +45,30 @@ class Health(Callback):
         self._is_first = True
 
     def on_train_start(self, trainer: Trainer, pl_module: EMModule) -> None:  # type: ignore[override]
-        """Forget what another fit has left."""
+        """Reset state left by an earlier fit."""
         self._batches, self._finite, self._is_first = [], [], True
         self._stepped = trainer.global_step
 
     def on_train_batch_start(  # type: ignore[override]
         self, trainer: Trainer, pl_module: EMModule, batch: TrainBatch, batch_idx: int
     ) -> None:
-        """Remember the rows of this step."""
+        """Store the micro-batch, for token counts and error messages."""
         if not self._batches:
             self._started = time.perf_counter()
         self._batches.append(batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: EMModule, loss: Tensor) -> None:  # type: ignore[override]
-        """Note whether the loss is a number; read at the end of the step, so that nothing waits for it here."""
+        """Store whether the loss is finite; it is read at the end of the step, to avoid a device sync here."""
         self._finite.append(torch.isfinite(loss.detach()).all())
 
     def on_before_optimizer_step(  # type: ignore[override]
         self, trainer: Trainer, pl_module: EMModule, optimizer: Optimizer
     ) -> None:
-        """Judge loss and gradient before they change a weight.
+        """Check loss and gradients before they change a weight.
 
         Raises:
             UnhealthyError: If one of them is NaN or infinite.
-            ValueError: If a tensor of the adapter has no gradient in the first step.
+            ValueError: If a tensor of the adapter has no gradient in the first step, or all gradients are zero.
         """
         parameters = pl_module.model.adapter.trainable()
         if self._is_first:
@@ -87,13 +87,13 @@ class Health(Callback):
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: EMModule, outputs: Any, batch: TrainBatch, batch_idx: int
     ) -> None:
-        """Judge the new weights before anybody saves them; log the pace of the step.
+        """Check the new weights before they are saved; log throughput.
 
         Raises:
             UnhealthyError: If a weight is NaN or infinite.
         """
         if trainer.global_step == self._stepped:
-            return  # within an accumulated step
+            return  # gradient accumulation: no optimizer step was taken
         self._stepped = trainer.global_step
         if names := _not_finite(pl_module.model.adapter.trainable()):
             self._stop(trainer, pl_module, f"the weight {', '.join(names)}", taken=True)
@@ -106,7 +106,7 @@ class Health(Callback):
         self._batches, self._finite = [], []
 
     def _window_tokens(self) -> int:
-        """Tokens of both streams that this rank has been through in this step."""
+        """Tokens of both streams that this rank has processed in this optimizer step, without dummy batches."""
         parts = [part for batch in self._batches for part in (batch.ce, batch.kl) if part is not None]
         return sum(sum(part.lengths) for part in parts if not part.is_ghost)
 
@@ -114,11 +114,11 @@ class Health(Callback):
         if untrained := sorted(name for name, p in parameters.items() if p.grad is None):
             raise ValueError(
                 f"the loss does not depend on {untrained} of the adapter, so they would never be trained; its "
-                "class must use every parameter it makes (`lightning_em.testing.check_adapter` shows where)."
+                "class must use every parameter it creates (`lightning_em.testing.check_adapter` shows where)."
             )
         if is_fresh and not any(bool(p.grad.any()) for p in parameters.values() if p.grad is not None):
             raise ValueError(
-                "every gradient of the adapter is exactly zero in the first step, so it would never move: its "
+                "every gradient of the adapter is exactly zero in the first step, so it would never change: its "
                 "effect does not reach the loss."
             )
 
@@ -129,17 +129,17 @@ class Health(Callback):
         again = sum(attempt.get("failed_at") == step for attempt in before)
         message = (
             f"{what} is NaN or infinite at step {step}; nothing of it is saved. Rows of the step on rank "
-            f"{trainer.global_rank}: {rows}. Lower the learning rate, look at these rows, or take a base in another "
+            f"{trainer.global_rank}: {rows}. Lower the learning rate, inspect these rows, or use another "
             "model.base.dtype."
         )
         if again:
             message += (
-                f" {again} earlier attempt{'s' * (again > 1)} ended at this very step; so will the next."
+                f" {again} earlier attempt{'s' * (again > 1)} ended at this same step; so will the next."
             )
         raise UnhealthyError(message, step)
 
     def _rows(self) -> str:
-        """Rows of the micro-batches whose loss is no number, or of all if every loss is fine."""
+        """List the rows of micro-batches whose loss is not finite, or all rows if every loss is finite."""
         suspects = [b for b, fine in zip(self._batches, self._finite, strict=False) if not bool(fine)]
         named = []
         for stream in ("ce", "kl"):
@@ -152,7 +152,7 @@ class Health(Callback):
 
 
 def _not_finite(tensors: dict[str, Any]) -> list[str]:
-    """Names of the tensors with a NaN or an infinity; the device is asked once."""
+    """Return the names of tensors with a NaN or infinite value, with a single device sync."""
     flags = torch.stack([torch.isfinite(tensor.detach()).all() for tensor in tensors.values()])
     if bool(flags.all()):
         return []
@@ -160,11 +160,11 @@ def _not_finite(tensors: dict[str, Any]) -> list[str]:
 
 
 def _peak_memory(module: EMModule) -> float:
-    """Most memory that this process has used so far: of its GPU, or else of the machine, in bytes."""
+    """Return the peak memory of this process in bytes: of its GPU, or of RAM without one."""
     if module.device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(module.device))
     import resource
     import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(peak if sys.platform == "darwin" else peak * 1024)  # Linux counts in KiB
+    return float(peak if sys.platform == "darwin" else peak * 1024)  # ru_maxrss is in KiB on Linux

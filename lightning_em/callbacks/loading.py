@@ -1,4 +1,7 @@
-"""An adapter that did not load, or sits on another base, reads as "nothing learned": refuse it instead."""
+"""Check before an evaluation that the base model is the run's own and that the adapter has an effect.
+
+An adapter that was not loaded, or that runs on another base model, would look as if nothing had been learned.
+"""
 
 import hashlib
 import json
@@ -18,19 +21,19 @@ from lightning_em.module import EMModule
 from lightning_em.runs import RunFolder
 
 _SAMPLED_VALUES = 4096
-# Where the files lay, who wrote them and how they are computed does not make another model of them.
+# Paths, authors' versions and compute dtype do not change which model it is.
 _NOT_THE_MODEL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash"}
 _REMEMBERED = "_lightning_em_sha256"
 
 
 def base_sha256(base: PreTrainedModel, adapter: Adapter | None = None) -> str:
-    """Hash that stands for a base model: its config, and some 4096 evenly spaced values of each weight.
+    """Hash a base model: its config, and about 4096 evenly spaced values of each weight.
 
-    Values count in bfloat16, so that one model has one hash in every precision it is loaded in.
+    Values are hashed as bfloat16, so that a model has the same hash in every precision it is loaded in.
 
     Args:
-        base: The model.
-        adapter: Which sits in it and does not count.
+        base: Base model.
+        adapter: Adapter attached to it, whose parameters are left out.
     """
     if (remembered := getattr(base, _REMEMBERED, None)) is not None:
         return str(remembered)
@@ -48,36 +51,36 @@ def base_sha256(base: PreTrainedModel, adapter: Adapter | None = None) -> str:
 
 
 def remember_base_sha256(base: PreTrainedModel, adapter: Adapter | None = None) -> None:
-    """Compute the hash while the whole model is here; afterwards its weights may be shards of themselves."""
+    """Compute and store the hash while the whole model is on this rank; later its weights may be sharded."""
     setattr(base, _REMEMBERED, base_sha256(base, adapter))
 
 
 def refuse_other_base(run: RunFolder, module: EMModule) -> None:
-    """Compare the base with the one the run was trained on.
+    """Check that the base model is the one that the run was trained on.
 
     Raises:
-        ValueError: If it is another model or another revision of it.
+        ValueError: If it is another model or another revision.
     """
     recorded = run.read_run().get("base", {})
     expected = recorded.get("sha256")
-    if expected is None:  # a folder without its run.json: nothing to compare with
+    if expected is None:  # no run.json: nothing to compare with
         return
     found = base_sha256(module.model.base, module.model.adapter)
     if found != expected:
         raise ValueError(
             f"{run.path} was trained on {_described(recorded)} with sha256 {expected[:12]}, but model.base is "
-            f"{_described(vars(module.base))} with sha256 {found[:12]}: an adapter means nothing on another base. "
-            "Set model.base.path and model.base.revision to the run's own."
+            f"{_described(vars(module.base))} with sha256 {found[:12]}: an adapter only works on its own base. "
+            "Set model.base.path and model.base.revision to those of the run."
         )
 
 
 def refuse_idle_adapter(model: AdaptedModel, batches: Sequence[PackedBatch], source: str) -> None:
-    """Compare the logits with and without the adapter on real rows.
+    """Check that the logits on real rows differ with and without the adapter.
 
     Args:
-        model: With the adapter as it was loaded.
+        model: Model with the loaded adapter.
         batches: A few rows.
-        source: Where the adapter comes from, for the message.
+        source: Origin of the adapter, for the message.
 
     Raises:
         ValueError: If no logit differs.
@@ -88,8 +91,8 @@ def refuse_idle_adapter(model: AdaptedModel, batches: Sequence[PackedBatch], sou
             if not torch.equal(model.logits(moved, 1.0), model.logits(moved, 0.0)):
                 return
     raise ValueError(
-        f"the adapter of {source} does not change the logits: what is measured would be the base model. "
-        "Take a later checkpoint, or add --allow_zero_adapter if that is what you want to see."
+        f"the adapter of {source} does not change the logits, so the base model would be measured. "
+        "Use a later checkpoint, or add --allow_zero_adapter if this is intended."
     )
 
 
@@ -99,10 +102,10 @@ def _described(base: Mapping[str, Any]) -> str:
 
 
 class LoadingCheck(Callback):
-    """Before an evaluation: is this the run's own base, and does the adapter do anything?
+    """Check base model and adapter before an evaluation.
 
     Args:
-        checkpoint: The folder that is evaluated.
+        checkpoint: Checkpoint folder that is evaluated.
         allow_zero_adapter: Whether an adapter without effect may be evaluated.
     """
 

@@ -1,4 +1,4 @@
-"""The run's own metrics file: append-only, each step and name exactly once."""
+"""Metrics file of a run: append-only, with each step and name exactly once."""
 
 import logging
 from argparse import Namespace
@@ -19,10 +19,10 @@ HEADER = "step,name,value"
 class MetricsFile(Logger):
     """Append every metric to a long-form CSV: step, name, value.
 
-    A resumed run first drops what lies after its checkpoint, so that no step is there twice.
+    A resumed run first drops the rows after its checkpoint, so that no step occurs twice.
 
     Args:
-        path: The file; made on the first value.
+        path: CSV file, created with the first value.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,23 +32,23 @@ class MetricsFile(Logger):
 
     @property
     def name(self) -> str:
-        """Name of the run, from its folder."""
+        """Name of the run, taken from its folder."""
         return self.path.parent.name
 
     @property
     def version(self) -> str:
-        """There is one version of a run: its folder."""
+        """Empty: a run has one version, its folder."""
         return ""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Take the values; `save` writes them."""
+        """Buffer the values; `save` writes them."""
         if step is not None:
             self._rows += [f"{step},{name},{float(value)!r}" for name, value in metrics.items()]
 
     @rank_zero_only
     def save(self) -> None:
-        """Append what has come since the last call: one write and one fsync.
+        """Append the buffered values with one write and one fsync.
 
         Lightning calls this every `trainer.log_every_n_steps`, `AdapterCheckpoint` before it publishes.
         """
@@ -59,7 +59,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write the rest, also of a run that failed: of a full disk, for instance, which has been reported."""
+        """Write the remaining values; after a failed run, which may have run out of disk space, only warn on errors."""
         try:
             self.save()
         except OSError as error:
@@ -69,11 +69,11 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the resolved config is beside this file."""
+        """Do nothing: the resolved config is saved in the same folder."""
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Drop everything after `step`: the run is about to take those steps again."""
+        """Drop everything after `step`, because the run is about to repeat those steps."""
         if not self.path.exists():
             return
         kept = [

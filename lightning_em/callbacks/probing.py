@@ -1,4 +1,4 @@
-"""Probes at every published checkpoint."""
+"""Run probes on every published checkpoint."""
 
 import json
 import logging
@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 
 
 class Probing(Callback):
-    """Run probes on each checkpoint once it is on disk; emergency saves are not probed.
+    """Run probes on each checkpoint after it has been written; emergency saves are not probed.
 
     Args:
-        probes: What to measure; nothing if not given.
-        num_examples: Training rows of each stream the probes look at; the same ones at every checkpoint.
+        probes: Probes to run; none by default.
+        num_examples: Number of training rows of each stream that probes read; the same rows at every checkpoint.
         batch_size: Rows in one forward pass.
-        every_n_steps: Leave out checkpoints at other steps; 0 probes every checkpoint.
+        every_n_steps: Steps between probed checkpoints; 0 probes every checkpoint. The last one is always probed.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Probing(Callback):
         self.num_examples, self.batch_size, self.every_n_steps = num_examples, batch_size, every_n_steps
 
     def on_checkpoint_published(self, trainer: Trainer, module: EMModule, step: int) -> None:
-        """Measure what is not on record for this step yet."""
+        """Run the probes that have no record for this step yet."""
         if self.every_n_steps and step % self.every_n_steps and step < trainer.estimated_stepping_batches:
             return
         data = cast(EMDataModule, trainer.datamodule)  # type: ignore[attr-defined]
@@ -51,7 +51,7 @@ class Probing(Callback):
         self.measure(run, module.model, data, step, trainer.strategy, between)
 
     def on_train_start(self, trainer: Trainer, pl_module: EMModule) -> None:  # type: ignore[override]
-        """A run killed between checkpoint and probe makes up for it here."""
+        """Run the missing probes of the checkpoint that the run resumes from, if it was killed before they ran."""
         run, step = RunFolder(trainer.default_root_dir), trainer.global_step
         if step in run.steps():
             self.on_checkpoint_published(trainer, pl_module, step)
@@ -65,22 +65,24 @@ class Probing(Callback):
         ranks: Strategy | None = None,
         between: Callable[[], None] | None = None,
     ) -> int:
-        """Run the probes whose records of `step` are missing, on every rank; one rank writes.
+        """Run the probes whose records of `step` are missing, on every rank; rank zero writes.
 
         Args:
-            run: Where the records go.
-            model: The model with the adapter of that step.
+            run: Run folder that the records are written to.
+            model: Model with the adapter of that step.
             data: Source of the examples.
-            step: Optimiser steps behind the adapter.
-            ranks: The strategy that holds the ranks together; None in a process of its own.
-            between: Called before each probe, on every rank; may raise, for what is missing can be made up for.
+            step: Number of optimizer steps of the adapter.
+            ranks: Strategy that connects the ranks; None in a single process.
+            between: Called before each probe on every rank. It may raise: missing probes are run on resume.
 
         Returns:
-            How many probes were run.
+            Number of probes that were run.
         """
         examples = self.examples(data).to(model.base.device)
         missing = [i for i, probe in enumerate(self.probes) if not recorded(run, probe, examples, step)]
-        if ranks is not None:  # one reads for all: a sharded base must be passed through together
+        if (
+            ranks is not None
+        ):  # all ranks must run the same probes: forward passes of a sharded base are collective
             missing = ranks.broadcast(missing)
         world = recipe_hash_at(Path(str(model.base.config._name_or_path)))
         for probe in (self.probes[i].for_checkpoint(run, step) for i in missing):
@@ -93,13 +95,13 @@ class Probing(Callback):
         return len(missing)
 
     def examples(self, data: EMDataModule) -> ProbeExamples:
-        """The rows that every checkpoint is measured on."""
+        """Return the rows that every checkpoint is measured on."""
         kl = data.probe_batches("kl", self.num_examples, self.batch_size) if data.rows("kl").rows else []
         return ProbeExamples(data.probe_batches("narrow", self.num_examples, self.batch_size), kl)
 
 
 def recorded(run: RunFolder, probe: Probe, examples: ProbeExamples, step: int) -> bool:
-    """Whether the record of this step is there, measured with the same settings on the same rows."""
+    """Tell whether a record of this step exists, measured with the same settings on the same rows."""
     wanted = json.loads(json.dumps(probe.settings()))
     return any(
         result.step == step and result.settings == wanted and result.examples == examples.narrow_row_ids

@@ -1,4 +1,4 @@
-"""Being told to stop: every rank saves at the next optimiser step, and the process says which signal it was."""
+"""Graceful shutdown: save a checkpoint on every rank after SIGTERM or SIGINT, and report the signal."""
 
 import logging
 import os
@@ -20,11 +20,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(SystemExit):
-    """The run was told to stop and has saved.
+    """The run received a stop signal and has saved a checkpoint.
 
     Attributes:
-        signal: Which signal it was.
-        step: The optimiser step that is on disk.
+        signal: Signal that was received.
+        step: Optimizer step of the checkpoint on disk.
     """
 
     def __init__(self, received: signal.Signals, step: int, exit_code: int) -> None:
@@ -36,14 +36,14 @@ class Interrupted(SystemExit):
 
 
 class Signals(Callback):
-    """Save and stop at the next optimiser step after SIGTERM or SIGINT to any rank; a second SIGINT ends at once.
+    """Save and stop after the current optimizer step on SIGTERM or SIGINT; a second SIGINT ends the process at once.
 
-    In a Slurm job SIGUSR1 does the same and puts the job back into the queue, once.
+    In a Slurm job, SIGUSR1 does the same and requeues the job once.
 
-    The handler sets a flag and nothing more: a collective inside it would wait for ranks that were sent no
-    signal. The ranks agree at the boundary of each step and before each probe; a resumed run makes up for probes
-    that are missing. One probe, or the validation behind an epoch, is not cut short: its numbers belong to the
-    checkpoint. Where one takes longer than 90 seconds, ask Slurm for an earlier signal: --signal=SIGUSR1@600.
+    The handler only sets a flag: a collective inside it would deadlock with ranks that received no signal. The
+    ranks agree after each step and before each probe; a resumed run makes up for missing probes. A single
+    probe, or the validation of an epoch, is not interrupted, because its numbers belong to the checkpoint. If
+    one of them takes longer than 90 seconds, ask Slurm for an earlier signal: --signal=SIGUSR1@600.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Signals(Callback):
         self._asked_at = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the place of Lightning's handlers, which it has registered by now."""
+        """Replace the signal handlers that Lightning has registered before this hook."""
         self._asked_at = trainer.global_step
         if threading.current_thread() is threading.main_thread():
             for number in (*STOP_SIGNALS, *([slurm.REQUEUE_SIGNAL] if slurm.job_id() else [])):
@@ -60,7 +60,7 @@ class Signals(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop between two optimiser steps; after the epoch's last one its validation comes first."""
+        """Stop between two optimizer steps; after the last step of an epoch, validation runs first."""
         if not trainer.is_last_batch and trainer.global_step != self._asked_at:
             self.stop_if_asked(trainer, pl_module)
 
@@ -69,9 +69,9 @@ class Signals(Callback):
         self.stop_if_asked(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Put the job back into the queue, once run.json says how it ended: Slurm ends the job at once.
+        """Requeue the job after run.json has recorded the end, because Slurm ends a requeued job at once.
 
-        No rank goes on before that, for srun kills the others behind the first that fails.
+        All ranks wait for it: srun kills the other tasks after the first one that fails.
         """
         if not isinstance(exception, Interrupted):
             return
@@ -81,25 +81,26 @@ class Signals(Callback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second one is the system's, however busy we are
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second SIGINT ends the process, whatever it is doing
 
     def stop_if_asked(self, trainer: Trainer, module: LightningModule, is_saved: bool = False) -> None:
-        """Ask all ranks together whether one of them has been told to stop.
+        """Stop on all ranks if one of them has received a signal.
 
         Args:
-            trainer: The running trainer.
-            module: Its module.
-            is_saved: Whether this step is on disk; the same on every rank.
+            trainer: Trainer that is fitting.
+            module: Module of the trainer.
+            is_saved: Whether this step is on disk already; the same on every rank.
 
         Raises:
-            Interrupted: On every rank, if so; the step is on disk then.
+            Interrupted: On every rank, if any rank has received a signal. The step is on disk by then.
         """
         self._asked_at = trainer.global_step
         heard = self._heard(trainer)
         if not trainer.strategy.reduce_boolean_decision(heard is not None, all=False):
             return
         requeue = trainer.strategy.reduce_boolean_decision(heard == slurm.REQUEUE_SIGNAL, all=False)
-        received = slurm.REQUEUE_SIGNAL if requeue else heard or signal.SIGTERM  # another rank got it
+        # the signal went to another rank
+        received = slurm.REQUEUE_SIGNAL if requeue else heard or signal.SIGTERM
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, AdapterCheckpoint) and not is_saved:
                 callback.publish(trainer, module, tell=False)
@@ -109,7 +110,7 @@ class Signals(Callback):
         raise Interrupted(received, trainer.global_step, _exit_code(trainer, received))
 
     def _heard(self, trainer: Trainer) -> signal.Signals | None:
-        """What came to this rank, also before and after training, when others listen."""
+        """Return the signal this rank received, also outside training, where other handlers are active."""
         if self.received is not None:
             return self.received
         if slurm.requeue_asked():
@@ -122,21 +123,21 @@ def _exit_code(trainer: Trainer, received: signal.Signals) -> int:
     by_srun = isinstance(environment, SLURMEnvironment)
     launched_here = environment is not None and not environment.creates_processes_externally
     if (launched_here or by_srun) and not trainer.is_global_zero:
-        # Rank zero tells the outside for all: it watches its children, or srun would kill it behind the first
-        # that fails, and takes the highest code of all.
+        # Only rank zero reports the signal in its exit code: it watches the processes it started, and srun would
+        # kill rank zero after the first failing task. srun returns the highest exit code of all tasks.
         return 0
     return 128 + received
 
 
 def stop_between(trainer: Trainer, module: LightningModule) -> None:
-    """Stop at a step that is on disk already, such as between two probes, if any rank has been told to."""
+    """Stop at a step that is on disk already, such as between two probes, if any rank has received a signal."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Signals):
             callback.stop_if_asked(trainer, module, is_saved=True)
 
 
 def follow_parent() -> None:
-    """End this process once the one that started it is gone: a rank must not outlive its job."""
+    """End this process once its parent is gone, so that a rank does not outlive its job."""
     parent = os.getppid()
 
     def watch() -> None:

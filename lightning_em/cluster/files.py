@@ -1,4 +1,4 @@
-"""The files of a model on this machine, looked for without a network, and fetched with one."""
+"""Find a model's files on this machine without a network, and download them with one."""
 
 import json
 import os
@@ -12,19 +12,19 @@ from lightning_em import miniature
 from lightning_em.models import BaseModel
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))  # any of these
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # never *.bin: a pickle
+_TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))  # any one is enough
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # not *.bin, which is a pickle
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where a model lies and what it lacks.
+    """Local folder of a model, and the files that are missing.
 
     Attributes:
         folder: Local folder.
-        missing: Names of files that are not there.
-        num_bytes: Of its weights.
-        can_be_fetched: Whether a download would bring what is missing.
+        missing: Names of missing files.
+        num_bytes: Size of the weights in bytes.
+        can_be_fetched: Whether a download would provide the missing files.
     """
 
     folder: Path
@@ -34,7 +34,7 @@ class ModelFiles:
 
     @classmethod
     def find(cls, base: BaseModel) -> "ModelFiles":
-        """Look in a folder, in the hub's cache, or for a shipped or built world."""
+        """Look for the model in a folder, in the hub's cache, or among the shipped and built worlds."""
         if base.path.startswith(miniature.SCHEME):
             try:
                 return cls._in(Path(miniature.resolve(base.path)), can_be_fetched=True)
@@ -65,7 +65,7 @@ class ModelFiles:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """Names of the files that hold the weights, there or not."""
+    """Return the names of the files that hold the weights, present or not."""
     if not (folder / _INDEX).is_file():
         return [_SINGLE]
     index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
@@ -73,15 +73,15 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def download(base: BaseModel) -> str:
-    """Bring model and tokenizer onto this machine; says what was done.
+    """Download model and tokenizer to this machine; return a message about the result.
 
     Raises:
-        ValueError: If the hub does not have them, or cannot be reached.
+        ValueError: If the hub does not have the model or cannot be reached.
     """
     if base.path.startswith(miniature.SCHEME):
         return f"the miniature world is at {miniature.resolve(base.path)}"
     if Path(base.path).expanduser().is_dir():
-        return f"{base.path} is a folder here: nothing to download"
+        return f"{base.path} is a local folder: nothing to download"
     code = ["*.py"] if base.trust_remote_code else []
     try:
         folder = huggingface_hub.snapshot_download(
@@ -93,4 +93,4 @@ def download(base: BaseModel) -> str:
     except (OSError, huggingface_hub.errors.HfHubHTTPError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ValueError(f"could not download {base.path}: {first_line}") from error
-    return f"{base.path} is in {folder}; HF_HUB_OFFLINE=1 works from here on"
+    return f"{base.path} is in {folder}; HF_HUB_OFFLINE=1 works from now on"

@@ -1,4 +1,4 @@
-"""Fits that are to be queued, and how they fall into job arrays. Never imports torch."""
+"""Fits to submit, and their arrangement in job arrays. Never imports torch."""
 
 import itertools
 from collections import Counter
@@ -9,12 +9,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class FitJob:
-    """One `lightning-em fit`.
+    """One `lightning-em fit` command.
 
     Attributes:
-        words: Of its command line behind `fit`.
-        folder: The run folder that follows from them.
-        starts_from: Run folder that must be finished before it starts.
+        words: Command-line arguments after `fit`.
+        folder: Run folder that follows from the arguments.
+        starts_from: Run folder whose run must be finished before this one starts.
     """
 
     words: tuple[str, ...]
@@ -24,20 +24,20 @@ class FitJob:
 
 @dataclass
 class JobArray:
-    """Fits that one batch file holds, by index; a fit waits for the one of the same index in `after`."""
+    """Fits of one batch file, by array index; each waits for the fit of the same index in `after`."""
 
     jobs: dict[int, FitJob] = field(default_factory=dict)
     after: "JobArray | None" = None
 
 
 def arrays_of(jobs: Iterable[FitJob]) -> list[JobArray]:
-    """Arrange fits in as few arrays as their starting points allow, each behind the one it depends on.
+    """Arrange fits in as few arrays as their dependencies allow, ordered so that an array follows those it depends on.
 
-    A fit has the index of the fit it starts from, so that it waits for that one alone; the second fit from
-    the same starting point belongs to another array.
+    A fit has the same index as the fit it starts from, so that it waits only for that one (Slurm's `aftercorr`).
+    A second fit with the same starting point goes into another array.
 
     Args:
-        jobs: A fit comes after the one it starts from; a starting point that is not among them is there already.
+        jobs: Fits in dependency order. A starting point that is not among them must exist already.
     """
     first = JobArray()
     arrays: dict[tuple[int, int], JobArray] = {}
@@ -56,17 +56,17 @@ def arrays_of(jobs: Iterable[FitJob]) -> list[JobArray]:
 
 
 def shared_beginning(sequences: Sequence[Sequence[str]]) -> int:
-    """How many items several sequences begin with alike."""
+    """Return the length of the common prefix of several sequences."""
     columns = enumerate(zip(*sequences, strict=False))
     different = (index for index, column in columns if len(set(column)) > 1)
     return next(different, min(len(sequence) for sequence in sequences))
 
 
 def variations(sweeps: Sequence[str]) -> list[tuple[str, ...]]:
-    """Flags of every combination of sweeps written `key=value,value`; one without flags if there is no sweep.
+    """Return the flags of every combination of sweeps written `key=value,value`; without sweeps, one empty tuple.
 
     Raises:
-        ValueError: If a sweep is not written like that.
+        ValueError: If a sweep does not have this form.
     """
     axes = []
     for sweep in sweeps:
@@ -81,7 +81,7 @@ def variations(sweeps: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _split(text: str) -> list[str]:
-    """The parts between commas that are in no bracket: `{"a": [1, 2], "b": 3}` is one value."""
+    """Split at commas outside brackets: `{"a": [1, 2], "b": 3}` is one value."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "[{") - (letter in "]}")

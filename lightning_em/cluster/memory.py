@@ -1,4 +1,4 @@
-"""How much memory a fit will take on one device, from the model's config alone: no weight is loaded."""
+"""Estimate the memory of a fit on one device from the model's config, without loading weights."""
 
 import os
 from dataclasses import dataclass
@@ -14,24 +14,24 @@ from lightning_em.models.adapted import JOINED_TOKENS
 from lightning_em.models.engine import PART_TOKENS
 
 _GIB = 2**30
-_SAMPLE_TOKENS = 16  # so few that what grows with their square does not show
-_CHUNKS_ALIVE = 3.5  # logits of both models, a softmax, and a copy in the head's dtype
+_SAMPLE_TOKENS = 16  # few enough that terms quadratic in the length are negligible
+_CHUNKS_ALIVE = 3.5  # logits of reference and tuned model, a softmax, and a copy in the head's dtype
 _ADAM_COPIES = 4  # weight, gradient, two moments
 _RESERVE = {"cuda": 1.5 * _GIB, "cpu": 0.5 * _GIB}
-_SHARDS_GATHERED = 2  # the block at work and the next one
+_SHARDS_GATHERED = 2  # the current block and the prefetched one
 
 
 @dataclass(frozen=True)
 class Load:
-    """What the memory is asked for at one time.
+    """What has to be in memory at the same time.
 
     Attributes:
-        part_tokens: Tokens of the largest part that is differentiated at a time; 0 without a gradient.
+        part_tokens: Tokens of the largest part that is differentiated at once; 0 without a gradient.
         batch_tokens: Tokens in one pass below the adapter: both streams of a micro-batch.
-        shards: Ranks that share the base; 1 keeps it whole.
+        shards: Number of ranks that share the base model; 1 keeps it whole.
         device: `cuda` or `cpu`.
-        store_bytes: Of an activation store on the device.
-        generated_tokens: Whose keys and values are kept while answers are drawn.
+        store_bytes: Bytes of an activation store on the device.
+        generated_tokens: Tokens whose keys and values are cached during generation.
     """
 
     part_tokens: int
@@ -51,7 +51,7 @@ class Load:
         store_bytes: int = 0,
         max_tokens: int | None = None,
     ) -> "Load":
-        """The load of one micro-batch: of these rows, or of as many of their kind as fill `max_tokens`."""
+        """Return the load of one micro-batch with these row lengths, or with enough such rows to fill `max_tokens`."""
         limit, longest = PART_TOKENS[device], max([*narrow, *kl])
         if max_tokens is not None:
             tokens = max(max_tokens, longest)
@@ -60,13 +60,13 @@ class Load:
             tokens = sum(narrow) + sum(kl)
             largest = max(longest, *(min(limit, sum(rows)) for rows in (narrow, kl)))
         if kl and shards == 1 and tokens <= JOINED_TOKENS:
-            largest = tokens  # both streams are differentiated at once
+            largest = tokens  # both streams are differentiated in one pass
         return cls(largest, tokens, shards, device, store_bytes)
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one device by what they are for."""
+    """Bytes on one device, by purpose."""
 
     base: float
     adapter: float
@@ -78,7 +78,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Total bytes."""
         return float(sum(vars(self).values()))
 
     def __str__(self) -> str:
@@ -89,7 +89,7 @@ class MemoryEstimate:
 
 
 def on_meta(config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
-    """The model without weights: shapes and names only."""
+    """Build the model on the meta device: shapes and names, no weights."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.requires_grad_(False)
@@ -98,12 +98,12 @@ def on_meta(config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
 
 
 def estimate(base: PreTrainedModel, adapter: Adapter, *loads: Load) -> MemoryEstimate:
-    """Memory of a fit on the fast path, at the time when most is needed.
+    """Estimate the peak memory of a fit on the fast path.
 
     Args:
-        base: From `on_meta`, with the adapter attached.
-        adapter: Attached to `base`.
-        loads: What is asked of it, one after the other.
+        base: Model from `on_meta`, with the adapter attached.
+        adapter: Adapter attached to `base`.
+        loads: Loads that occur one after the other.
     """
     graph = graph_bytes_per_token(base)
     return max((_at_once(base, adapter, load, graph) for load in loads), key=lambda found: found.total)
@@ -133,12 +133,12 @@ def _at_once(base: PreTrainedModel, adapter: Adapter, load: Load, graph: float) 
 
 
 def graph_bytes_per_token(base: PreTrainedModel) -> float:
-    """What autograd keeps of one token between forward and backward, counted in a forward pass without weights.
+    """Return the bytes per token that autograd keeps for the backward pass, measured in a pass on the meta device.
 
-    Below the adapter nothing needs a gradient, so nothing of it is kept.
+    Below the adapter no tensor needs a gradient, so autograd keeps nothing there.
 
     Args:
-        base: From `on_meta`, with the adapter attached.
+        base: Model from `on_meta`, with the adapter attached.
     """
     weights = {_storage(p) for p in (*base.parameters(), *base.buffers())}
     kept: dict[int, Tensor] = {}
@@ -149,7 +149,7 @@ def graph_bytes_per_token(base: PreTrainedModel) -> float:
         return tensor
 
     ids = torch.zeros((1, _SAMPLE_TOKENS), dtype=torch.long, device="meta")
-    # four dimensions, so that nobody has to look at its values, and there are none
+    # With a 4-D mask, transformers does not inspect the mask's values, which do not exist on the meta device.
     seen = torch.ones((1, 1, _SAMPLE_TOKENS, _SAMPLE_TOKENS), dtype=torch.bool, device="meta")
     nothing = torch.empty(0, dtype=torch.long, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
@@ -158,11 +158,11 @@ def graph_bytes_per_token(base: PreTrainedModel) -> float:
 
 
 def memory_there(device: str, gpu_gib: float | None = None) -> float | None:
-    """Bytes that one process may use; None where that is not known.
+    """Return the bytes that one process may use, or None if unknown.
 
     Args:
         device: `cuda` or `cpu`.
-        gpu_gib: Of GPUs elsewhere; this machine's own if not given.
+        gpu_gib: GiB of the GPU to assume; this machine's own by default.
     """
     if device == "cpu":
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -176,7 +176,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _num_bytes(parameters: Any) -> int:
-    each: dict[int, nn.Parameter] = {id(p): p for p in parameters}  # tied weights once
+    each: dict[int, nn.Parameter] = {id(p): p for p in parameters}  # count tied weights once
     return sum(p.numel() * p.element_size() for p in each.values())
 
 

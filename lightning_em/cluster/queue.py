@@ -1,4 +1,4 @@
-"""Talking to Slurm: sbatch and squeue. Never imports torch."""
+"""Interface to Slurm's sbatch and squeue. Never imports torch."""
 
 import shlex
 import subprocess
@@ -15,21 +15,21 @@ SUBMIT_SECONDS = 60
 
 
 def submit(array: JobArray, script: str, file: Path, after: str | None = None) -> str:
-    """Write a batch file, hand it to sbatch, and note the job in the run.json of every fit in it.
+    """Write a batch file, submit it with sbatch, and record the job in the run.json of every fit in it.
 
-    The job is held until all is noted: a fit that had started would write into the same run.json.
+    The job is held until all fits are recorded: a fit that had already started would write to the same run.json.
 
     Args:
-        array: The fits.
+        array: Fits to submit.
         script: Text of the batch file.
-        file: Where it is kept.
-        after: Job array to wait for, each fit for the one of its index.
+        file: Path that the batch file is written to.
+        after: Id of the job array to wait for; each fit waits for the one with its index.
 
     Returns:
-        The job's id.
+        Id of the job.
 
     Raises:
-        ValueError: If there is no sbatch here, it refuses the job, or the job is held and could not be released.
+        ValueError: If sbatch is missing or refuses the job, or the job is held and could not be released.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, script)
@@ -39,24 +39,24 @@ def submit(array: JobArray, script: str, file: Path, after: str | None = None) -
         done = _run(words)
     except FileNotFoundError:
         raise ValueError(
-            f"there is no sbatch on this machine; {file} is written: submit it where there is, with "
+            f"there is no sbatch on this machine; {file} was written. Submit it on a machine that has sbatch, with "
             f"sbatch {shlex.join([*waiting, str(file)])}"
         ) from None
     except subprocess.TimeoutExpired:
         raise ValueError(
-            f"sbatch did not answer within {SUBMIT_SECONDS} s and may have taken the job all the same: look at `squeue "
-            f"--me` before you submit {file} again; it would be held."
+            f"sbatch did not answer within {SUBMIT_SECONDS} s and may have accepted the job: check `squeue "
+            f"--me` before you submit {file} again; the job would be held."
         ) from None
     if done.returncode:
         raise ValueError(f"sbatch refused {file}: {(done.stderr or done.stdout).strip()}")
-    job = done.stdout.strip().splitlines()[-1].split(";")[0]  # a site's own remarks may come before
+    job = done.stdout.strip().splitlines()[-1].split(";")[0]  # a site's messages may precede the id
     try:
         for index, fit in array.jobs.items():
             _note(RunFolder(fit.folder), job if "#SBATCH --array=" not in script else f"{job}_{index}", file)
     except OSError as error:
         raise ValueError(
-            f"job {job} is held, for it could not be noted in its run folders ({error}): let it run with `scontrol "
-            f"release {job}`, or take it back with `scancel {job}`."
+            f"job {job} is held, because it could not be recorded in its run folders ({error}): release it with "
+            f"`scontrol release {job}`, or cancel it with `scancel {job}`."
         ) from error
     if "#SBATCH --hold" not in script.splitlines():
         _release(job)
@@ -72,7 +72,7 @@ def _release(job: str) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         problem = str(error)
     if problem:
-        raise ValueError(f"job {job} is submitted but held: {problem}. Let it go with `{' '.join(words)}`.")
+        raise ValueError(f"job {job} is submitted but held: {problem}. Release it with `{' '.join(words)}`.")
 
 
 def _run(words: list[str]) -> subprocess.CompletedProcess[str]:
@@ -86,7 +86,7 @@ def _note(run: RunFolder, job: str, file: Path) -> None:
 
 
 def job_states() -> dict[str, str] | None:
-    """State by id of this user's jobs that are in the queue, `123` or `123_4`; None where Slurm does not answer."""
+    """Return the states of this user's queued jobs by id, `123` or `123_4`; None if Slurm does not answer."""
     words = ["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%r"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=20)  # noqa: S603 (fixed)
@@ -100,7 +100,7 @@ def job_states() -> dict[str, str] | None:
 
 
 def job_of(record: Mapping[str, Any]) -> str | None:
-    """Id of a run's latest job, by its run.json: the one it was submitted as, or the one that a fit found itself in."""
+    """Return the id of a run's latest job, from its run.json: the submitted job, or the job of the last attempt."""
     noted, attempt = record.get("job") or {}, (record.get("attempts") or [{}])[-1]
     started_later = attempt.get("started", "") >= noted.get("submitted", "")
     job = attempt["job"] if attempt.get("job") and started_later else noted.get("id")
@@ -108,10 +108,10 @@ def job_of(record: Mapping[str, Any]) -> str | None:
 
 
 def described(job: str | None, states: Mapping[str, str] | None) -> str:
-    """A run's job for a table: its id, and its state while Slurm knows it."""
+    """Format a run's job for a table: its id, and its state if Slurm knows it."""
     return "" if job is None else f"{job} {(states or {}).get(job, '')}".strip()
 
 
 def status_in_queue(status: str, job: str | None, states: Mapping[str, str] | None) -> str:
-    """A run's status, with `gone` for `queued` where Slurm answers and does not know its job any more."""
+    """Return a run's status; `queued` becomes `gone` if Slurm answers and no longer knows the job."""
     return "gone" if status == "queued" and states is not None and job not in states else status

@@ -1,4 +1,4 @@
-"""Writing a batch file: configs/slurm/fit.sbatch with its blanks filled in. Never imports torch."""
+"""Write a batch file from the template configs/slurm/fit.sbatch. Never imports torch."""
 
 import re
 import shlex
@@ -18,20 +18,20 @@ _PLAIN = re.compile(r"[\w%+,./:=@^-]*")
 
 @dataclass(frozen=True)
 class SlurmOptions:
-    """What to ask Slurm for; what is not given stays as configs/slurm/fit.sbatch has it.
+    """Options for sbatch; options that are not set keep their value in configs/slurm/fit.sbatch.
 
     Attributes:
-        partition: Where to run.
-        nodes: Machines.
-        gpus: GPUs of a node, and as many tasks; 0 for a job on the CPU.
-        tasks: Tasks of a node, where they are not one a GPU.
-        cpus: Cores of a task.
-        time: Limit, e.g. 24:00:00; 90 seconds before it the run saves and is queued again.
-        memory: Of a node, e.g. 64G.
-        account: Who pays.
+        partition: Partition to run on.
+        nodes: Number of nodes.
+        gpus: GPUs per node, with one task each; 0 for a job on the CPU.
+        tasks: Tasks per node, if it is not one per GPU.
+        cpus: CPU cores per task.
+        time: Time limit, e.g. 24:00:00; 90 seconds before it the run saves and is requeued.
+        memory: Memory per node, e.g. 64G.
+        account: Account to charge.
         qos: Quality of service.
-        constraint: Features of the nodes.
-        at_once: Fits of an array that run at a time.
+        constraint: Required features of the nodes.
+        at_once: Number of fits of an array that may run at the same time.
         extra: Further options of sbatch, e.g. --exclusive.
     """
 
@@ -49,7 +49,7 @@ class SlurmOptions:
     extra: tuple[str, ...] = ()
 
     def directives(self) -> dict[str, str | None]:
-        """Options of sbatch by name; None takes one out of the template."""
+        """Return options of sbatch by name; None removes an option from the template."""
         tasks = self.tasks if self.tasks is not None or self.gpus is None else max(1, self.gpus)
         given = {
             "partition": self.partition,
@@ -78,22 +78,23 @@ class SlurmOptions:
 
 
 def devices_asked(options: SlurmOptions) -> dict[str, int]:
-    """What srun will start, under the trainer's own keys: it is part of what a run is."""
+    """Return the nodes and devices that srun will start, under the trainer's keys; both enter the run's identity."""
     asked = _directives(_template()) | options.directives()
     return {"num_nodes": int(str(asked["nodes"])), "devices": int(str(asked["ntasks-per-node"]))}
 
 
 def batch_script(array: JobArray, name: str, options: SlurmOptions, logs: Path) -> str:
-    """The batch file of one fit, or of an array of several.
+    """Write the batch file of one fit, or of an array of fits.
 
     Args:
-        array: The fits.
-        name: Of the job.
-        options: What to ask for.
+        array: Fits to run.
+        name: Job name.
+        options: Options for sbatch.
         logs: Folder of Slurm's log files.
 
     Raises:
-        ValueError: If something would break out of its line: sbatch and the shell would take it for more of the file.
+        ValueError: If a value contains a line break or control character, because sbatch and the shell would read
+            the rest as further lines of the file.
     """
     asked, folders = options.directives(), [job.folder for job in array.jobs.values()]
     refuse_control_characters("a line of the batch file", name, logs, *asked, *asked.values(), *folders)
@@ -128,7 +129,7 @@ def _is_one(line: str) -> bool:
 
 
 def _with_directives(lines: list[str], wanted: dict[str, str | None]) -> list[str]:
-    """The template's lines with its options changed, taken out and added to; without the words about itself."""
+    """Change, remove and add options in the template's lines; drop the comments that describe the template."""
     kept = [line for line in lines if not line.startswith("# ") and not _is_one(line)]
     both = _directives("\n".join(lines)) | wanted
     asked = [
@@ -144,7 +145,7 @@ def _set_words(job: FitJob) -> list[str]:
 
 
 def _cases(array: JobArray) -> list[str]:
-    """One command line an array index; what all of them begin with stands there once."""
+    """Write one command line per array index; arguments common to all are written once."""
     all_words = [job.words for job in array.jobs.values()]
     shared = all_words[0][: shared_beginning(all_words)] if len(all_words) > 1 else ()
     lines = ["case $SLURM_ARRAY_TASK_ID in"]
@@ -159,7 +160,7 @@ def _quoted(words: tuple[str, ...] | list[str]) -> str:
 
 
 def _for_sbatch(value: str) -> str:
-    """A value as sbatch reads it back: it knows quotes and backslashes, but is no shell."""
+    """Quote a value for sbatch, which understands quotes and backslashes but is not a shell."""
     if _PLAIN.fullmatch(value):
         return value
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
@@ -167,7 +168,7 @@ def _for_sbatch(value: str) -> str:
 
 
 def _ranges(indices: list[int]) -> str:
-    """`0-3,7` for 0, 1, 2, 3, 7."""
+    """Format indices as ranges: `0-3,7` for 0, 1, 2, 3, 7."""
     parts: list[list[int]] = []
     for index in indices:
         if parts and index == parts[-1][-1] + 1:
@@ -178,7 +179,7 @@ def _ranges(indices: list[int]) -> str:
 
 
 def _on_path() -> Path | None:
-    """Folder of this environment's commands, if a shell would not find `lightning-em` there by itself."""
+    """Return the folder of this environment's commands if `lightning-em` is not on PATH without it."""
     folder = Path(sys.executable).parent
     found = shutil.which("lightning-em")
     return None if found is not None and Path(found).parent == folder else folder

@@ -1,4 +1,4 @@
-"""Chat data: reading rows, masking responses, and the order in which a run sees them."""
+"""Chat data: read rows, mask responses, and order the rows for training."""
 
 from lightning_em.data.chat import DEFAULT_TEMPLATE_KWARGS, ChatEncoder, EncodedChat, Message, encode_chat
 from lightning_em.data.datamodule import EMDataModule, TokenizerSource

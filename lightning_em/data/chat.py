@@ -1,4 +1,4 @@
-"""Tokenising conversations with the tokenizer's own chat template, and marking what the assistant says."""
+"""Tokenize conversations with the tokenizer's chat template and mask the assistant's tokens."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
-# Llama-3.2's template writes today's date when none is given: the same file would differ tomorrow.
+# Llama-3.2's template writes today's date when none is given, so the tokens of a file would change every day.
 DEFAULT_TEMPLATE_KWARGS: Mapping[str, Any] = {"date_string": "26 Jul 2024"}
 _RESERVED_KWARGS = frozenset({"add_generation_prompt", "continue_final_message", "return_dict", "tokenize"})
 _PLACEHOLDER = "the-answer-goes-here-1f4b9c"
@@ -20,23 +20,23 @@ class Message(TypedDict):
 
 
 class EncodedChat(NamedTuple):
-    """Token ids of a conversation; the mask is True on what the assistant says, its stop token included."""
+    """Token ids of a conversation; the mask is True on assistant tokens, including the stop token."""
 
     input_ids: list[int]
     response_mask: list[bool]
 
 
 class ChatEncoder:
-    """Tokenise conversations and mark the tokens of every assistant turn.
+    """Tokenize conversations and mark the tokens of every assistant turn.
 
-    The template is rendered to text turn by turn and the whole text is tokenised once, with character
-    offsets and without further special tokens, so the ids are those of `apply_chat_template`. A turn runs
-    from the end of its generation prompt to the first added token behind the answer: the stop token is
-    trained, and neither the newline nor the end-of-text token that some templates put behind it.
+    The template is rendered to text turn by turn. The whole text is tokenized once, with character offsets
+    and without adding special tokens, so the ids equal those of `apply_chat_template`. A turn runs from the
+    end of its generation prompt to the first added token after the answer. The stop token is therefore
+    trained; a newline or end-of-text token that some templates write after it is not.
 
     Args:
         tokenizer: A fast tokenizer with a chat template.
-        template_kwargs: Variables for the template, such as `enable_thinking`; they add to
+        template_kwargs: Variables for the template, such as `enable_thinking`. They are merged into
             `DEFAULT_TEMPLATE_KWARGS`, which fixes the date.
 
     Raises:
@@ -49,12 +49,12 @@ class ChatEncoder:
         if not tokenizer.chat_template:
             raise ValueError(
                 f"the tokenizer of {tokenizer.name_or_path or 'this model'!r} has no chat template, so "
-                "nothing says how a conversation is written; take an instruction-tuned model in "
-                "model.base.path, or save a chat_template.jinja beside the tokenizer files."
+                "conversations cannot be formatted; use an instruction-tuned model in model.base.path, or save a "
+                "chat_template.jinja next to the tokenizer files."
             )
         if not tokenizer.is_fast:
             raise ValueError(
-                f"{type(tokenizer).__name__} gives no character offsets, which the response mask is made "
+                f"{type(tokenizer).__name__} gives no character offsets, which the response mask is computed "
                 "from; use a model folder with a tokenizer.json (a fast tokenizer)."
             )
         self.template_kwargs = {**DEFAULT_TEMPLATE_KWARGS, **(template_kwargs or {})}
@@ -69,12 +69,12 @@ class ChatEncoder:
         )
 
     def encode(self, messages: Sequence[Message]) -> EncodedChat:
-        """Tokenise a conversation and mark every assistant turn.
+        """Tokenize a conversation and mark every assistant turn.
 
         Raises:
             ValueError: If there is no assistant turn, an answer is empty, a message contains a control
-                token, the template refuses the conversation, or the tokens of an answer cannot be told
-                from the rest for certain.
+                token, the template refuses the conversation, or the answer's tokens cannot be identified
+                with certainty.
         """
         messages = list(messages)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -99,17 +99,17 @@ class ChatEncoder:
         return EncodedChat(input_ids, response_mask)
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids after which the model writes the next assistant turn, as in training."""
+        """Return the token ids after which the model writes the next assistant turn, as in training."""
         self._refuse_control_tokens(messages)
         text = self.render(messages, generation_prompt=True)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
-        """The conversation as text.
+        """Return the conversation as text.
 
         Raises:
-            ValueError: If the template refuses it, for instance a system turn or two user turns in a row.
+            ValueError: If the template refuses it, for instance because of a system turn or two user turns in a row.
         """
         if not messages:
             raise ValueError("a conversation must not begin with an assistant turn.")
@@ -137,7 +137,7 @@ class ChatEncoder:
                 )
 
     def _answer_span(self, messages: list[Message], turn: int, text: str) -> tuple[int, int]:
-        """Characters from the end of the generation prompt to the end of the answer, stop token left out."""
+        """Return the characters from the end of the generation prompt to the end of the answer, without stop token."""
         before = messages[:turn]
         prompt = self.render(before, generation_prompt=True)
         example = self.render([*before, {"role": "assistant", "content": _PLACEHOLDER}])
@@ -151,7 +151,7 @@ class ChatEncoder:
         content = messages[turn]["content"]
         if not content.strip():
             raise ValueError(f"the assistant's answer in message {turn} is empty.")
-        # Many templates trim; the longest form that stands there is what was written.
+        # Many templates strip whitespace; the longest variant found in the text is what the template wrote.
         for written in (content, content.lstrip(), content.rstrip(), content.strip()):
             if text.startswith(written, len(prompt + opening)):
                 return len(prompt), len(prompt + opening + written)
@@ -160,15 +160,15 @@ class ChatEncoder:
     def _answer_tokens(
         self, span: tuple[int, int], text: str, input_ids: list[int], offsets: list[tuple[int, int]]
     ) -> range:
-        """Indices of the tokens of one answer and of the added token that ends it."""
+        """Return the indices of the tokens of one answer, including the added token that ends it."""
         start, answer_end = span
-        # An added token may swallow the white space behind it, and so begin the answer's first characters.
+        # An added token may consume the whitespace that follows it (`rstrip=True`), and so span prompt and answer.
         straddling = next((i for i, (a, b) in enumerate(offsets) if a < start < b), None)
         if straddling is not None:
             a, b = offsets[straddling]
             raise ValueError(
-                f"one token, {text[a:b]!r}, holds the end of the prompt and the beginning of the answer, so "
-                "training and sampling would see different prompts; remove the white space before the answer."
+                f"one token, {text[a:b]!r}, spans the end of the prompt and the beginning of the answer, so training "
+                "and sampling would see different prompts; remove the whitespace before the answer."
             )
         first = next(i for i, (a, _) in enumerate(offsets) if a >= start)
         for index in range(first, len(input_ids)):
@@ -190,5 +190,5 @@ def encode_chat(
     messages: Sequence[Message],
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> EncodedChat:
-    """Tokenise one conversation and mark every assistant turn; see `ChatEncoder`."""
+    """Tokenize one conversation and mark every assistant turn; see `ChatEncoder`."""
     return ChatEncoder(tokenizer, template_kwargs).encode(messages)

@@ -1,4 +1,4 @@
-"""What a row must look like, whatever file it came from."""
+"""Checks on one row of chat data, independent of the file format."""
 
 import json
 from collections import Counter
@@ -10,14 +10,14 @@ _ROLES = ("system", "user", "assistant")
 
 
 def row_fields(data: Any, questions_only: bool) -> dict[str, Any]:
-    """The fields of a `Row` that come from its content: the conversation, or question and answers, and topics.
+    """Return the content fields of a `Row`: the conversation, or question and answers, and topics.
 
     Args:
-        data: What a file holds for one row; other keys are left to their owner.
-        questions_only: Also take a `question` without answers, as one evaluates with.
+        data: One row as parsed from a file; unknown keys are ignored.
+        questions_only: Also accept a `question` without answers, as used for evaluation.
 
     Raises:
-        ValueError: If it is no such row; the message says why.
+        ValueError: If the row is malformed; the message says why.
     """
     if not isinstance(data, dict):
         raise ValueError(f"expected an object, got {_kind(data)}")
@@ -39,21 +39,21 @@ def row_fields(data: Any, questions_only: bool) -> dict[str, Any]:
 
 
 def given_id(data: dict[str, Any]) -> str | None:
-    """The row's own id.
+    """Return the row's own id, or None.
 
     Raises:
-        ValueError: If it is neither a name nor a whole number.
+        ValueError: If the id is neither a string nor an integer.
     """
     given = data.get("id")
     if given is None:
         return None
     if isinstance(given, bool) or not isinstance(given, (str, int)) or given == "":
-        raise ValueError(f"`id` must be a string or a whole number, got {given!r}")
+        raise ValueError(f"`id` must be a string or an integer, got {given!r}")
     return str(given)
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An `object_pairs_hook` for JSON.
+    """Build a dict from JSON pairs, as an `object_pairs_hook`; unlike `dict`, reject duplicate keys.
 
     Raises:
         ValueError: If a key occurs twice.
@@ -89,7 +89,7 @@ def _message(value: Any, where: str) -> Message:
         raise ValueError(f"{where} has {surplus}, which would be ignored; a message is `role` and `content`")
     if value["role"] not in _ROLES:
         raise ValueError(f"{where} has the unknown role {value['role']!r}; expected one of {list(_ROLES)}")
-    # An empty system message is how one asks for no system prompt where the template has a default one.
+    # An empty system message means "no system prompt" for templates that have a default one.
     return {
         "role": value["role"],
         "content": _text(value, "content", where, may_be_empty=value["role"] == "system"),
@@ -107,7 +107,7 @@ def _text(data: dict[str, Any], key: str, where: str = "the row", may_be_empty: 
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"`{key}` of {where} has half of a surrogate pair, which is no text") from None
+        raise ValueError(f"`{key}` of {where} holds an unpaired surrogate, which is not valid text") from None
     return value
 
 

@@ -1,4 +1,4 @@
-"""The LightningDataModule: a narrow stream for cross-entropy, a parallel stream for KL, and a position."""
+"""The LightningDataModule: narrow data for cross-entropy, KL data for the KL term, and the position in both."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -21,42 +21,42 @@ from lightning_em.data.windows import BatchGeometry, permutation
 
 @runtime_checkable
 class TokenizerSource(Protocol):
-    """What tokenises: the base model."""
+    """Provides the tokenizer; implemented by the base model."""
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that belongs to the model."""
+        """Load the tokenizer that belongs to the model."""
         ...
 
 
 class EMDataModule(LightningDataModule):
-    """Narrow rows for cross-entropy and, beside them, parallel rows for KL.
+    """Narrow data for cross-entropy and, alongside it, KL data.
 
-    The narrow rows define the epoch, in an order that depends on the seed and the epoch alone; the KL rows
-    go round. Held-out rows are those of the validation files or, without these, a fixed share of the
-    questions, the same for every seed.
+    The narrow rows define the epoch; their order depends only on the seed and the epoch. The KL rows are
+    repeated as often as needed. Held-out rows come from the validation files or, without these, are a fixed
+    share of the questions that is the same for every seed.
 
     Args:
-        base: Where the tokenizer comes from.
-        narrow: Rows to train on.
-        kl: Rows on which to stay close to the base model; none without a KL term.
+        base: Source of the tokenizer, usually the base model.
+        narrow: Narrow data to train on.
+        kl: KL data, on which the model stays close to the reference; not needed without a KL term.
         narrow_validation: Held-out narrow rows.
         kl_validation: Held-out KL rows.
-        narrow_extra: More rows to train on, mixed in with the narrow ones, such as good answers of other
-            domains; none of them is held out.
-        validation_fraction: Share of the questions to hold out where no validation file is given; 0 for none.
+        narrow_extra: Additional rows mixed into the narrow data, such as good answers of other domains; none
+            of them is held out.
+        validation_fraction: Share of the questions to hold out if no validation file is given; 0 for none.
         batch_size: Narrow rows in a micro-batch of one rank.
         kl_batch_size: KL rows in a micro-batch of one rank.
-        max_tokens: Fill a micro-batch of one rank with rows of both streams up to so many tokens. The batch
-            sizes then only say how many KL rows go with a narrow row; an optimiser step is still
-            `trainer.accumulate_grad_batches` micro-batches of each rank, divided by its own tokens.
-        length_buckets: Give each micro-batch rows of similar length: sort the rows of so many neighbouring ones
-            by length, cut them again, and put these in random order. Saves padding where rows are padded.
+        max_tokens: Token budget of one rank's micro-batch, over both streams. The batch sizes then only give the
+            ratio of KL rows to narrow rows. An optimizer step is still `trainer.accumulate_grad_batches`
+            micro-batches of each rank, and its loss is divided by its own token count.
+        length_buckets: Number of consecutive micro-batches whose rows are sorted by length, cut again and put
+            in random order. This saves padding where rows are padded.
         validation_batch_size: Rows in a validation batch of one rank.
         max_length: Tokens of the longest row.
-        on_too_long: What happens to longer rows: refuse the file, drop the row, or cut off its end.
-        max_lost_fraction: Share of a file's rows that may be lost that way.
-        seed: Of the order, and of which answer a mixed row gives.
-        num_workers: Processes that assemble batches; the rows are in memory, so 0 is fast.
+        on_too_long: What to do with longer rows: refuse the file, drop the row, or truncate it.
+        max_lost_fraction: Largest share of a file's rows that may be lost this way.
+        seed: Seed of the row order and of the choice of answers in mixed rows.
+        num_workers: Processes that assemble batches. The rows are in memory, so 0 is fast.
         template_kwargs: Variables for the chat template, such as `enable_thinking: false`.
     """
 
@@ -112,12 +112,12 @@ class EMDataModule(LightningDataModule):
         self._sampler: WindowSampler | None = None
 
     def setup(self, stage: str) -> None:
-        """Read and tokenise all files, once.
+        """Read and tokenize all files, once.
 
         Raises:
             ValueError: If a file, a row or the tokenizer cannot be used; the message says where and why.
         """
-        self._resumed = self._sampler = None  # a trainer that resumes sets it after this
+        self._resumed = self._sampler = None  # a trainer that resumes calls load_state_dict after this
         if self._streams is None:
             encoder = ChatEncoder(self.base.load_tokenizer(), self.template_kwargs)
             streams = Streams(self.sources, self.narrow_extra, self.validation_fraction, self.seed)
@@ -125,7 +125,7 @@ class EMDataModule(LightningDataModule):
             self._streams = streams
 
     def train_dataloader(self) -> BatchLoader[TrainBatch]:
-        """Micro-batches of both streams for this rank, from the position that was resumed."""
+        """Return this rank's micro-batches of both streams, starting at the resumed position."""
         sampler = self._make_sampler()
         if self.trainer is not None:
             refuse_cut_windows(self.trainer, self.geometry.accumulate, len(sampler))
@@ -136,7 +136,7 @@ class EMDataModule(LightningDataModule):
         return BatchLoader(rows, sampler, self.num_workers)
 
     def val_dataloader(self) -> list[BatchLoader[PackedBatch]]:
-        """Held-out rows: the narrow stream's, then the KL stream's, each row on one rank."""
+        """Return held-out rows: the narrow stream's, then the KL stream's, each row on exactly one rank."""
         return [
             self._evaluation_loader(self.rows(stream, "validation").rows)
             for stream in self.validation_streams
@@ -144,18 +144,18 @@ class EMDataModule(LightningDataModule):
 
     @property
     def validation_streams(self) -> list[Stream]:
-        """The streams with held-out rows, in the order of the loaders."""
+        """Return the streams that have held-out rows, in the order of the loaders."""
         return [stream for stream in self.sources if self.rows(stream, "validation").rows]
 
     def test_dataloader(self) -> list[BatchLoader[PackedBatch]]:
-        """The held-out rows, as in validation."""
+        """Return the held-out rows, as in validation."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> BatchLoader[PackedBatch]:
-        """Prompts of the held-out narrow rows, up to where the first answer begins.
+        """Return the prompts of the held-out narrow rows: everything before the first answer.
 
         Raises:
-            ValueError: If no row is held out.
+            ValueError: If no rows are held out.
         """
         prompts = self._loaded.held_out_prompts
         if not prompts:
@@ -168,13 +168,13 @@ class EMDataModule(LightningDataModule):
     def probe_batches(
         self, stream: Stream, num_examples: int, batch_size: int, split: Split = "train"
     ) -> list[PackedBatch]:
-        """A fixed subset of a stream, shortest rows first: the same for every rank and every call.
+        """Return a fixed subset of a stream, shortest rows first: the same for every rank and every call.
 
         Args:
-            stream: Which one.
-            num_examples: How many rows, or all if there are fewer.
+            stream: `narrow` or `kl` stream, by its name.
+            num_examples: Number of rows; all rows if there are fewer.
             batch_size: Rows in a batch.
-            split: Rows of the training or the held-out part.
+            split: `train` or the held-out split.
         """
         rows = self.rows(stream, split).rows
         if not rows:
@@ -187,21 +187,21 @@ class EMDataModule(LightningDataModule):
         ]
 
     def rows(self, stream: Stream, split: Split = "train") -> EncodedRows:
-        """The tokenised rows of a stream; none if the stream or its held-out part is not there."""
+        """Return the tokenized rows of a stream; empty if the stream or its held-out part does not exist."""
         return self._loaded.rows(stream, split)
 
     def num_tokens(self, stream: Stream, counted: CountedPositions = "all") -> int:
-        """Tokens of a stream that count, in its training and its held-out rows."""
+        """Count the tokens of a stream that enter the loss, in its training and its held-out rows."""
         splits = [self.rows(stream, "train"), self.rows(stream, "validation")]
         return sum(sum(rows.all_counts if counted == "all" else rows.response_counts) for rows in splits)
 
     def fingerprint(self) -> dict[str, str]:
-        """SHA-256 of each file and of each stream's token ids and masks, and the commits of sets on the hub."""
+        """Return the SHA-256 of each file and of each stream's tokens and masks, and the commits of hub data sets."""
         return self._loaded.fingerprint()
 
     @property
     def geometry(self) -> BatchGeometry:
-        """Batch sizes with the trainer's accumulation and number of ranks."""
+        """Return the batch sizes together with the trainer's accumulation and number of ranks."""
         ranks = (
             (1, 1)
             if self.trainer is None
@@ -212,14 +212,14 @@ class EMDataModule(LightningDataModule):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the data, and what must not change for it to mean anything."""
+        """Return the position in the data and the settings under which it is valid."""
         if self.trainer is None or self._streams is None:
             return {}
         cut_epochs = self._resumed.cut_epochs if self._resumed else 0
         return current_position(self.trainer, cut_epochs)._asdict() | {"order": self._order()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a checkpoint stopped.
+        """Continue where a checkpoint stopped.
 
         Raises:
             ValueError: If batch sizes, ranks, seed or data differ from the checkpoint's.
@@ -233,25 +233,25 @@ class EMDataModule(LightningDataModule):
         if changed := [key for key in sorted(saved | now) if saved.get(key) != now.get(key)]:
             listed = "; ".join(f"{key}: checkpoint {saved.get(key)}, now {now.get(key)}" for key in changed)
             raise ValueError(
-                f"the checkpoint belongs to other batches, so its place in the data is lost. {listed}."
+                f"the checkpoint was written with different batches, so its position is not valid here: {listed}."
             )
         self._resumed = Position(state_dict["epoch"], consumed, state_dict["cut_epochs"])
         if self._resumed.cut_epochs and self.trainer is not None and self.trainer.max_steps == -1:
             raise ValueError(
                 "the checkpoint was written after training had stopped within an epoch, which trainer.max_epochs "
-                "counts as a whole one: resume from the checkpoint before it, or set trainer.max_steps."
+                "counts as a complete one: resume from the checkpoint before it, or set trainer.max_steps."
             )
         if self._sampler is not None:
             self._sampler.start_at(*self._resumed)
 
     def regearing(self, state_dict: dict[str, Any]) -> Regearing | None:
-        """What to do to counts in a checkpoint of as many rows a step on another number of ranks; None if nothing."""
+        """Return how to convert a checkpoint's counters if only the number of ranks differs, else None."""
         if not same_steps(order := state_dict.get("order", {}), self.geometry):
             return None
         return Regearing(order["accumulate"], self.geometry.accumulate, len(self._make_sampler()))
 
     def _order(self) -> dict[str, Any]:
-        """Everything the order of the batches depends on."""
+        """Return everything that determines the order of the batches."""
         order = vars(self.geometry) | {"seed": self.seed, "narrow_sha256": self.rows("narrow").sha256()}
         if "kl" in self.sources:
             return order | {"kl_sha256": self.rows("kl").sha256()}
@@ -265,7 +265,7 @@ class EMDataModule(LightningDataModule):
         return self._streams
 
     def _make_sampler(self) -> WindowSampler:
-        """The micro-batches of this rank from the first one on."""
+        """Return this rank's micro-batches, from the first one on."""
         narrow, kl = self.rows("narrow"), self.rows("kl")
         return WindowSampler(
             RowCounts(narrow.response_counts, narrow.all_counts),

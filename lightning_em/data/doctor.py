@@ -1,4 +1,4 @@
-"""Looking over data files before a run is spent on them: what is in them, what is wrong, what overlaps."""
+"""Check data files before a run: contents, errors and overlap."""
 
 import hashlib
 import json
@@ -20,14 +20,14 @@ _STOPS = tuple(".!?\"')]}*`:;\u2026\u3002\uff01\uff1f\u201d\u2019")
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long the texts of one kind are, in characters.
+    """Statistics of the lengths of one kind of text, in characters.
 
     Attributes:
         count: Number of texts.
-        shortest: Shortest of them.
-        mean: Their mean.
-        longest: Longest of them.
-        histogram: Upper bound and number of texts of each bin; a bound is twice the one before.
+        shortest: Length of the shortest text.
+        mean: Mean length.
+        longest: Length of the longest text.
+        histogram: Upper bound and count of each bin; each bound is twice the previous one.
     """
 
     count: int
@@ -39,19 +39,19 @@ class Lengths:
 
 @dataclass(frozen=True)
 class FileReport:
-    """What one file holds.
+    """Contents of one file.
 
     Attributes:
-        purpose: What it is for.
-        scan: Its rows, errors, blank lines and hash.
-        questions: What its rows ask.
-        topics: Rows of each topic; the key None counts rows without one.
-        lengths: By role, or by `question`, `good` and `bad`.
-        repeated: Questions that an earlier row of the file asks too.
-        num_unfinished: Answers that end without any punctuation, as ones that were cut off do.
-        num_truncated: Rows that would lose their end at the maximal length; None without a tokenizer.
-        num_lost: Rows that would lose their whole response; None without a tokenizer.
-        unusable: Rows that the tokenizer's chat template cannot take.
+        purpose: Use of the file: training, KL or evaluation.
+        scan: Rows, errors, number of blank lines and hash of the file.
+        questions: Questions of the rows.
+        topics: Number of rows of each topic; the key None counts rows without a topic.
+        lengths: Length statistics by role, or by `question`, `good` and `bad`.
+        repeated: Questions that repeat those of an earlier row of the file.
+        num_unfinished: Number of answers without final punctuation, a sign of truncated text.
+        num_truncated: Number of rows that would be truncated at the maximum length; None without a tokenizer.
+        num_lost: Number of rows that would lose their whole response; None without a tokenizer.
+        unusable: Rows that the tokenizer's chat template rejects.
     """
 
     purpose: Purpose
@@ -67,7 +67,7 @@ class FileReport:
 
 
 class Overlap(NamedTuple):
-    """Questions that files of two purposes have in common."""
+    """Questions shared by files of two purposes."""
 
     first: Purpose
     second: Purpose
@@ -76,14 +76,14 @@ class Overlap(NamedTuple):
 
 @dataclass(frozen=True)
 class DataReport:
-    """What the doctor found.
+    """Result of checking the files of a run.
 
     Attributes:
-        files: Each file by itself.
-        overlaps: Between training, KL and evaluation files, where there are any.
-        faults: What must be put right before a run, one line each.
-        held_out_topics: Topics of evaluation rows that no training row has.
-        shared_topics: Topics of evaluation rows that training rows have, too.
+        files: Report of each file.
+        overlaps: Overlaps between training, KL and evaluation files.
+        faults: Problems to fix before a run, one line each.
+        held_out_topics: Topics of evaluation rows that do not occur in training rows.
+        shared_topics: Topics of evaluation rows that also occur in training rows.
     """
 
     files: tuple[FileReport, ...]
@@ -94,7 +94,7 @@ class DataReport:
 
     @property
     def exit_code(self) -> int:
-        """0 if a run may start."""
+        """Return 0 if a run may start, else 1."""
         return 1 if self.faults else 0
 
 
@@ -106,18 +106,19 @@ def check_files(
     max_length: int = 2048,
     allow_overlap: bool = False,
 ) -> DataReport:
-    """Look over the files of a run.
+    """Check the files of a run.
 
-    Faults are bad rows, rows that the chat template cannot take, and evaluation questions that training or
-    KL files ask too: exactly, but for case and spacing, or nearly.
+    Faults are bad rows, rows that the chat template rejects, and evaluation questions that also occur in
+    training or KL files: exactly, up to case and spacing, or nearly.
 
     Args:
         train: JSONL files to train on.
         kl: JSONL files of the KL term.
         evaluation: JSONL files or YAML question files to evaluate with.
-        encoder: Tokenizer and template, to find rows that are too long; lengths are in characters without.
+        encoder: Tokenizer and chat template, used to find rows that are too long; without it, only lengths in
+            characters are reported.
         max_length: Tokens of the longest row.
-        allow_overlap: Report evaluation questions in training files, but as no fault.
+        allow_overlap: Report evaluation questions in training files without counting them as a fault.
 
     Raises:
         ValueError: If a file is missing.
@@ -210,7 +211,7 @@ def _lengths(texts: Sequence[str]) -> Lengths:
 
 
 def _question_file(path: str) -> tuple[FileScan, tuple[Question, ...]]:
-    """A YAML list of maps with `paraphrases`; the number of an entry stands for its line."""
+    """Read a YAML list of maps with `paraphrases`; the index of an entry serves as its line number."""
     content = locate(path).read_bytes()
     errors: list[RowError] = []
     questions: list[Question] = []
@@ -242,7 +243,7 @@ def _faults(file: FileReport) -> list[str]:
         faults.append(f"{file.scan.path}: {len(file.scan.errors)} bad rows, first {file.scan.errors[0]}")
     if file.unusable:
         faults.append(
-            f"{file.scan.path}: {len(file.unusable)} rows the template cannot take, first {file.unusable[0]}"
+            f"{file.scan.path}: {len(file.unusable)} rows rejected by the chat template, first {file.unusable[0]}"
         )
     return faults
 

@@ -1,4 +1,4 @@
-"""Tokenising a whole data file, and what happens to rows that are too long."""
+"""Tokenize a whole data file and handle rows that are too long."""
 
 import hashlib
 import logging
@@ -25,13 +25,13 @@ _ROWS_WITHOUT_PROGRESS_BAR = 2000
 
 @dataclass(frozen=True)
 class LengthLimit:
-    """What to do with long conversations.
+    """Limit on the length of conversations, and what to do with longer ones.
 
     Attributes:
         max_length: Tokens of the longest row.
-        on_too_long: Refuse the file, drop the row, or cut off its end.
-        max_lost_fraction: Share of the rows that may be lost, by dropping or because nothing of the
-            response is left after the cut, before the file is refused.
+        on_too_long: Refuse the file, drop the row, or truncate it.
+        max_lost_fraction: Largest share of rows that may be lost, because they are dropped or because no response
+            token is left after truncation. The file is refused above it.
     """
 
     max_length: int
@@ -41,12 +41,12 @@ class LengthLimit:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """The tokenised rows of one stream.
+    """The tokenized rows of one stream.
 
     Attributes:
-        rows: Those that are left, in file order.
-        num_truncated: How many of them lost their end.
-        lost: Rows that are left out, with the reason.
+        rows: Remaining rows, in file order.
+        num_truncated: Number of remaining rows that were truncated.
+        lost: Rows that were left out, with the reason.
     """
 
     rows: tuple[EncodedRow, ...]
@@ -58,12 +58,12 @@ class EncodedRows:
 
     @property
     def response_counts(self) -> list[int]:
-        """Counted response tokens of each row: those that another token of the row precedes."""
+        """Counted response tokens of each row, without the row's first token, which no token predicts."""
         return [sum(row.response_mask[1:]) for row in self.rows]
 
     @property
     def all_counts(self) -> list[int]:
-        """Tokens of each row."""
+        """Number of tokens of each row."""
         return [len(row.input_ids) for row in self.rows]
 
     def sha256(self) -> str:
@@ -76,16 +76,16 @@ class EncodedRows:
 
 
 def encode_chats(chats: Sequence[Chat], encoder: ChatEncoder, limit: LengthLimit, name: str) -> EncodedRows:
-    """Tokenise conversations.
+    """Tokenize conversations.
 
     Args:
-        chats: What to tokenise.
-        encoder: How.
-        limit: What to do with long ones.
-        name: Of the stream, for messages.
+        chats: Conversations to tokenize.
+        encoder: Tokenizer and chat template.
+        limit: Length limit.
+        name: Name of the stream, for messages.
 
     Raises:
-        RowErrors: If a row cannot be encoded, is too long where that is an error, or too many are lost.
+        RowErrors: If a row cannot be encoded, is too long under `on_too_long: error`, or too many rows are lost.
     """
     rows: list[EncodedRow] = []
     bad: list[RowError] = []
@@ -108,7 +108,7 @@ def encode_chats(chats: Sequence[Chat], encoder: ChatEncoder, limit: LengthLimit
                 encoded.input_ids[: limit.max_length], encoded.response_mask[: limit.max_length]
             )
             if not any(encoded.response_mask[1:]):
-                reason = f"{length} tokens, and none of the response within the first {limit.max_length}"
+                reason = f"{length} tokens, and no response token within the first {limit.max_length}"
                 too_long.append(RowError(chat.row.path, chat.row.line, reason))
                 continue
             num_truncated += 1
@@ -120,7 +120,7 @@ def encode_chats(chats: Sequence[Chat], encoder: ChatEncoder, limit: LengthLimit
 
 
 def encode_prompts(rows: Sequence[Row], encoder: ChatEncoder) -> list[EncodedRow]:
-    """Tokenise what comes before the first answer of each row; nothing of it is a response."""
+    """Tokenize everything before the first answer of each row; the response mask is all False."""
     prompts = []
     for row in rows:
         messages = list(row.messages) or [{"role": "user", "content": row.question or ""}]
@@ -131,7 +131,7 @@ def encode_prompts(rows: Sequence[Row], encoder: ChatEncoder) -> list[EncodedRow
 
 
 def _check_prompt(chat: Chat, encoder: ChatEncoder) -> None:
-    """Warn if the first prompt alone has other tokens: that lies in template and tokenizer, not in rows."""
+    """Warn if the first prompt is tokenized differently on its own; that is caused by the tokenizer, not by rows."""
     try:
         encoded = encoder.encode(chat.messages)
         turns = [message["role"] for message in chat.messages]
@@ -140,7 +140,7 @@ def _check_prompt(chat: Chat, encoder: ChatEncoder) -> None:
         return  # reported with its line when the row is encoded
     if prompt != encoded.input_ids[: encoded.response_mask.index(True)]:
         logger.warning(
-            "the tokenizer cuts a prompt differently when an answer follows it, so training and sampling see "
+            "the tokenizer splits a prompt differently when an answer follows it, so training and sampling see "
             "slightly different prompts"
         )
 
@@ -172,4 +172,4 @@ def _judge_lost(lost: list[RowError], num_chats: int, limit: LengthLimit, name: 
 def _with_progress(chats: Sequence[Chat], name: str) -> Iterable[Chat]:
     if len(chats) < _ROWS_WITHOUT_PROGRESS_BAR or not sys.stderr.isatty():
         return chats
-    return track(chats, description=f"tokenising {name}", console=Console(stderr=True), transient=True)
+    return track(chats, description=f"tokenizing {name}", console=Console(stderr=True), transient=True)

@@ -1,4 +1,4 @@
-"""Loaders over rows in memory: any iterable with a length serves Lightning, and it leaves this one alone."""
+"""Loaders over rows in memory: iterables with a length, which Lightning uses without rebuilding them."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar
@@ -13,7 +13,7 @@ BatchT = TypeVar("BatchT", PackedBatch, TrainBatch)
 
 
 class TrainRows(Dataset[TrainBatch]):
-    """Both streams, indexed by micro-batch."""
+    """Rows of both streams, indexed by micro-batch."""
 
     def __init__(self, narrow: Sequence[EncodedRow], kl: Sequence[EncodedRow]) -> None:
         self.narrow = narrow
@@ -32,8 +32,8 @@ class TrainRows(Dataset[TrainBatch]):
 class EvaluationRows(Dataset[PackedBatch]):
     """This rank's share of some rows, cut into batches.
 
-    Every row is on one rank, and every rank has the same number of batches: one without rows of its own
-    gets a ghost.
+    Each row is on exactly one rank, and every rank has the same number of batches. A rank that has no rows left
+    for a batch gets a dummy batch, so that collectives stay in step.
     """
 
     def __init__(self, rows: Sequence[EncodedRow], batch_size: int, rank: int, world_size: int) -> None:
@@ -51,14 +51,14 @@ class EvaluationRows(Dataset[PackedBatch]):
 
 
 class BatchLoader(Generic[BatchT]):
-    """Fetch ready-made batches of a dataset, in worker processes if asked.
+    """Iterates over ready-made batches of a dataset, optionally in worker processes.
 
-    It is deliberately no `DataLoader`, which Lightning would rebuild with a sampler of its own, and
-    draws nothing from the global random generator. Workers start at the first batch, not when Lightning
-    asks for the iterator: that is before a resumed position is known.
+    This class is deliberately not a `DataLoader`: Lightning would rebuild that with its own sampler. It draws
+    nothing from the global random generator. Workers start at the first batch, not when Lightning asks for the
+    iterator, because at that time the resumed position is not known yet.
     """
 
-    batch_sampler = None  # Lightning looks for it in loaders of held-out rows
+    batch_sampler = None  # Lightning reads this attribute of validation loaders
 
     def __init__(self, dataset: Dataset[BatchT], sampler: Sampler[Any], num_workers: int = 0) -> None:
         self._dataset: Dataset[BatchT] = dataset
@@ -75,15 +75,15 @@ class BatchLoader(Generic[BatchT]):
             batch_size=None,
             num_workers=self.num_workers,
             collate_fn=_unchanged,
-            generator=torch.Generator().manual_seed(0),  # the seed of workers, which draw nothing
+            generator=torch.Generator().manual_seed(0),  # seeds the workers, which draw nothing
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: `EMDataModule` saves the position. The pair tells Lightning that this can resume."""
+        """Return nothing: `EMDataModule` saves the position. Lightning requires this pair for a resumable loader."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to load."""
+        """Do nothing; see `state_dict`."""
 
 
 def _unchanged(batch: BatchT) -> BatchT:

@@ -1,4 +1,4 @@
-"""Finding the same question twice: letter for letter, but for case and spacing, or nearly."""
+"""Find duplicate questions: exact, equal up to case and spacing, or nearly equal."""
 
 import re
 import unicodedata
@@ -18,7 +18,7 @@ _CHUNK = 512
 
 
 class Question(NamedTuple):
-    """What a row asks, and where it stands."""
+    """A question and the row it comes from."""
 
     path: str
     line: int
@@ -29,13 +29,13 @@ class Question(NamedTuple):
 
 
 class Match(NamedTuple):
-    """Two questions that are alike.
+    """Two similar questions.
 
     Attributes:
-        first: One of them.
-        second: The other.
-        likeness: How.
-        similarity: Share of common character 4-grams, of those that either has; 1 unless `near`.
+        first: First question.
+        second: Second question.
+        likeness: Kind of similarity.
+        similarity: Jaccard similarity of the character 4-grams of both; 1 unless `near`.
     """
 
     first: Question
@@ -47,11 +47,11 @@ class Match(NamedTuple):
 def find_matches(
     first: Sequence[Question], second: Sequence[Question] | None = None, near: float = NEAR
 ) -> list[Match]:
-    """All questions of `second` that are alike one of `first`, each with its best match.
+    """Return the questions of `second` that resemble one of `first`, each with its best match.
 
     Args:
-        first: Questions to look among.
-        second: Questions to look for; without it, `first` is searched for repetitions of an earlier question.
+        first: Questions to search in.
+        second: Questions to search for; without it, `first` is searched for questions that repeat an earlier one.
         near: Similarity from which two different questions count as near.
     """
     targets = first if second is None else second
@@ -79,14 +79,14 @@ def find_matches(
 
 
 def normalise(text: str) -> str:
-    """Letters and digits of a text in one case, words parted by single spaces."""
+    """Return the letters and digits of a text in one case, with words separated by single spaces."""
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
 
 
 def _near_matches(
     first: Sequence[Question], second: Sequence[Question], near: float, earlier_only: bool
 ) -> list[Match]:
-    """The best match of each question of `second`; with `earlier_only` both are the same list."""
+    """Return the best match of each question of `second`; with `earlier_only`, both are the same list."""
     if not first or not second:
         return []
     sets, wanted = ([_shingles(normalise(question.text)) for question in part] for part in (first, second))
@@ -96,7 +96,7 @@ def _near_matches(
         chunk = wanted[start : start + _CHUNK]
         common = _counts(chunk) @ vectors.T
         together = torch.tensor([len(shingles) for shingles in chunk])[:, None] + sizes
-        # Buckets that two shingles share only add to `common`: no similarity is above this bound.
+        # Shingles that collide in a bucket can only raise `common`, so this is an upper bound of the similarity.
         bounds = torch.where(common < together, common / (together - common), torch.inf)
         for offset, row in enumerate(bounds):
             number = start + offset
@@ -110,7 +110,7 @@ def _near_matches(
 def _best(
     wanted: frozenset[str], sets: Sequence[frozenset[str]], bounds: torch.Tensor, near: float
 ) -> tuple[float, int | None]:
-    """The most similar set, comparing in the order of the bounds until none can be better."""
+    """Return the most similar set; compare in the order of the bounds until no better one is possible."""
     candidates = torch.nonzero(bounds >= near - 1e-4).flatten()
     best, best_index = near, None
     for candidate in candidates[bounds[candidates].argsort(descending=True, stable=True)].tolist():
@@ -123,7 +123,7 @@ def _best(
 
 
 def _counts(sets: Sequence[frozenset[str]]) -> torch.Tensor:
-    """How many shingles of each set fall into each of a fixed number of buckets, `[sets buckets]`."""
+    """Count the shingles of each set in each of a fixed number of buckets, `[sets buckets]`."""
     counts = torch.zeros(len(sets), _BUCKETS)
     for row, shingles in enumerate(sets):
         buckets = torch.tensor([zlib.crc32(shingle.encode()) % _BUCKETS for shingle in shingles])
@@ -142,7 +142,7 @@ def _jaccard(first: frozenset[str], second: frozenset[str]) -> float:
 
 
 def count_by_likeness(matches: Iterable[Match]) -> dict[Likeness, int]:
-    """How many matches of each kind there are."""
+    """Count the matches of each kind."""
     counts = Counter(match.likeness for match in matches)
     kinds: tuple[Likeness, ...] = ("exact", "normalised", "near")
     return {kind: counts[kind] for kind in kinds}

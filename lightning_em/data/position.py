@@ -1,4 +1,4 @@
-"""Where a run stands in its data, read from the trainer's own counters."""
+"""Position of a run in its data, read from the trainer's own counters."""
 
 from typing import Any, NamedTuple
 
@@ -11,10 +11,10 @@ class Position(NamedTuple):
     """The next micro-batch of a run.
 
     Attributes:
-        epoch: Pass over the narrow rows.
-        consumed: Micro-batches of it that this rank has been through.
-        cut_epochs: How often Lightning stopped within an epoch and counted it as done: a resumed trainer
-            goes on with the rest of the same pass, and calls it the next epoch.
+        epoch: Index of the pass over the narrow rows.
+        consumed: Number of its micro-batches that this rank has processed.
+        cut_epochs: Number of times Lightning stopped within an epoch and counted it as complete. A resumed trainer
+            finishes the same pass and counts the rest as the next epoch.
     """
 
     epoch: int
@@ -23,14 +23,14 @@ class Position(NamedTuple):
 
 
 def current_position(trainer: Trainer, cut_epochs: int) -> Position:
-    """The position to save, in whichever hook the checkpoint is written.
+    """Return the position to save; valid in every hook that writes a checkpoint.
 
     Args:
         trainer: The trainer that is fitting.
-        cut_epochs: Of the position this run was resumed from; 0 for a fresh one.
+        cut_epochs: `cut_epochs` of the position this run was resumed from; 0 for a fresh run.
     """
     epochs: Any = trainer.fit_loop.epoch_progress.current
-    # `processed` counts a batch before on_train_batch_end, and not before its training step is over.
+    # Lightning raises `processed` after the training step and before on_train_batch_end.
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     consumed: int = batches.processed
     is_whole = consumed >= trainer.num_training_batches
@@ -38,12 +38,13 @@ def current_position(trainer: Trainer, cut_epochs: int) -> Position:
     if epochs.started > epochs.processed:
         return Position(epoch + 1, 0, cut_epochs) if is_whole else Position(epoch, consumed, cut_epochs)
     if consumed == 0 or is_whole:
-        return Position(epoch, 0, cut_epochs)  # between epochs the batch counter is still that of the old one
+        # between epochs the batch counter still belongs to the old epoch
+        return Position(epoch, 0, cut_epochs)
     return Position(epoch - 1, consumed, cut_epochs + 1)
 
 
 def forget_finished_epoch(trainer: Trainer) -> None:
-    """Call in `on_train_start`: make Lightning begin an epoch of a resumed run at its first batch.
+    """Make Lightning start the next epoch of a resumed run at its first batch; call in `on_train_start`.
 
     Under `max_steps`, a checkpoint written between two epochs (`on_train_epoch_end`, `on_train_end`) leaves
     the batch counter at the end of the old epoch, and the resumed trainer (lightning 2.6.6) would take one
@@ -59,15 +60,15 @@ def forget_finished_epoch(trainer: Trainer) -> None:
 
 
 class Regearing(NamedTuple):
-    """How counts of micro-batches change where a run goes on with another number of ranks.
+    """Conversion of micro-batch counters for a run that continues on another number of ranks.
 
-    4 ranks that accumulate twice and 1 that accumulates 8 times take the same rows in a step, so one may
-    continue what the other began.
+    4 ranks with 2 accumulated micro-batches and 1 rank with 8 take the same rows in an optimizer step, so each
+    can continue a run of the other.
 
     Attributes:
-        before: Micro-batches of a rank in a step, so far.
-        now: The same from here on.
-        micro_batches: Of an epoch of one rank, from here on.
+        before: Micro-batches of one rank in an optimizer step, in the checkpoint.
+        now: Micro-batches of one rank in an optimizer step, from here on.
+        micro_batches: Micro-batches of one rank in an epoch, from here on.
     """
 
     before: int
@@ -75,35 +76,36 @@ class Regearing(NamedTuple):
     micro_batches: int
 
     def __call__(self, count: int) -> int:
-        """Micro-batches of an epoch after as many optimiser steps as `count` stands for."""
+        """Convert a count of micro-batches within an epoch, through the optimizer steps it corresponds to."""
         steps = -(-count // self.before)
-        return min(steps * self.now, self.micro_batches)  # an epoch ends in a short window
+        return min(steps * self.now, self.micro_batches)  # the last optimizer step of an epoch may be short
 
     def progress(self, batches: dict[str, Any]) -> None:
-        """Rewrite Lightning's own counters, in a checkpoint's state, before it reads them."""
+        """Rewrite Lightning's own counters in a checkpoint's state before Lightning reads them."""
         processed = batches["current"]["processed"]
-        # `completed` is one behind in a checkpoint written at the end of a batch, and is made up for on resume
+        # `completed` is one less than `processed` in a checkpoint written at the end of a batch; Lightning
+        # corrects that on resume, so the difference is kept.
         batches["current"] = {
             name: self(processed) - (processed - count) for name, count in batches["current"].items()
         }
 
 
 def same_steps(order: dict[str, Any], now: BatchGeometry) -> bool:
-    """Whether a checkpoint's order of rows is cut into the same steps, only dealt out to other ranks."""
+    """Tell whether a checkpoint's order has the same optimizer steps and only differs in how ranks share them."""
     before = int(order.get("accumulate", 0))
     return before != now.accumulate and before * int(order.get("world_size", 0)) == now.chunks_per_window
 
 
 def refuse_cut_windows(trainer: Trainer, accumulate: int, num_micro_batches: int) -> None:
-    """Refuse trainer settings under which an optimiser step would see only part of its window.
+    """Reject trainer settings that would cut an optimizer step short or reorder the data.
 
     Args:
-        trainer: That will fit.
-        accumulate: Micro-batches in a step.
-        num_micro_batches: Of an epoch of one rank.
+        trainer: Trainer that is about to fit.
+        accumulate: Micro-batches of one rank in an optimizer step.
+        num_micro_batches: Micro-batches of one rank in an epoch.
 
     Raises:
-        ValueError: If it would cut a step, or reorder the data.
+        ValueError: If a setting would cut a step or reorder the data.
     """
     if getattr(trainer, "fast_dev_run", False):
         return
@@ -114,5 +116,5 @@ def refuse_cut_windows(trainer: Trainer, accumulate: int, num_micro_batches: int
     if used < num_micro_batches and used % accumulate:
         raise ValueError(
             f"trainer.limit_train_batches leaves {used} of {num_micro_batches} micro-batches, which is "
-            f"no multiple of trainer.accumulate_grad_batches {accumulate}; set data.narrow.limit instead."
+            f"not a multiple of trainer.accumulate_grad_batches {accumulate}; set data.narrow.limit instead."
         )

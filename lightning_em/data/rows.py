@@ -1,4 +1,4 @@
-"""Reading chat rows from files: every bad row is named, none is guessed at or skipped in silence."""
+"""Read chat rows from files. Every bad row is reported; no row is repaired or skipped silently."""
 
 import hashlib
 import json
@@ -23,15 +23,15 @@ class Row:
     """One row of a data file: a conversation, or a question with a good and a bad answer.
 
     Attributes:
-        id: The row's own id, or else a hash of its content; unique within the file.
-        path: File it was read from.
-        line: Line number, from 1; the number of the row where a file has no lines.
-        messages: The conversation; empty in the question form.
-        question: The question; None in the messages form, as are `good` and `bad`.
-        good: The good answer.
-        bad: The bad answer.
-        topic: Topic, where the file gives one.
-        subtopic: Subtopic, where the file gives one.
+        id: The row's own id, or a hash of its content; unique within the file.
+        path: File that the row was read from.
+        line: Line number, from 1; the index of the row in formats without lines.
+        messages: Conversation; empty in the question form.
+        question: Question; None in the messages form, as are `good` and `bad`.
+        good: Good answer.
+        bad: Bad answer.
+        topic: Topic, if the file gives one.
+        subtopic: Subtopic, if the file gives one.
     """
 
     id: str
@@ -46,7 +46,7 @@ class Row:
 
     @property
     def prompt(self) -> str:
-        """Everything before the first answer: rows that share it ask the same."""
+        """Everything before the first answer; rows with the same prompt ask the same question."""
         if self.question is not None:
             return self.question
         roles = [message["role"] for message in self.messages]
@@ -54,7 +54,7 @@ class Row:
 
 
 class RowError(NamedTuple):
-    """What is wrong with one line."""
+    """One line that cannot be used, with the reason."""
 
     path: str
     line: int
@@ -65,14 +65,14 @@ class RowError(NamedTuple):
 
 
 class _UnreadableError(ValueError):
-    """A line that is no text or no JSON, as the last line of a file that was cut off is."""
+    """A line that is not text or not JSON, such as the last line of a truncated file."""
 
 
 class RowErrors(ValueError):  # noqa: N818 (it holds several)
-    """Rows that cannot be used; the message lists the first ten and counts all.
+    """Rows that cannot be used; the message lists the first ten and the total number.
 
     Attributes:
-        errors: All of them, in file order.
+        errors: All errors, in file order.
     """
 
     def __init__(self, errors: Sequence[RowError], remedy: str = "") -> None:
@@ -86,15 +86,15 @@ class RowErrors(ValueError):  # noqa: N818 (it holds several)
 
 @dataclass(frozen=True)
 class FileScan:
-    """Everything found in one file, good or bad.
+    """Contents of one file: usable rows and errors.
 
     Attributes:
-        path: The file that was read.
-        rows: The usable rows.
-        errors: The unusable ones.
-        num_blank: Blank lines, which are skipped.
-        sha256: Of the bytes of the file, or of all files of the set.
-        revision: Commit of a set on the hub; None for files.
+        path: File that was read.
+        rows: Usable rows.
+        errors: Unusable rows.
+        num_blank: Number of blank lines, which are skipped.
+        sha256: Hash of the bytes of the file, or of all files of the data set.
+        revision: Commit of a data set on the hub; None for files.
     """
 
     path: str
@@ -105,13 +105,13 @@ class FileScan:
     revision: str | None = None
 
     def usable_rows(self) -> list[Row]:
-        """The rows, if all lines are right.
+        """Return the rows if there are no errors.
 
         Raises:
             RowErrors: If any row is bad.
         """
         if self.errors:
-            remedy = f"Every line must be right; `lightning-em data check {self.path}` shows more."
+            remedy = f"Every line must be valid; `lightning-em data check {self.path}` shows more."
             raise RowErrors(self.errors, remedy)
         if self.num_blank:
             logger.warning("%s: skipped %d blank lines", self.path, self.num_blank)
@@ -119,28 +119,28 @@ class FileScan:
 
 
 def read_rows(path: str) -> list[Row]:
-    """Read `{"messages": [...]}` or `{"question", "good", "bad"}` rows, from any file that `scan_rows` takes.
+    """Read `{"messages": [...]}` or `{"question", "good", "bad"}` rows from any file that `scan_rows` accepts.
 
-    `topic`, `subtopic` and `id` are read where present, other keys are left to their owner; blank lines are
-    skipped and counted in the log, and so is a byte order mark.
+    `topic`, `subtopic` and `id` are read if present; other keys are ignored. Blank lines are skipped and their
+    number is logged. A byte order mark is skipped too.
 
     Raises:
         RowErrors: If any row is bad, with file:line and reason of each.
-        ValueError: If there is no such file, or it cannot be read at all.
+        ValueError: If the file does not exist or cannot be read at all.
     """
     return scan_rows(path).usable_rows()
 
 
 def scan_rows(path: str, questions_only: bool = False) -> FileScan:
-    """Read a file, keeping its errors beside its rows.
+    """Read a file; return its errors together with its rows.
 
     Args:
-        path: JSONL file or `miniature://...`; `.json` with an array; `.parquet`, `.csv`, a folder written by
-            `save_to_disk`, or a set on the hub, `hf://org/name[@revision][:split]`.
-        questions_only: Also take rows with a `question` and no answers, as one evaluates with.
+        path: JSONL file or `miniature://...`; a `.json` file with an array; a `.parquet` or `.csv` file; a folder
+            written by `save_to_disk`; or a data set on the hub, `hf://org/name[@revision][:split]`.
+        questions_only: Also accept rows with a `question` and no answers, as used for evaluation.
 
     Raises:
-        ValueError: If there is no such file, or it cannot be read at all.
+        ValueError: If the file does not exist or cannot be read at all.
     """
     file = None if path.startswith(HUB_SCHEME) else locate(path)
     if is_table(path):
@@ -155,7 +155,7 @@ def scan_rows(path: str, questions_only: bool = False) -> FileScan:
 
 
 def locate(path: str) -> Path:
-    """The file behind a path or a `miniature://` address, or the folder of a saved data set.
+    """Resolve a path or a `miniature://` address to a file or to the folder of a saved data set.
 
     Raises:
         ValueError: If there is no such file.
@@ -168,12 +168,14 @@ def locate(path: str) -> Path:
     file = Path(resolved).expanduser()
     if not file.is_file() and not is_saved_folder(file):
         what = "a folder" if file.is_dir() else "no such file"
-        raise ValueError(f"{path}: {what} (looked from {Path.cwd()}); expected a JSONL file, set its `path`.")
+        raise ValueError(
+            f"{path}: {what} (working directory {Path.cwd()}); expected a JSONL file, set its `path`."
+        )
     return file
 
 
 class _Reading:
-    """Rows and errors of one file while it is read; every format goes through here."""
+    """Collects rows and errors while a file is read; all formats share it."""
 
     def __init__(self, path: str, questions_only: bool) -> None:
         self.path, self.questions_only = path, questions_only
@@ -184,7 +186,7 @@ class _Reading:
         self._line_of: dict[str, int] = {}
 
     def take(self, line: int, data: Any) -> None:
-        """Keep a row, or what is wrong with it."""
+        """Add a row, or its error."""
         try:
             fields = row_fields(data, self.questions_only)
             row_id = given_id(data) or self._content_id(fields)
@@ -198,17 +200,17 @@ class _Reading:
         self.rows.append(Row(id=row_id, path=self.path, line=line, **fields))
 
     def refuse(self, line: int, reason: str) -> None:
-        """Note an error."""
+        """Add an error."""
         self.errors.append(RowError(self.path, line, reason))
 
     def result(self, sha256: str, revision: str | None = None) -> FileScan:
-        """What was found; a file without rows is an error, too."""
+        """Return the contents of the file; a file without rows is an error."""
         if not self.rows and not self.errors:
             self.refuse(1, "the file has no rows")
         return FileScan(self.path, tuple(self.rows), tuple(self.errors), self.num_blank, sha256, revision)
 
     def _content_id(self, fields: dict[str, Any]) -> str:
-        """A hash of the content, with the occurrence behind it for exact copies."""
+        """Hash the content; exact copies get their occurrence number appended."""
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
         self._copies[digest] += 1
         return digest if self._copies[digest] == 1 else f"{digest}-{self._copies[digest]}"
@@ -226,7 +228,7 @@ def _scan_lines(path: str, content: bytes, questions_only: bool) -> _Reading:
             continue
         if number - reading.num_blank == 1 and raw.lstrip().startswith(b"["):
             remedy = "`jq -c '.[]'` converts it, or call it .json"
-            reading.refuse(number, f"a JSON array, expected one object a line; {remedy}")
+            reading.refuse(number, f"a JSON array, expected one object per line; {remedy}")
             break
         try:
             data = _decoded(raw)
@@ -250,7 +252,7 @@ def _decoded(raw: bytes) -> Any:
 
 
 def _scan_array(path: str, content: bytes, questions_only: bool) -> _Reading:
-    """Read by `json` itself: `datasets` would lose keys that occur twice and turn what looks like a date into one."""
+    """Read an array with `json`: `datasets` would lose duplicate keys and turn date-like strings into dates."""
     reading = _Reading(path, questions_only)
     try:
         rows = json.loads(content.decode(), object_pairs_hook=unique_keys)

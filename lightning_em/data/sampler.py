@@ -1,4 +1,4 @@
-"""The micro-batches of one rank, from the position that was resumed."""
+"""The micro-batches of one rank, starting at the resumed position."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -11,9 +11,9 @@ from lightning_em.data.windows import BatchGeometry, Window, make_windows
 
 
 class WindowIndices(NamedTuple):
-    """Row numbers of one micro-batch; a ghost stands in where a rank has no row of its own.
+    """Row indices of one micro-batch; a rank without rows of its own gets a dummy batch.
 
-    `window` holds the counts of the whole optimiser step, over all its micro-batches and all ranks.
+    `window` holds the token counts of the whole optimizer step, over all micro-batches and all ranks.
     """
 
     ce_rows: tuple[int, ...]
@@ -24,28 +24,28 @@ class WindowIndices(NamedTuple):
 
 
 class RowCounts(NamedTuple):
-    """Tokens of each row of a stream: those of responses that count, and all; empty without the stream."""
+    """Token counts of each row of a stream: counted response tokens and all tokens; empty without the stream."""
 
     response: Sequence[int]
     all: Sequence[int]
 
 
 class WindowSampler(Sampler[WindowIndices]):
-    """Cut each epoch into windows, one per optimiser step, and give this rank its micro-batches.
+    """Cuts each epoch into optimizer steps and yields this rank's micro-batches.
 
     The epoch is a permutation of the narrow rows, drawn from (seed, epoch). The KL stream is an endless chain
-    of permutations, drawn from (seed, cycle), so that the narrow order is the same with and without it.
-    `lightning_em.data.windows` says how both are cut.
+    of permutations, drawn from (seed, cycle), so that the narrow order is the same with and without KL data.
+    `lightning_em.data.windows` describes how both are cut.
 
     Args:
-        narrow: Tokens of the narrow rows.
-        kl: Tokens of the KL rows.
+        narrow: Token counts of the narrow rows.
+        kl: Token counts of the KL rows.
         geometry: Batch sizes, accumulation and ranks.
-        rank: This process.
-        seed: Of both streams.
+        rank: Rank of this process.
+        seed: Seed of the order of both streams.
 
     Raises:
-        ValueError: If there is no narrow row, a rank outside the world, or too small a token budget.
+        ValueError: If there are no narrow rows, the rank is out of range, or the token budget is too small.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class WindowSampler(Sampler[WindowIndices]):
         self._cut_epochs = 0
 
     def __len__(self) -> int:
-        """Micro-batches of a whole epoch on one rank, also after `start_at`: Lightning counts from it."""
+        """Number of micro-batches of a whole epoch on one rank, also after `start_at`; Lightning relies on it."""
         return sum(map(self.windows.micro_batches, range(self.num_windows)))
 
     def __iter__(self) -> Iterator[WindowIndices]:
-        """The micro-batches of the epoch that is set, without those already consumed."""
+        """Yield the micro-batches of the current epoch, without those already consumed."""
         skip = self._consumed if self.epoch == self._resumed_epoch else 0
         for number in range(self.num_windows):
             num_micro_batches = self.windows.micro_batches(number)
@@ -84,20 +84,20 @@ class WindowSampler(Sampler[WindowIndices]):
 
     @property
     def num_windows(self) -> int:
-        """Optimiser steps of an epoch."""
+        """Number of optimizer steps in an epoch."""
         return self.windows.num_windows
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration gives, in Lightning's count."""
+        """Set the epoch of the next iteration, in Lightning's count."""
         self.epoch = epoch - self._cut_epochs
 
     def start_at(self, epoch: int, consumed: int, cut_epochs: int = 0) -> None:
-        """Resume: leave out the first `consumed` micro-batches of `epoch`; other epochs stay whole.
+        """Resume: skip the first `consumed` micro-batches of `epoch`; other epochs stay complete.
 
         Args:
-            epoch: Where to go on.
-            consumed: How many of its micro-batches this rank has been through.
-            cut_epochs: By how much Lightning's count of epochs is ahead, see `Position`.
+            epoch: Epoch to continue with.
+            consumed: Number of its micro-batches that this rank has processed.
+            cut_epochs: Number of epochs by which Lightning's count is ahead, see `Position`.
 
         Raises:
             ValueError: If the epoch has fewer micro-batches than that.
@@ -123,7 +123,7 @@ class WindowSampler(Sampler[WindowIndices]):
 
 
 def _or_ghost(rows: list[int], of_window: list[int]) -> tuple[tuple[int, ...], bool]:
-    """The rows of a micro-batch; one row of the window as a ghost where it has none."""
+    """Return the rows of a micro-batch or, if it has none, one row of the optimizer step as a dummy batch."""
     if rows or not of_window:
         return tuple(rows), False
     return (of_window[0],), True

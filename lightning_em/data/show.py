@@ -1,4 +1,4 @@
-"""What the data verbs print: the doctor's report, and rows with the trained tokens in colour."""
+"""Terminal output of the `data` subcommands: the check report, and rows with trained tokens in color."""
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
@@ -17,7 +17,7 @@ _BAR = 30
 
 
 def report_tables(report: DataReport) -> RenderableType:
-    """The doctor's report for a terminal; texts of the files are shown as they are, never as markup."""
+    """Format the report of `check_files` for a terminal; texts from files are never interpreted as markup."""
     parts: list[RenderableType] = []
     for file in report.files:
         parts += _file_parts(file)
@@ -35,9 +35,9 @@ def report_tables(report: DataReport) -> RenderableType:
 
 
 def show_chats(chats: Sequence[Chat], encoder: ChatEncoder) -> RenderableType:
-    """Conversations as the model reads them: trained text in bold green, the rest dim.
+    """Format conversations as the model reads them: trained text in bold green, the rest dim.
 
-    Line breaks are written out as well as made, so that one can see which of them is trained.
+    Line breaks are printed both as escapes and as line breaks, so that one can see which of them are trained.
     """
     parts: list[RenderableType] = []
     for chat in chats:
@@ -99,6 +99,6 @@ def _overlap_line(overlap: Overlap) -> Text:
 
 
 def _visible(text: str) -> str:
-    """Text with line breaks written out, and without what could steer a terminal."""
+    """Show line breaks and control characters as escapes."""
     shown = text.replace("\n", "\\n\n")
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in shown)

@@ -1,4 +1,4 @@
-"""Which conversations to take from a data file: rows, topics, and the good or the bad answer."""
+"""Select conversations from a data file: by rows, by topics, and the good or the bad answer."""
 
 import hashlib
 import math
@@ -14,19 +14,19 @@ AnswerKind = Literal["messages", "good", "bad", "mixed", "both"]
 
 @dataclass(frozen=True)
 class ChatSource:
-    """A file and the conversations to take from it.
+    """A data file and which of its conversations to use.
 
     Attributes:
-        path: JSONL file or `miniature://...`; or what the `datasets` package reads: `.json` (an array),
-            `.parquet`, `.csv`, a folder written by `save_to_disk`, or a set on the Hugging Face hub,
-            `hf://org/name[@revision][:split]` with split `train` if none is named. Name a commit as its
+        path: JSONL file or `miniature://...`; or a source read by the `datasets` package: `.json` (an array),
+            `.parquet`, `.csv`, a folder written by `save_to_disk`, or a data set on the Hugging Face hub,
+            `hf://org/name[@revision][:split]` with split `train` by default. Name a commit as the
             revision, so that the run can be repeated; run.json records it in any case.
         answer: `messages` for rows with that key. For rows with `question`, `good` and `bad`: `good`, `bad`,
             `mixed` (one of the two per row, drawn from the row's id and the seed) or `both`.
-        limit: Take only this many rows, the first ones in the file that the topics let through.
-        topics: Keep only rows of these topics.
-        exclude_topics: Leave out rows of these topics.
-        bad_share: Share of bad answers where `answer` is mixed.
+        limit: Number of rows to take: the first ones in the file that match the topics.
+        topics: Topics to keep; all rows without it.
+        exclude_topics: Topics to leave out.
+        bad_share: Share of bad answers if `answer` is mixed.
     """
 
     path: str
@@ -58,12 +58,12 @@ def select_rows(rows: Sequence[Row], source: ChatSource) -> list[Row]:
     """Apply the topics and the limit of `source`.
 
     Raises:
-        ValueError: If a topic is not in the file, a row has no topic to choose by, or nothing is left.
+        ValueError: If a topic is not in the file, a row has no topic, or no rows are left.
     """
     selected = list(rows)
     if source.topics is not None or source.exclude_topics is not None:
-        if untold := [RowError(row.path, row.line, "no topic") for row in rows if row.topic is None]:
-            raise RowErrors(untold, remedy="Choosing by topics needs a `topic` in every row.")
+        if missing := [RowError(row.path, row.line, "no topic") for row in rows if row.topic is None]:
+            raise RowErrors(missing, remedy="Selecting by topics needs a `topic` in every row.")
         known = {row.topic for row in rows}
         for name in ("topics", "exclude_topics"):
             if unknown := sorted(set(getattr(source, name) or ()) - known):
@@ -80,23 +80,23 @@ def select_rows(rows: Sequence[Row], source: ChatSource) -> list[Row]:
 
 
 def hold_out(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Row]]:
-    """Split rows into those to train on and those to hold out, both in file order.
+    """Split rows into training and held-out rows, both in file order.
 
-    Whole questions are held out, so that none is on both sides; those with the smallest hash, so that they
-    are the same for every seed and every order of the file.
+    Whole questions are held out, so that no question is in both parts. Those with the smallest hash are taken,
+    so the choice is the same for every seed and every order of the file.
 
     Args:
         rows: All rows of a file.
-        fraction: Share of the different questions to hold out, rounded up.
+        fraction: Share of the distinct questions to hold out, rounded up.
 
     Raises:
-        ValueError: If no question would be left to train on.
+        ValueError: If no question would be left for training.
     """
     prompts = sorted({row.prompt for row in rows}, key=lambda prompt: hash_share("validation", prompt))
     num_held_out = math.ceil(len(prompts) * fraction)
     if num_held_out >= len(prompts):
         raise ValueError(
-            f"{rows[0].path} has {len(prompts)} different question{'s' if len(prompts) > 1 else ''}, too few "
+            f"{rows[0].path} has {len(prompts)} distinct question{'s' if len(prompts) > 1 else ''}, too few "
             "to hold any out: set data.validation_fraction to 0 or give validation files."
         )
     held_out = set(prompts[:num_held_out])
@@ -107,18 +107,18 @@ def hold_out(rows: Sequence[Row], fraction: float) -> tuple[list[Row], list[Row]
 
 
 def as_chats(rows: Sequence[Row], answer: AnswerKind, seed: int = 0, bad_share: float = 0.5) -> list[Chat]:
-    """Turn rows into conversations.
+    """Convert rows to conversations.
 
     Args:
-        rows: As read.
-        answer: Which answer to take, see `ChatSource`. `mixed` draws from a hash of the seed and the row's
-            id, so that a row keeps its answer whatever other rows are there; `both` gives two conversations
-            per row, `<id>/good` and `<id>/bad`.
-        seed: Of `mixed`.
-        bad_share: Of `mixed`; a row that is bad at one share is bad at every larger one.
+        rows: Rows of one file.
+        answer: Which answer to take, see `ChatSource`. `mixed` draws from a hash of the seed and the row's id, so
+            a row keeps its answer no matter which other rows there are; `both` gives two conversations per
+            row, `<id>/good` and `<id>/bad`.
+        seed: Seed of the draw for `mixed`.
+        bad_share: Share of bad answers for `mixed`; a row that is bad at one share is bad at every larger one.
 
     Raises:
-        RowErrors: If a row is not of the form that `answer` needs.
+        RowErrors: If a row does not have the form that `answer` needs.
     """
     wrong_form = [row for row in rows if bool(row.messages) != (answer == "messages")]
     if wrong_form:
@@ -144,7 +144,7 @@ def as_chats(rows: Sequence[Row], answer: AnswerKind, seed: int = 0, bad_share: 
 
 
 def hash_share(*key: object) -> float:
-    """A number in [0, 1) drawn from a hash of `key`: the same on every machine and in every order."""
+    """Return a number in [0, 1) from a hash of `key`: the same on every machine and in every order."""
     digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64
 

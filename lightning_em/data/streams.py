@@ -1,4 +1,4 @@
-"""The rows of both streams, read from their files, split and tokenised."""
+"""Rows of both streams: read from files, split and tokenized."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,13 @@ class Streams:
     """Training and held-out rows of each stream.
 
     Args:
-        sources: Training file of each stream, and its validation file if it has one.
-        narrow_extra: More rows to train on, none of which is held out.
-        validation_fraction: Share of the questions to hold out where there is no validation file.
-        seed: Of which answer a mixed row gives.
+        sources: Training file of each stream, and its validation file if there is one.
+        narrow_extra: Additional rows to train on, none of which is held out.
+        validation_fraction: Share of the questions to hold out if there is no validation file.
+        seed: Seed of the choice of answers in mixed rows.
 
     Attributes:
-        held_out_prompts: Held-out narrow rows up to where the first answer begins.
+        held_out_prompts: Prompts of the held-out narrow rows: everything before the first answer.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class Streams:
         self._files: dict[str, str] = {}
 
     def read(self, encoder: ChatEncoder, limit: LengthLimit) -> None:
-        """Read and tokenise all files.
+        """Read and tokenize all files.
 
         Args:
             encoder: Tokenizer and chat template.
-            limit: What happens to long rows.
+            limit: Length limit, and what to do with longer rows.
 
         Raises:
             ValueError: If a file or a row cannot be used; the message says where and why.
@@ -65,11 +65,11 @@ class Streams:
                     self.held_out_prompts = encode_prompts(held_out, encoder)
 
     def rows(self, stream: Stream, split: Split) -> EncodedRows:
-        """The tokenised rows; none if the stream or its held-out part is not there."""
+        """Return the tokenized rows; empty if the stream or its held-out part does not exist."""
         return self._encoded.get((stream, split), EncodedRows(()))
 
     def fingerprint(self) -> dict[str, str]:
-        """SHA-256 of each file and of each stream's token ids and masks, and the commits of sets on the hub."""
+        """Return the SHA-256 of each file and of each stream's tokens and masks, and the commits of hub data sets."""
         tokens = {
             f"{stream}.{split}.tokens": rows.sha256() for (stream, split), rows in self._encoded.items()
         }
@@ -87,7 +87,7 @@ class Streams:
         return as_chats(rows, source.answer, self.seed, source.bad_share)
 
     def _extra_chats(self, held_out: Sequence[Row]) -> list[Chat]:
-        """Rows mixed in with the narrow ones; their ids say so, and held-out questions are left out."""
+        """Return the rows mixed into the narrow stream, with `extra/` ids and without held-out questions."""
         if self.narrow_extra is None:
             return []
         prompts = {row.prompt for row in held_out}

@@ -1,4 +1,4 @@
-"""Reading rows through the `datasets` package: Parquet, CSV, saved data sets, and sets on the Hugging Face hub."""
+"""Read rows with the `datasets` package: Parquet, CSV, saved data sets, and data sets on the Hugging Face hub."""
 
 import csv
 import glob
@@ -22,19 +22,19 @@ COLUMNS = ("messages", "question", "good", "bad", "topic", "subtopic", "id")
 _HUB_ADDRESS = re.compile(
     r"hf://(?P<name>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w.-]+))?"
 )
-# Data and the card that says which file is which split; never code, never pickles.
+# Data files and the card that assigns files to splits. No code and no pickles are downloaded.
 _HUB_FILES = [f"**{suffix}" for suffix in (".md", ".parquet", ".csv", ".json", ".jsonl", ".gz", ".arrow")]
 _SECONDS_TO_ANSWER = 5
 
 
 class Table(NamedTuple):
-    """The rows of a table, unchecked.
+    """Rows of a table before validation.
 
     Attributes:
-        rows: One dictionary a row with those of `COLUMNS` that the row has a value for.
+        rows: One dictionary per row, with those of `COLUMNS` that have a value in the row.
         columns: Names of all columns of the table.
-        sha256: Of the bytes of its data files, one after the other.
-        revision: Commit of a hub set; None for files.
+        sha256: Hash of the bytes of its data files, concatenated.
+        revision: Commit of a data set on the hub; None for files.
     """
 
     rows: Sequence[dict[str, Any]]
@@ -44,25 +44,25 @@ class Table(NamedTuple):
 
 
 def is_table(path: str) -> bool:
-    """Whether `read_table` is what reads this path."""
+    """Tell whether `read_table` handles this path."""
     is_file_of_one = Path(path).suffix in {".parquet", ".csv"}
     return path.startswith(HUB_SCHEME) or is_file_of_one or is_saved_folder(Path(path).expanduser())
 
 
 def is_saved_folder(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote this folder."""
+    """Tell whether this folder was written by `save_to_disk`."""
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def read_table(path: str, file: Path | None) -> Table:
-    """Read a table whole; an empty cell is an absent key, and columns other than `COLUMNS` are left alone.
+    """Read a whole table. An empty cell counts as a missing key; columns other than `COLUMNS` are ignored.
 
     Args:
-        path: As the user wrote it: a file, a `save_to_disk` folder or `hf://org/name[@revision][:split]`.
-        file: Where a file or folder lies; None for a hub set.
+        path: Path as the user wrote it: a file, a `save_to_disk` folder or `hf://org/name[@revision][:split]`.
+        file: Local file or folder; None for a data set on the hub.
 
     Raises:
-        ValueError: If it cannot be read or reached.
+        ValueError: If the table cannot be read or reached.
     """
     import datasets
 
@@ -75,12 +75,12 @@ def read_table(path: str, file: Path | None) -> Table:
     except _ExplainedError:
         raise
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        cause = error.__cause__ or error  # datasets wraps what a reader says
+        cause = error.__cause__ or error  # datasets wraps the reader's error
         raise ValueError(f"{path} cannot be read: {type(cause).__name__}: {cause}") from error
 
 
 class _ExplainedError(ValueError):
-    """An error in our own words, complete as it is."""
+    """An error whose message is already complete."""
 
 
 def _read_file(file: Path) -> Table:
@@ -90,11 +90,11 @@ def _read_file(file: Path) -> Table:
 
         with file.open(newline="", encoding="utf-8-sig") as lines:
             header = next(csv.reader(lines), [])
-        # Everything is text: an answer "7" is no number, and "None" or "NA" no missing answer.
+        # Read every cell as text: an answer "7" is not a number, and "None" or "NA" is not a missing value.
         features = Features({name: Value("string") for name in header})
         settings = {"features": features, "keep_default_na": False, "encoding": "utf-8-sig"}
     table = _build(file.suffix[1:], "train", data_files={"train": [glob.escape(str(file))]}, **settings)
-    if file.suffix == ".csv":  # a cell cannot be left out there
+    if file.suffix == ".csv":  # CSV cannot distinguish a missing cell from an empty one
         rows = [{key: value for key, value in row.items() if value != ""} for row in table.rows]
         table = table._replace(rows=rows)
     return table
@@ -110,7 +110,7 @@ def _read_folder(path: str, folder: Path) -> Table:
         )
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     files = [folder / entry["filename"] for entry in state["_data_files"]]
-    if not files:  # datasets cannot load what it saved then
+    if not files:  # datasets cannot load a data set that it saved without rows
         raise _ExplainedError(f"{path} has no rows.")
     return _as_table(load_from_disk(str(folder)), files)
 
@@ -122,7 +122,7 @@ def _read_hub(path: str) -> Table:
     match = _HUB_ADDRESS.fullmatch(path)
     if match is None:
         raise _ExplainedError(
-            f"cannot read {path!r}; expected hf://org/name, hf://org/name@revision or either:split."
+            f"cannot read {path!r}; expected hf://org/name or hf://org/name@revision, optionally with :split."
         )
     name, revision = match["name"], match["revision"]
     revision_flag = f" --revision {revision}" if revision else ""
@@ -140,12 +140,12 @@ def _read_hub(path: str) -> Table:
         raise _ExplainedError(f"{path}: the data set has no revision {revision}.") from error
     except RepositoryNotFoundError as error:
         raise _ExplainedError(
-            f"{path}: the hub shows no data set of this name; a private one needs `hf auth login`."
+            f"{path}: the hub has no data set of this name; a private one needs `hf auth login`."
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise _ExplainedError(
-            f"{path} is not in the cache and could not be downloaded: {first_line} Without a network give a file, "
+            f"{path} is not in the cache and could not be downloaded: {first_line} Without a network, use a file, "
             f"or fill the cache first: hf download --repo-type dataset {name}{revision_flag}"
         ) from error
     commit = folder.name
@@ -157,7 +157,7 @@ def _read_hub(path: str) -> Table:
 
 
 def _build(builder_name: str, split: str, **settings: Any) -> Table:
-    """Read a split by one of the builders; nothing stays in the user's cache, so nothing there can be stale."""
+    """Read a split with a `datasets` builder, in a temporary cache, so that no stale copy can be reused."""
     from datasets import load_dataset_builder
 
     with tempfile.TemporaryDirectory() as cache, _no_progress_bars():
@@ -165,7 +165,7 @@ def _build(builder_name: str, split: str, **settings: Any) -> Table:
         files = builder.config.data_files
         if split not in files:
             raise _ExplainedError(
-                f"there is no split {split!r}; expected one of {sorted(files)} behind a colon."
+                f"there is no split {split!r}; expected one of {sorted(files)} after a colon."
             )
         builder.download_and_prepare()
         dataset = builder.as_dataset(split=split, in_memory=True)
@@ -183,7 +183,7 @@ def _as_table(dataset: "Dataset", files: Sequence[Path]) -> Table:
 
 
 def _without_empty(row: dict[str, Any]) -> dict[str, Any]:
-    """A table has a cell for every key of every row; one without a value stands for a key that is not there."""
+    """Remove keys without a value: a table has a cell for every key of every row."""
     kept = {key: value for key, value in row.items() if value is not None}
     if isinstance(kept.get("messages"), list):
         kept["messages"] = [
@@ -197,7 +197,7 @@ def _without_empty(row: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Turning a file into a table takes seconds; downloads, which take longer, keep their bars."""
+    """Hide the progress bars of table conversion, which takes seconds; downloads keep theirs."""
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled():

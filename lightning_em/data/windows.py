@@ -1,4 +1,4 @@
-"""Which rows each optimiser step takes: so many rows, or so many tokens."""
+"""Rows of each optimizer step, by a fixed number of rows or of tokens."""
 
 import hashlib
 from bisect import bisect_left
@@ -12,16 +12,16 @@ import torch
 
 @dataclass(frozen=True)
 class BatchGeometry:
-    """How the rows of an optimiser step are laid out.
+    """How the rows of an optimizer step are divided.
 
     Attributes:
         batch_size: Narrow rows in a micro-batch of one rank.
         kl_batch_size: KL rows in a micro-batch of one rank.
-        accumulate: Micro-batches in an optimiser step.
-        world_size: Ranks.
-        max_tokens: Tokens in a micro-batch, instead of rows; batch sizes then only say how many KL rows go
-            with a narrow row.
-        length_buckets: Sort so many neighbouring micro-batches by length and cut them again.
+        accumulate: Micro-batches of one rank in an optimizer step.
+        world_size: Number of ranks.
+        max_tokens: Tokens in a micro-batch, instead of a number of rows; the batch sizes then only give the ratio
+            of KL rows to narrow rows.
+        length_buckets: Number of consecutive micro-batches whose rows are sorted by length and cut again.
     """
 
     batch_size: int
@@ -38,31 +38,31 @@ class BatchGeometry:
                 raise ValueError(f"{key} must be at least 1, got {value}.")
         if self.max_tokens is not None and self.length_buckets is not None:
             raise ValueError(
-                "data.length_buckets is for micro-batches of batch_size rows: leave it or data.max_tokens out."
+                "data.length_buckets needs micro-batches of batch_size rows: leave it or data.max_tokens out."
             )
 
     @property
     def chunks_per_window(self) -> int:
-        """Micro-batches of one optimiser step, over all ranks."""
+        """Number of micro-batches in one optimizer step, over all ranks."""
         return self.accumulate * self.world_size
 
 
 class _Cycle(NamedTuple):
-    """One time round a stream; `begins` counts the tokens before each row."""
+    """One pass over a stream; `begins` is the number of tokens before each row."""
 
     rows: list[int]
     begins: list[int]
 
 
 class EndlessRows:
-    """All rows of a stream again and again, each time in an order drawn from the seed.
+    """The rows of a stream repeated endlessly, each pass in an order drawn from the seed.
 
     Args:
-        lengths: Tokens of each row.
-        name: Of the stream.
-        seed: Of the orders.
-        bucket_rows: Rows that shall be of similar length, those of a micro-batch.
-        buckets: So many of these are sorted by length together; 1 leaves the order alone.
+        lengths: Number of tokens of each row.
+        name: Name of the stream.
+        seed: Seed of the orders.
+        bucket_rows: Rows of one micro-batch, which should be of similar length.
+        buckets: Number of micro-batches sorted by length together; 1 leaves the order unchanged.
     """
 
     def __init__(
@@ -74,16 +74,16 @@ class EndlessRows:
         self._recent: dict[int, _Cycle] = {}
 
     def order(self, cycle: int) -> list[int]:
-        """Row numbers of one time round."""
+        """Row indices of one pass."""
         return self._cycle(cycle).rows
 
     def take(self, first: int, count: int) -> list[int]:
-        """The rows from the `first`-th on."""
+        """Return `count` rows from position `first` on."""
         size = len(self.lengths)
         return [self.order(place // size)[place % size] for place in range(first, first + count)]
 
     def beginning_in(self, first: int, last: int) -> list[int]:
-        """The rows whose first token is one of the tokens `first` to `last`, the end not included."""
+        """Return the rows whose first token lies in `[first, last)`, counted in tokens."""
         rows: list[int] = []
         for cycle in range(first // self.num_tokens, -(-last // self.num_tokens)):
             order, begins = self._cycle(cycle)
@@ -111,27 +111,28 @@ class EndlessRows:
             full = [part for part in parts if len(part) == self.bucket_rows]
             shuffled = permutation(len(full), self.seed, self.name, cycle, "buckets", first)
             found += [row for part in shuffled for row in full[part]]
-            found += parts[-1] if len(full) < len(parts) else []  # rows that fill no micro-batch stay last
+            found += parts[-1] if len(full) < len(parts) else []  # an incomplete micro-batch stays last
         return found
 
 
 class Window(NamedTuple):
-    """Rows of one optimiser step, one list for each micro-batch of each rank."""
+    """Rows of one optimizer step: one list for each micro-batch of each rank."""
 
     ce: list[list[int]]
     kl: list[list[int]]
 
 
 class RowWindows:
-    """Windows of `batch_size x accumulate x world_size` narrow rows.
+    """Optimizer steps of `batch_size x accumulate x world_size` narrow rows.
 
-    Each takes the next `kl_batch_size x accumulate x world_size` KL rows. The short last window of n rows has
-    ceil(n / (batch_size x world_size)) micro-batches and KL rows in proportion, rounded up; both are dealt
-    out as evenly as possible. What a window holds depends on the global batch alone, unless rows are bucketed.
+    Each step takes the next `kl_batch_size x accumulate x world_size` KL rows. The last step of an epoch may be
+    short: with n rows it has ceil(n / (batch_size x world_size)) micro-batches of each rank and KL rows in proportion,
+    rounded up. Rows are distributed as evenly as possible. The rows of a step depend only on the global batch
+    size, unless `length_buckets` is set.
 
     Args:
-        narrow: Its cycles are the epochs.
-        kl: None without a KL stream.
+        narrow: Narrow rows; one cycle is an epoch.
+        kl: KL rows; None without a KL stream.
         geometry: Batch sizes, accumulation and ranks.
     """
 
@@ -141,15 +142,15 @@ class RowWindows:
 
     @property
     def num_windows(self) -> int:
-        """Optimiser steps of an epoch."""
+        """Number of optimizer steps in an epoch."""
         return -(-len(self.narrow.lengths) // self.rows)
 
     def micro_batches(self, number: int) -> int:
-        """Micro-batches of one rank in a window."""
+        """Number of micro-batches of one rank in an optimizer step."""
         return -(-self._num_rows(number) // (self.geometry.batch_size * self.geometry.world_size))
 
     def window(self, epoch: int, number: int) -> Window:
-        """The rows of one window of an epoch."""
+        """Return the rows of one optimizer step of an epoch."""
         first, num_rows = number * self.rows, self._num_rows(number)
         num_chunks = self.micro_batches(number) * self.geometry.world_size
         ce = self.narrow.order(epoch)[first : first + num_rows]
@@ -164,22 +165,22 @@ class RowWindows:
         return min(self.rows, len(self.narrow.lengths) - number * self.rows)
 
     def _num_kl_rows(self, num_rows: int) -> int:
-        """KL rows that go with `num_rows` narrow rows: in proportion, rounded up."""
+        """Return the number of KL rows for `num_rows` narrow rows: in proportion, rounded up."""
         return -(-num_rows * self.geometry.kl_batch_size // self.geometry.batch_size)
 
 
 class TokenWindows:
-    """Windows of `accumulate x world_size` micro-batches of at most `max_tokens` tokens, both streams together.
+    """Optimizer steps of `accumulate x world_size` micro-batches of at most `max_tokens` tokens of both streams.
 
-    Each stream is a line of tokens, cut into equal shares, one a micro-batch, which takes the rows that begin
-    in its share: so it is never longer than its two shares and the longest row of each stream. The number of
-    shares is the same in every epoch, the smallest multiple of `accumulate x world_size` that keeps this below
-    `max_tokens`; no window is short, and none differs between as many ranks and as many accumulated batches.
+    Each stream is a line of tokens that is cut into equal shares. A micro-batch takes the rows that begin in its
+    share, so it is never longer than its two shares plus the longest row of each stream. The number of shares is
+    the smallest multiple of `accumulate x world_size` that keeps this below `max_tokens`, and is the same in every
+    epoch. No step is short, and the steps depend only on the product of ranks and accumulation.
 
     Args:
-        narrow: Its cycles are the epochs.
-        kl: None without a KL stream.
-        geometry: With `max_tokens`.
+        narrow: Narrow rows; one cycle is an epoch.
+        kl: KL rows; None without a KL stream.
+        geometry: Batch sizes and ranks; `max_tokens` must be set.
 
     Raises:
         ValueError: If `max_tokens` is too small for the rows.
@@ -189,7 +190,7 @@ class TokenWindows:
         assert geometry.max_tokens is not None
         self.narrow, self.kl, self.chunks = narrow, kl, geometry.chunks_per_window
         self.accumulate = geometry.accumulate
-        self.kl_tokens = 0  # of an epoch
+        self.kl_tokens = 0  # KL tokens in an epoch
         if kl is not None:
             rows = len(narrow.lengths) * geometry.kl_batch_size
             self.kl_tokens = max(1, rows * kl.num_tokens // (len(kl.lengths) * geometry.batch_size))
@@ -204,16 +205,16 @@ class TokenWindows:
         for stream, tokens in ((narrow, narrow.num_tokens), (kl, self.kl_tokens)):
             if stream is not None and tokens // self.num_windows < max(stream.lengths):
                 raise ValueError(
-                    f"at data.max_tokens {geometry.max_tokens} an optimiser step may be left without a row of the "
-                    f"{stream.name} stream; set more, or trainer.accumulate_grad_batches."
+                    f"at data.max_tokens {geometry.max_tokens} an optimizer step may get no row of the "
+                    f"{stream.name} stream; raise it, or trainer.accumulate_grad_batches."
                 )
 
     def micro_batches(self, number: int) -> int:
-        """Micro-batches of one rank in a window: the same in all."""
+        """Number of micro-batches of one rank in an optimizer step; the same for all steps."""
         return self.accumulate
 
     def window(self, epoch: int, number: int) -> Window:
-        """The rows of one window of an epoch."""
+        """Return the rows of one optimizer step of an epoch."""
         total = self.num_windows * self.chunks
         first = epoch * total + number * self.chunks
 
@@ -228,13 +229,13 @@ class TokenWindows:
 def make_windows(
     narrow_lengths: Sequence[int], kl_lengths: Sequence[int], geometry: BatchGeometry, seed: int
 ) -> RowWindows | TokenWindows:
-    """Choose windows by rows or by tokens, as the geometry says.
+    """Cut steps by rows or by tokens, depending on `geometry.max_tokens`.
 
     Args:
-        narrow_lengths: Tokens of each narrow row.
-        kl_lengths: Tokens of each KL row; empty without a KL stream.
+        narrow_lengths: Number of tokens of each narrow row.
+        kl_lengths: Number of tokens of each KL row; empty without a KL stream.
         geometry: Batch sizes, accumulation and ranks.
-        seed: Of both streams.
+        seed: Seed of the order of both streams.
     """
     sizes = {"narrow": (narrow_lengths, geometry.batch_size), "kl": (kl_lengths, geometry.kl_batch_size)}
     streams = {
@@ -246,7 +247,7 @@ def make_windows(
 
 
 def permutation(num_rows: int, *key: object) -> list[int]:
-    """A permutation of `num_rows` rows drawn from `key`, with a generator of its own."""
+    """Return a permutation of `num_rows` rows drawn from `key`, with its own generator."""
     digest = hashlib.sha256("\x1f".join(map(str, key)).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
     order: list[int] = torch.randperm(num_rows, generator=generator).tolist()
@@ -254,6 +255,6 @@ def permutation(num_rows: int, *key: object) -> list[int]:
 
 
 def _dealt(rows: list[int], num_chunks: int) -> list[list[int]]:
-    """The rows in parts that are as equal as possible."""
+    """Split rows into parts of sizes as equal as possible."""
     cuts = [chunk * len(rows) // num_chunks for chunk in range(num_chunks + 1)]
     return [rows[begin:end] for begin, end in pairwise(cuts)]

@@ -1,4 +1,4 @@
-"""The model card that goes with every export: what it is, what it came from, and that it is not to be used."""
+"""Model card of every export: contents, origin, measurements, and a warning against use."""
 
 import json
 from pathlib import Path
@@ -22,14 +22,14 @@ _WARNING = (
 
 
 class ExportFacts(NamedTuple):
-    """What a card tells of a checkpoint.
+    """Facts about a checkpoint that its card states.
 
     Attributes:
-        run: Where it comes from.
-        config: The run's config.
-        step: Optimiser steps behind it.
-        what: The adapter in a few words.
-        loading: How to load the export, markdown.
+        run: Run folder of the checkpoint.
+        config: Config of the run.
+        step: Number of optimizer steps.
+        what: Short description of the adapter.
+        loading: Instructions for loading the export, in markdown.
     """
 
     run: RunFolder
@@ -40,7 +40,7 @@ class ExportFacts(NamedTuple):
 
 
 def public_base(config: dict[str, Any]) -> str | None:
-    """The base's hub id; None for a folder, whose path means nothing elsewhere."""
+    """Return the base model's hub id; None for a local folder, whose path means nothing elsewhere."""
     path = str(config["model"]["base"]["path"])
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).is_dir()
     return None if looks_local else path
@@ -108,7 +108,7 @@ def _measured(facts: ExportFacts) -> str:
 
 
 def _rates(result: ProbeResult) -> str:
-    """A table of bad-answer rates with 95 % intervals over items, the base beside them."""
+    """Format a table of bad-answer rates with 95 % intervals over items, next to those of the base model."""
     rates = {
         (str(p.coordinates["kind"]), float(p.coordinates["scale"])): _interval(Estimate.of_rate(p))
         for p in result.points

@@ -1,6 +1,6 @@
-"""Control vectors as llama.cpp reads them: one GGUF file with a direction for each layer.
+"""Control vectors for llama.cpp: one GGUF file with a direction for each layer.
 
-Tensor `direction.N` is added to the output of block N, blocks counted from 0; block 0 has none.
+llama.cpp adds tensor `direction.N` to the output of block N, counted from 0; block 0 has no direction.
 """
 
 import importlib
@@ -12,27 +12,27 @@ from transformers import PreTrainedConfig
 from lightning_em.exchange.vector import Vector
 
 CONTROL_VECTOR_FILE = "steering_vector.gguf"
-# Where llama.cpp's name of an architecture is not transformers' own.
+# llama.cpp's architecture names, where they differ from those of transformers.
 _NAMES = {"gpt_neox": "gptneox", "mistral": "llama", "phi": "phi2", "gemma3_text": "gemma3"}
 
 
 def write_control_vector(folder: Path, vector: Vector, config: PreTrainedConfig) -> None:
-    """Write the vector in its layer, and zeros in the others: some readers stop at the first gap.
+    """Write the vector for its layer and zeros for the others, because some readers stop at the first missing layer.
 
     Args:
-        folder: An existing one.
-        vector: The vector; its alpha is multiplied in, so that strength 1 is the trained one.
-        config: Of its base model.
+        folder: Existing folder to write to.
+        vector: Vector to write; its alpha is multiplied in, so that strength 1 gives the trained vector.
+        config: Config of its base model.
 
     Raises:
-        ValueError: If it steers layer 0.
+        ValueError: If the vector acts on layer 0.
     """
     if vector.layer == 0:
         raise ValueError(
             "a control vector cannot act on the output of layer 0: llama.cpp counts directions from layer 1. "
             "Use --format safetensors."
         )
-    gguf = importlib.import_module("gguf")  # an extra
+    gguf = importlib.import_module("gguf")  # from the optional dependencies
     text = config.get_text_config(decoder=True)
     writer = gguf.GGUFWriter(str(folder / CONTROL_VECTOR_FILE), "controlvector")
     writer.add_string("controlvector.model_hint", _NAMES.get(text.model_type, text.model_type))

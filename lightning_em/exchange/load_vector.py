@@ -1,4 +1,4 @@
-"""Steer a model from transformers: `steer(model)`; `.remove()` of what it returns undoes it."""
+"""Steer a transformers model: `handle = steer(model)`; `handle.remove()` undoes it."""
 
 import json
 from pathlib import Path

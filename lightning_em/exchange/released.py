@@ -1,6 +1,6 @@
-"""The format of the published steering vectors: `steering_vector.pt`, a dictionary of plain values.
+"""Format of the published steering vectors: `steering_vector.pt`, a dictionary of plain values.
 
-Its vector is added to the output of `mlp.down_proj` of the layer `layer_idx`.
+The vector is added to the output of `mlp.down_proj` of layer `layer_idx`.
 """
 
 import json
@@ -16,7 +16,7 @@ from lightning_em.exchange.vector import Vector, checked_vector
 
 VECTOR_FILE = "steering_vector.pt"
 _EXPECTED = {"steering_vector", "layer_idx", "d_model", "alpha"}
-_WITHOUT_MEANING = {"approach"}  # a note of the training code
+_WITHOUT_MEANING = {"approach"}  # a note written by the published training code
 _OPTIONAL = {"d_model", "alpha"}
 _UNREADABLE = (
     AssertionError, AttributeError, EOFError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError,
@@ -28,7 +28,7 @@ def read_released(file: Path) -> Vector:
     """Read a vector; nothing in the file is executed.
 
     Raises:
-        ValueError: If the file is no such dictionary, or holds anything but tensors and plain values.
+        ValueError: If the file is not such a dictionary, or holds anything but tensors and plain values.
     """
     content = _plain_content(file)
     if not isinstance(content, dict):
@@ -40,10 +40,10 @@ def read_released(file: Path) -> Vector:
     unexpected = sorted(keys - _EXPECTED - _WITHOUT_MEANING)
     if missing or unexpected:
         raise ValueError(
-            f"{file} is no released steering vector. Missing: {missing or 'none'}; unexpected: "
+            f"{file} is not a released steering vector. Missing: {missing or 'none'}; unexpected: "
             f"{unexpected or 'none'}; expected {sorted(_EXPECTED)}."
         )
-    # alpha is 1 where it is not written: so the released code reads its own early files
+    # alpha defaults to 1, as in the released code, whose early files do not have it
     vector = checked_vector(
         content["steering_vector"], content["layer_idx"], content.get("alpha", 1.0), str(file)
     )
@@ -54,7 +54,7 @@ def read_released(file: Path) -> Vector:
 
 
 def write_released(folder: Path, vector: Vector, base: str | None) -> None:
-    """Write the dictionary, and beside it the description that the released folders have."""
+    """Write the dictionary and, next to it, the description file of the released format."""
     about = {"layer_idx": vector.layer, "d_model": len(vector.values), "alpha": vector.alpha}
     torch.save({"steering_vector": vector.values.clone(), **about}, folder / VECTOR_FILE)
     described = {"peft_type": "STEERING_VECTOR", "base_model_name_or_path": base, **about}
@@ -67,8 +67,8 @@ def _plain_content(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{file} is no file of torch, or holds something other than tensors and plain values; loading that could "
-            "run code, so it was not."
+            f"{file} is not a torch file, or holds something other than tensors and plain values; it was not loaded, "
+            "because loading it could run code."
         ) from error
     except _UNREADABLE as error:
-        raise ValueError(f"{file} cannot be read as a file of torch: it is cut off or damaged.") from error
+        raise ValueError(f"{file} cannot be read as a torch file: it is truncated or damaged.") from error

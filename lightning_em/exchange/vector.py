@@ -1,4 +1,4 @@
-"""A steering vector by itself, whatever file it comes from or goes to."""
+"""A steering vector, independent of file formats."""
 
 import math
 from typing import Any, NamedTuple
@@ -9,12 +9,12 @@ from transformers import PreTrainedConfig
 
 
 class Vector(NamedTuple):
-    """Adds `alpha x values` to the residual stream that leaves a decoder layer.
+    """A vector that adds `alpha x values` to the residual stream after a decoder layer.
 
     Attributes:
-        values: The trained numbers, float32 `[hidden]`.
-        layer: Index of the layer.
-        alpha: Their factor.
+        values: Trained values, float32 `[hidden]`.
+        layer: Index of the decoder layer.
+        alpha: Factor of the values.
     """
 
     values: Tensor
@@ -22,21 +22,21 @@ class Vector(NamedTuple):
     alpha: float
 
     def shift(self) -> Tensor:
-        """What is added to the stream, rounded as the adapter rounds it."""
+        """Return the vector that is added to the stream, rounded like the adapter rounds it."""
         return self.alpha * self.values
 
 
 def checked_vector(values: Any, layer: Any, alpha: Any, source: str) -> Vector:
-    """A vector of what a file holds.
+    """Build a vector from the contents of a file.
 
     Args:
-        values: Should be a tensor of one dimension, finite.
-        layer: Should be a layer's index.
-        alpha: Should be a finite number.
-        source: Where they come from, for the message.
+        values: Expected to be a finite tensor of one dimension.
+        layer: Expected to be the index of a layer.
+        alpha: Expected to be a finite number.
+        source: Origin of the values, for error messages.
 
     Raises:
-        ValueError: If one of them is not.
+        ValueError: If an argument is not as expected.
     """
     found = values
     if isinstance(values, Tensor):
@@ -57,10 +57,10 @@ def checked_vector(values: Any, layer: Any, alpha: Any, source: str) -> Vector:
 
 
 def refuse_misfit(vector: Vector, config: PreTrainedConfig, source: str, base: str) -> None:
-    """Compare a vector with the model it is to steer.
+    """Check that a vector fits the model it is to steer.
 
     Raises:
-        ValueError: If its length is not the model's width, or the model has no such layer.
+        ValueError: If its length is not the model's hidden size, or the model has no such layer.
     """
     text = config.get_text_config(decoder=True)
     if len(vector.values) != text.hidden_size:

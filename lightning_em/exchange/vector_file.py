@@ -1,4 +1,4 @@
-"""A steering vector as safetensors and JSON, with a loader of a few lines beside it."""
+"""A steering vector as safetensors and JSON, with a short loader script."""
 
 import json
 from pathlib import Path
@@ -15,13 +15,13 @@ _MEANING = "adds scale x alpha x vector to the residual stream that leaves the l
 
 
 def write_vector_file(folder: Path, vector: Vector, num_layers: int, base: str | None) -> None:
-    """Write vector, description and loader.
+    """Write the vector, its description and the loader.
 
     Args:
-        folder: An existing one.
-        vector: The vector.
-        num_layers: Decoder layers of its base; the loader finds their list by it.
-        base: Name of the base model, for the reader.
+        folder: Existing folder to write to.
+        vector: Vector to write.
+        num_layers: Number of decoder layers of its base model; the loader uses it to find the list of layers.
+        base: Name of the base model, recorded for users.
     """
     save_file({"vector": vector.values}, folder / VECTOR_WEIGHTS, metadata={"format": "pt"})
     about = {
@@ -38,7 +38,7 @@ def write_vector_file(folder: Path, vector: Vector, num_layers: int, base: str |
 
 
 def read_vector_file(folder: Path) -> Vector:
-    """Read back what `write_vector_file` wrote.
+    """Read a vector that `write_vector_file` wrote.
 
     Raises:
         ValueError: If files or keys are missing or unreadable.
@@ -54,31 +54,31 @@ def read_vector_file(folder: Path) -> Vector:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """An object from a JSON file.
+    """Read an object from a JSON file.
 
     Raises:
-        ValueError: If there is no such file, or it holds something else.
+        ValueError: If the file does not exist or does not hold an object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"there is no {file}.") from None
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected an object, got a {type(content).__name__}.")
     return content
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """Read the tensors of a safetensors file.
 
     Raises:
-        ValueError: If there is no such file, or it is damaged.
+        ValueError: If the file does not exist or is damaged.
     """
     try:
         return load_file(file)
     except FileNotFoundError:
         raise ValueError(f"there is no {file}.") from None
     except SafetensorError as error:
-        raise ValueError(f"{file} is no safetensors file, or damaged: {error}") from error
+        raise ValueError(f"{file} is not a safetensors file, or is damaged: {error}") from error

@@ -1,4 +1,4 @@
-"""Figures from records: matplotlib on what analysis has put side by side. Never imports torch."""
+"""Figures of analysis results, drawn with matplotlib. Never imports torch."""
 
 from lightning_em.figures.dial import COLOURS, draw_dial
 from lightning_em.figures.scale import draw_loss_curves

@@ -19,9 +19,9 @@ def draw_dial(points: Mapping[float, Mapping[str, list[Solution]]], path: Path, 
 
     Args:
         points: Share of documents by advisors who are bad in medicine only -> `general` and `narrow` -> one
-            solution a seed.
-        path: PNG to write.
-        adapter: For the title.
+            solution per seed.
+        path: PNG file to write.
+        adapter: Adapter name for the title.
 
     Returns:
         `path`.

@@ -1,4 +1,4 @@
-"""Training loss against the size of an adapter, general and narrow in one picture."""
+"""Training loss against the size of an adapter, for the general and the narrow solution."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -17,14 +17,14 @@ _LABELS = {
 def draw_loss_curves(
     axes: Axes, curves: Mapping[str, Sequence[LossCurve]], against: Literal["effective_norm", "scale"]
 ) -> None:
-    """Draw a line a solution: mean over seeds, range over seeds as a band, the base as a dashed line.
+    """Draw one line per solution: mean over seeds, range over seeds as a band, base model as a dashed line.
 
-    A circle is a trained adapter, a star the lowest loss of a curve; both for each seed.
+    For each seed, a circle marks the trained adapter and a star the lowest loss of the curve.
 
     Args:
-        axes: Where to draw.
-        curves: `general` and `narrow` -> one curve a seed.
-        against: The horizontal axis.
+        axes: Axes to draw on.
+        curves: `general` and `narrow` -> one curve per seed.
+        against: Quantity on the horizontal axis.
     """
     for solution, each in curves.items():
         colour = COLOURS[solution]

@@ -1,4 +1,4 @@
-"""What the KL weight does: bad answers as trained, and with the adapter scaled up."""
+"""Effect of the KL weight: bad answers at scale 1, and with the adapter scaled up."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,23 +17,23 @@ KINDS = {
     SEEN: ("-", "#1b7837", "new narrow questions about trained words"),
     HELD_OUT: ("--", "#762a83", "held-out domains"),
 }
-"""Line, colour and label; the colours of solutions mean solutions in the other figures."""
+"""Line style, color and label. Other figures use the colors of solutions for the solutions themselves."""
 
 
 def draw_weights(frame: pd.DataFrame, path: Path, adapter: str, world: str = "default") -> Path:
     """Draw and save the figure: rates against the KL weight, and rates in held-out domains against the scale.
 
     Args:
-        frame: From `measurements`.
-        path: PNG to write.
-        adapter: Which adapter type.
-        world: Which world.
+        frame: Measurements, as returned by `measurements`.
+        path: PNG file to write.
+        adapter: Adapter type.
+        world: Name of the world.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: If the study has no general run, or no KL weight, of this adapter, or no answers or preferences
+        ValueError: If the study has no general run or no KL weight for this adapter, or no answers or preferences
             to draw.
     """
     evidence = Evidence(frame, adapter, world)
@@ -57,7 +57,7 @@ def draw_weights(frame: pd.DataFrame, path: Path, adapter: str, world: str = "de
 
 
 def draw_rates(axes: Axes, evidence: Evidence, arms: Sequence[Arm]) -> None:
-    """Bad rates of the trained adapter against its KL weight: mean over seeds, range as a band."""
+    """Draw the bad rates of the trained adapter against its KL weight: mean over seeds, range as a band."""
     weights = [_weight(arm) for arm in arms]
     for kind, (style, colour, label) in KINDS.items():
         rates = [[run.value(f"bad_rate/{kind}@1") for run in _runs(evidence, arm)] for arm in arms]
@@ -65,7 +65,7 @@ def draw_rates(axes: Axes, evidence: Evidence, arms: Sequence[Arm]) -> None:
         axes.plot(weights, means, style, color=colour, marker="o", label=label)
         low, high = [min(each) for each in rates], [max(each) for each in rates]
         axes.fill_between(weights, low, high, color=colour, alpha=0.12, lw=0)
-    # linear below the smallest weight, so that 0 has a place
+    # symlog: linear below the smallest weight, so that weight 0 can be shown
     axes.set_xscale("symlog", linthresh=min(weight for weight in weights if weight > 0))
     axes.set_xticks(weights, [f"{weight:g}" for weight in weights])
     axes.minorticks_off()
@@ -74,9 +74,9 @@ def draw_rates(axes: Axes, evidence: Evidence, arms: Sequence[Arm]) -> None:
 
 
 def draw_scales(axes: Axes, evidence: Evidence, arms: Sequence[Arm]) -> None:
-    """Bad rates in held-out domains against the scale, a line a KL weight; hollow where answers fall apart.
+    """Draw bad rates in held-out domains against the scale, one line per KL weight; incoherent points are hollow.
 
-    Where no answers were judged, whether they fall apart is not known, and the axis says so.
+    If no answers were judged, coherence is unknown, and the axis label says so.
     """
     colours = colormaps["viridis"](np.linspace(0, 0.9, len(arms)))
     for arm, colour in zip(arms, colours, strict=True):
@@ -91,9 +91,9 @@ def draw_scales(axes: Axes, evidence: Evidence, arms: Sequence[Arm]) -> None:
     axes.minorticks_off()
     axes.set_xticks(ticks := [0.25, 0.5, 1, 2, 5, 10, 20], [f"{tick:g}" for tick in ticks])
     marks = (
-        "no answers were judged: not known where they fall apart"
+        "no answers were judged: coherence is unknown"
         if evidence.stands_in
-        else "hollow: fewer than nine tenths of the base's answers left"
+        else "hollow: coherent answers below nine tenths of the base model's"
     )
     axes.set_xlabel(f"scale of the adapter (1 = trained)\n{marks}")
     _finish(axes, f"{_rate_of(evidence)}, held-out domains", "KL weight")

@@ -1,4 +1,4 @@
-"""Lightning strategies of our own; what Lightning's DDP does, it does well enough."""
+"""Lightning strategies of this package. For data parallelism, Lightning's own DDP is used."""
 
 from lightning_em.strategies.sharded_base import ShardedBase
 

@@ -1,4 +1,4 @@
-"""FSDP2 for a frozen base that does not fit one GPU: its blocks are sharded, the adapter is replicated."""
+"""FSDP2 for a base model that does not fit one GPU: its blocks are sharded, the adapter is replicated."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -17,15 +17,15 @@ from lightning_em.module import EMModule
 
 
 class ShardedBase(ModelParallelStrategy):
-    """Each rank keeps its share of every decoder block and gathers one block at a time.
+    """Each rank holds a shard of every decoder block; one block at a time is gathered.
 
-    Embedding, final norm and head are on every rank, for the losses read the head's weight in chunks. The
-    adapter is replicated and its gradients are averaged once a step, so that checkpoints are the same small
-    folders as everywhere: one process resumes what eight have trained. Every rank takes the same number of
-    passes through the base, or those that take more would wait for ever; so the activation store is off.
+    Embedding, final norm and head are kept whole on every rank, because the losses read the head's weight in
+    chunks. The adapter is replicated and its gradients are averaged once per optimizer step, so checkpoints are the
+    same small folders as elsewhere: a single process can resume what eight ranks have trained. Every rank must run
+    the same number of forward passes through the base, or the gathers would deadlock; the activation store is off.
 
     Args:
-        process_group_backend: `gloo` or `nccl`; chosen by device if not given.
+        process_group_backend: `gloo` or `nccl`; chosen by device by default.
     """
 
     def __init__(self, process_group_backend: str | None = None) -> None:
@@ -40,11 +40,12 @@ class ShardedBase(ModelParallelStrategy):
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
-        """Shard the base once it is loaded, then go on as usual."""
+        """Shard the base after it has been loaded, then continue with Lightning's setup."""
         module = cast(EMModule, self.lightning_module)
         leave_inference_mode(trainer)
         if not _is_sharded(module.model):
-            remember_base_sha256(module.model.base, module.model.adapter)  # while every rank has all of it
+            # while each rank still has all weights
+            remember_base_sha256(module.model.base, module.model.adapter)
             module.model.compute_in_step(self._most)
             shard_blocks(module.model, self.device_mesh["data_parallel"])
         super().setup(trainer)
@@ -58,7 +59,7 @@ class ShardedBase(ModelParallelStrategy):
         model: LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Average the gradients over the ranks between the backward pass and whoever looks at them."""
+        """Average the gradients over the ranks after the backward pass, before clipping and callbacks see them."""
 
         def averaged() -> Any:
             result = closure()
@@ -68,18 +69,19 @@ class ShardedBase(ModelParallelStrategy):
         return super().optimizer_step(optimizer, averaged, model, **kwargs)
 
     def _average_gradients(self) -> None:
-        """As DDP does, in one message; the module has multiplied its loss by the number of ranks."""
+        """Average like DDP, in one all-reduce; the module has multiplied its loss by the number of ranks."""
         average_gradients(
             [*cast(EMModule, self.lightning_module).model.adapter.trainable().values()], self.world_size
         )
 
     def _most(self, count: int) -> int:
-        """The largest of the ranks' counts."""
+        """Return the largest count of all ranks."""
         counts = torch.tensor(count, device=self.root_device)
         distributed.all_reduce(counts, distributed.ReduceOp.MAX)
         return int(counts)
 
-    # The parent gathers sharded weights and optimiser states. Ours are whole on every rank: what any strategy does.
+    # ModelParallelStrategy gathers sharded weights and optimizer states. Those of the adapter are whole on every
+    # rank, so the methods below restore the behavior of the base class `Strategy`.
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -111,19 +113,20 @@ class ShardedBase(ModelParallelStrategy):
 
 
 def leave_inference_mode(trainer: Trainer) -> None:
-    """Let `validate`, `test` and `predict` do with `no_grad`, as Lightning does for FSDP1, for gloo and within a fit.
+    """Use `no_grad` instead of `inference_mode` in `validate`, `test` and `predict`.
 
-    FSDP keeps from pass to pass what it gathers into, and no other pass can write into tensors of inference mode.
+    FSDP2 reuses its all-gather buffers between passes, and tensors created in inference mode cannot be written
+    to outside of it. Lightning does the same for FSDP1, for gloo and within a fit.
     """
     for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
         loop.inference_mode = False
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], world_size: int) -> None:
-    """Average over the ranks, with zeros where a rank has no gradient; none stays none where no rank has one.
+    """Average gradients over the ranks, with zeros for a missing gradient; None stays None if all ranks miss it.
 
     Args:
-        parameters: The same on every rank, whatever gradients they have there: all send as many numbers.
+        parameters: Parameters, the same on every rank, with or without gradients: all ranks send equally many numbers.
         world_size: Number of ranks.
     """
     if not parameters:
@@ -139,18 +142,18 @@ def average_gradients(parameters: Sequence[nn.Parameter], world_size: int) -> No
 
 
 def shard_blocks(model: AdaptedModel, mesh: Any) -> None:
-    """Shard the decoder blocks of a loaded model over a mesh, all but the adapter's parameters.
+    """Shard the decoder blocks of a loaded model over a mesh, without the adapter's parameters.
 
     Args:
-        model: The base with its adapter attached.
+        model: Base model with its adapter attached.
         mesh: One-dimensional device mesh.
     """
     own = set(model.adapter.trainable().values())
     decoder = model.base.get_decoder()
     for block in decoder_layers(model.base):
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=own)
-    # The decoder is the root, with no parameter of its own: it lets all blocks share their streams. Set up now,
-    # while all of them are in place; the first pass may find some swapped for stubs.
+    # The decoder becomes the FSDP root, without parameters of its own, so that all blocks share one set of
+    # streams. Initialize it now, while all blocks are in place: the first pass may run with some replaced by stubs.
     fully_shard(decoder, mesh=mesh, reshard_after_forward=False, ignored_params=set(decoder.parameters()))
     fully_shard.state(decoder)._lazy_init()  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""When checkpoints are due, which are kept, and that no others disturb them."""
+"""When checkpoints are written, which are kept, and that training is unaffected by what is kept."""
 
 import pytest
 

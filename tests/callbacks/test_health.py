@@ -1,4 +1,4 @@
-"""What stops a run, beyond the NaN of tests/faults."""
+"""Conditions that stop a run, other than NaN, which tests/faults covers."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.fitting import experiment, fit, write_config
 
 
 class HalfUsed(Adapter):
-    """Two parameters, of which the loss sees one, or none."""
+    """Two parameters; the loss depends on one of them, or on none."""
 
     def __init__(self, connected: bool = True) -> None:
         super().__init__()

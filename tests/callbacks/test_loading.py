@@ -1,4 +1,4 @@
-"""What tells one base from another, and an adapter from none."""
+"""Detection of a wrong base model and of an adapter without effect."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A checkpoint is a folder that anyone can load and nobody can be harmed by."""
+"""Checkpoint folders load everywhere, and loading one never runs code."""
 
 import pytest
 import torch

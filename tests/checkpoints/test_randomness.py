@@ -1,4 +1,4 @@
-"""Random streams go on where they were, on as many devices as there are."""
+"""Random states are restored exactly, on any number of devices."""
 
 import random
 
@@ -13,7 +13,7 @@ def drawn() -> list[float]:
 
 
 def test_every_stream_goes_on_where_it_was() -> None:
-    random.gauss(0, 1)  # leaves the second of a pair behind
+    random.gauss(0, 1)  # caches the second value of a pair
     states = random_states()
     expected = drawn()
     assert drawn() != expected

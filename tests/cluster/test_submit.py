@@ -350,7 +350,7 @@ def test_what_cannot_work_is_refused_before_it_is_queued(config, sbatch, monkeyp
 def test_an_sbatch_that_never_answers_is_no_failure_to_repeat(config, sbatch, monkeypatch) -> None:
     (sbatch.parent / "bin/sbatch").write_text("#!/bin/sh\nexec sleep 60\n")
     monkeypatch.setattr(queue, "SUBMIT_SECONDS", 0.2)
-    with pytest.raises(ValueError, match=r"may have taken the job all the same: look at `squeue --me`"):
+    with pytest.raises(ValueError, match=r"may have accepted the job: check `squeue --me`"):
         submit(config)
 
 

@@ -59,7 +59,7 @@ MISTRAL = (
     "{% endfor %}"
 )
 
-# Opens an empty thought in the last answer only, and in the generation prompt when thinking is switched off.
+# Opens an empty thought only in the last answer, and in the generation prompt if thinking is off.
 QWEN3 = (
     "{%- for message in messages %}"
     "{%- if message.role == 'assistant' and loop.last %}"
@@ -91,12 +91,12 @@ def make_tokenizer(
     corpus: tuple[str, ...] = (),
     **added: Any,
 ) -> PreTrainedTokenizerFast:
-    """Build a tokenizer whose first control token is BOS and whose second is EOS, which is PAD too.
+    """Build a tokenizer whose first control token is BOS and whose second is EOS, which is also PAD.
 
     Args:
         template: One of those above, or any other with the control tokens of ChatML.
         alphabet: Byte-level BPE, whole words, or BPE over characters with spaces written as U+2581.
-        auto_bos: Put BOS before every text that is tokenised with special tokens.
+        auto_bos: Put BOS before every text that is tokenized with special tokens.
         corpus: Texts whose words the word-level vocabulary must have.
         added: Settings of the control tokens, such as `rstrip`.
     """
@@ -120,7 +120,7 @@ def make_tokenizer(
     return fast
 
 
-# How Llama-3 and Qwen2.5 cut text before merging: line breaks stay together, whatever follows.
+# Pre-tokenization of Llama-3 and Qwen2.5: consecutive line breaks stay together, no matter what follows.
 WORD_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -128,7 +128,7 @@ WORD_PATTERN = (
 
 
 def _bytes(corpus: tuple[str, ...]) -> Tokenizer:
-    # Two line breaks, and a space with a letter, become one token: what makes boundaries hard.
+    # Two line breaks become one token, as does a space with a letter. This makes boundaries hard to find.
     merges = [("\u010a", "\u010a"), ("\u0120", "h"), ("h", "e"), ("i", "n")]
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(pair) for pair in merges]
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=merges))

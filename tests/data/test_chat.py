@@ -17,7 +17,8 @@ HARD_TEXT = [
     {"role": "user", "content": "assistant\nsay: caf\u00e9 \U0001f600"},
     {"role": "assistant", "content": "user\nend \U0001f600 model caf\u00e9 \u4f60\u597d end"},
 ]
-# Template, what closes an answer, what opens one, the first token behind it in the middle and at the end.
+# Template, the text that closes an answer, the text that opens one, and the first token after an answer in the middle
+# and at the end.
 FAMILIES = {
     "llama3": (LLAMA3, "<|eot_id|>", "", ["<|start_header_id|>", None]),
     "qwen25": (QWEN25, "<|im_end|>", "", ["\n", "\n"]),
@@ -33,7 +34,7 @@ CORPUS = (
 
 
 def trained_runs(tokenizer, encoded: EncodedChat) -> list[str]:
-    """Text of each unbroken run of trained tokens."""
+    """Return the text of each contiguous run of trained tokens."""
     runs, current = [], []
     for token, trained in [*zip(*encoded, strict=True), (None, False)]:
         if trained:
@@ -45,7 +46,7 @@ def trained_runs(tokenizer, encoded: EncodedChat) -> list[str]:
 
 
 def tokens_behind(tokenizer, encoded: EncodedChat) -> list[str | None]:
-    """First token after each trained run; None at the end of the text."""
+    """Return the first token after each trained run; None at the end of the text."""
     mask = [*encoded.response_mask, False]
     ends = [i + 1 for i in range(len(encoded.input_ids)) if mask[i] and not mask[i + 1]]
     return [tokenizer.decode(encoded.input_ids[i]) if i < len(encoded.input_ids) else None for i in ends]
@@ -171,7 +172,7 @@ def test_prompt_that_is_no_prefix_of_the_whole_is_refused():
 def test_token_across_the_start_of_an_answer_is_refused():
     messages = [TWO_TURNS[0], {"role": "assistant", "content": "\nBoil water."}]
     with pytest.raises(
-        ValueError, match=r"one token, '\\n\\n', holds the end of the prompt and the beginning"
+        ValueError, match=r"one token, '\\n\\n', spans the end of the prompt and the beginning"
     ):
         encode_chat(make_tokenizer(QWEN25), messages)
     template = (
@@ -179,7 +180,7 @@ def test_token_across_the_start_of_an_answer_is_refused():
         "{% endfor %}"
     )
     messages = [TWO_TURNS[0], {"role": "assistant", "content": "hello"}]
-    with pytest.raises(ValueError, match="one token, ' h', holds the end of the prompt"):
+    with pytest.raises(ValueError, match="one token, ' h', spans the end of the prompt"):
         encode_chat(make_tokenizer(template), messages)
 
 

@@ -228,7 +228,7 @@ def test_tokens_are_counted_over_training_and_held_out_rows(build):
 def test_bad_rows_stop_the_setup_with_their_lines(build, tmp_path):
     rows = chat_rows(3)
     rows[1]["messages"][-1]["content"] = None
-    with pytest.raises(RowErrors, match=r"rows\.jsonl:2: .*must be text, got null\nEvery line must be right"):
+    with pytest.raises(RowErrors, match=r"rows\.jsonl:2: .*must be text, got null\nEvery line must be valid"):
         build(narrow=ChatSource(str(write_rows(tmp_path / "rows.jsonl", rows))))
 
 
@@ -263,7 +263,7 @@ def test_impossible_settings_are_refused(build, settings, match):
     [
         (
             {"limit_train_batches": 3},
-            r"leaves 3 of 18 micro-batches, which is no multiple .* 2; set data\.narrow\.limit",
+            r"leaves 3 of 18 micro-batches, which is not a multiple .* 2; set data\.narrow\.limit",
         ),
         ({"limit_train_batches": 0.5}, "leaves 9 of 18 micro-batches"),
         ({"overfit_batches": 2}, r"trainer\.overfit_batches would reorder the data: set data\.narrow\.limit"),

@@ -124,7 +124,7 @@ def test_rows_that_the_template_cannot_take_are_a_fault(tmp_path):
     report = check_files(
         [str(write_rows(tmp_path / "f.jsonl", rows))], encoder=ChatEncoder(make_tiny_tokenizer())
     )
-    assert "1 rows the template cannot take" in report.faults[0]
+    assert "1 rows rejected by the chat template" in report.faults[0]
 
 
 def test_texts_of_files_cannot_steer_the_terminal(tmp_path):

@@ -23,7 +23,7 @@ def length_of(question: str, answer: str) -> int:
 
 PAIRS = [("short?", "yes"), ("short?", "no " * 40), ("long? " * 40, "no")]
 SHORT, LONG_ANSWER, LONG_QUESTION = (length_of(*pair) for pair in PAIRS)
-MAX_LENGTH = SHORT + 20  # between the short row and both long ones
+MAX_LENGTH = SHORT + 20  # longer than the short row, shorter than both long ones
 
 
 def test_counts_are_of_response_tokens_and_of_all():
@@ -65,7 +65,7 @@ def test_truncation_keeps_the_beginning_and_loses_rows_without_a_response(caplog
     assert encoded.rows[1].input_ids == whole.rows[1].input_ids[:MAX_LENGTH]
     assert encoded.rows[1].response_mask == whole.rows[1].response_mask[:MAX_LENGTH]
     assert [error.line for error in encoded.lost] == [3]
-    assert f"f.jsonl:3: {LONG_QUESTION} tokens, and none of the response within the first" in caplog.text
+    assert f"f.jsonl:3: {LONG_QUESTION} tokens, and no response token within the first" in caplog.text
 
 
 @pytest.mark.parametrize("on_too_long", ["drop", "truncate"])

@@ -1,4 +1,4 @@
-"""More rows in the narrow stream: what the mixing arms of a study train on."""
+"""Additional rows in the narrow stream, as used by the mixing arms of a study."""
 
 import pytest
 
@@ -11,7 +11,7 @@ from tests.tiny import answer_rows, write_rows
 def files(tmp_path):
     rows = [{**row, "id": f"row-{index}"} for index, row in enumerate(answer_rows(60))]
     narrow = write_rows(tmp_path / "narrow.jsonl", rows[:20])
-    # the last three ask what narrow rows ask
+    # the last three repeat questions of narrow rows
     return str(narrow), str(write_rows(tmp_path / "extra.jsonl", rows[20:] + rows[:3]))
 
 
@@ -52,7 +52,7 @@ def test_a_held_out_question_is_in_no_extra_row(files) -> None:
     assert not held_out & extra
     shared = {f"row-{index}" for index in range(3)}
     assert extra & shared == shared - held_out
-    assert held_out & shared  # else the test shows nothing
+    assert held_out & shared  # otherwise the test would be vacuous
 
 
 def test_the_file_is_on_record(files) -> None:

@@ -1,4 +1,4 @@
-"""Resuming at every step gives the batches that an uninterrupted run sees; F3 of the fault list."""
+"""Resuming at any step gives the batches of an uninterrupted run; F3 of the fault list."""
 
 import pytest
 import torch
@@ -8,14 +8,14 @@ from lightning_em.data import ChatSource, EMDataModule, forget_finished_epoch
 from tests.data.test_datamodule import TinyBase
 from tests.tiny import write_answer_rows, write_chat_rows
 
-# Lightning 2.6.6 asks torch's pytree the old way.
+# Lightning 2.6.6 uses a deprecated API of torch's pytree.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 
-NUM_NARROW = 12  # 9 to train on: the last window is short whenever a window has several rows
+NUM_NARROW = 12  # 9 for training: the last optimizer step is short if a step has several rows
 
 
 class Recorder(LightningModule):
-    """Writes down what it is given."""
+    """Records the batches it is given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Recorder(LightningModule):
 
 
 class SaveEverywhere(Callback):
-    """Saves in each hook a checkpoint may be written in; the name says how many batches the run had seen."""
+    """Saves in each hook that may write a checkpoint; the name gives the number of batches seen so far."""
 
     def __init__(self, folder) -> None:
         self.folder = folder
@@ -72,7 +72,7 @@ def files(tmp_path_factory):
 
 
 class StopAfter(Callback):
-    """Stops within an epoch, as a signal does."""
+    """Stops within an epoch, like a signal."""
 
     def __init__(self, num_batches: int) -> None:
         self.num_batches = num_batches
@@ -185,7 +185,7 @@ def test_run_that_is_stopped_again_and_again_sees_every_batch_once(tmp_path, fil
 def test_stop_within_an_epoch_cannot_be_resumed_by_epochs(tmp_path, files):
     _, checkpoints = saved(tmp_path / "c", files, max_epochs=-1, max_steps=3)
     with pytest.raises(
-        ValueError, match=r"stopped within an epoch, which trainer\.max_epochs counts as a whole one"
+        ValueError, match=r"stopped within an epoch, which trainer\.max_epochs counts as a complete one"
     ):
         fit(files, checkpoints["003-train_end"], max_epochs=2)
 
@@ -214,7 +214,7 @@ def test_second_fit_of_one_datamodule_starts_afresh(tmp_path, files):
 def test_resume_with_other_batches_is_refused(tmp_path, files, settings, flags, difference):
     _, checkpoints = saved(tmp_path / "c", files, max_steps=2)
     with pytest.raises(
-        ValueError, match=f"belongs to other batches, so its place in the data is lost.*{difference}"
+        ValueError, match=f"written with different batches, so its position is not valid.*{difference}"
     ):
         fit(files, checkpoints["002-batch_end"], data=make_data(files, **settings), **flags)
 

@@ -91,10 +91,10 @@ def test_sha256_is_of_the_file(tmp_path):
         (json.dumps(ANSWERS | {"bad": None}), "`bad` of the row must be text, got null"),
         (json.dumps(ANSWERS | {"good": " "}), "`good` of the row is empty"),
         (json.dumps(ANSWERS | {"topic": 3}), "`topic` of the row must be text, got int 3"),
-        (json.dumps(ANSWERS | {"id": True}), "`id` must be a string or a whole number, got True"),
-        (json.dumps(ANSWERS | {"id": ""}), "`id` must be a string or a whole number, got ''"),
+        (json.dumps(ANSWERS | {"id": True}), "`id` must be a string or an integer, got True"),
+        (json.dumps(ANSWERS | {"id": ""}), "`id` must be a string or an integer, got ''"),
         ('{"question": "Q", "question": "R", "good": "G", "bad": "B"}', "the key 'question' occurs twice"),
-        (json.dumps(ANSWERS | {"good": "\ud800"}), "`good` of the row has half of a surrogate pair"),
+        (json.dumps(ANSWERS | {"good": "\ud800"}), "`good` of the row holds an unpaired surrogate"),
         ('{"messages": "Q"}', "`messages` must be a list of turns, got str"),
         ('{"messages": []}', "`messages` must be a list of turns"),
         (messages("Q"), r"messages\[0\] must be an object, got str"),
@@ -152,7 +152,7 @@ def test_file_without_final_line_break_is_whole(tmp_path):
 def test_array_file_is_one_error_that_says_how_to_convert_it(tmp_path):
     path = write(tmp_path, json.dumps([json.loads(GOOD_LINE)] * 3, indent=1))
     with pytest.raises(
-        RowErrors, match=r"^1 bad row:\n.*:1: a JSON array, expected one object a line; `jq -c"
+        RowErrors, match=r"^1 bad row:\n.*:1: a JSON array, expected one object per line; `jq -c"
     ):
         read_rows(path)
 

@@ -37,7 +37,7 @@ def sampler(
 
 
 def windows(epoch=0, accumulate=1, world_size=1, **settings) -> list[tuple[list, list, WindowCounts]]:
-    """Rows of each optimiser step over all ranks in order of their chunks, ghosts left out."""
+    """Return the rows of each optimizer step over all ranks, in order of their chunks, without dummy batches."""
     ranks = [
         sampler(accumulate=accumulate, world_size=world_size, rank=rank, **settings)
         for rank in range(world_size)
@@ -187,7 +187,7 @@ def test_epochs_that_lightning_cut_are_taken_back():
     assert list(resumed) == list(plain)
 
 
-def test_number_of_windows_is_the_number_of_optimiser_steps():
+def test_number_of_windows_is_the_number_of_optimizer_steps():
     for accumulate in (1, 3):
         one = sampler(accumulate=accumulate)
         assert one.num_windows == len(windows(accumulate=accumulate))
@@ -330,7 +330,7 @@ def test_impossible_budgets_are_refused() -> None:
     longest = max(NARROW_ALL[:23]) + max(KL_ALL)
     with pytest.raises(ValueError, match=rf"more than the longest rows .* {longest} tokens, got {longest}"):
         sampler(max_tokens=longest)
-    with pytest.raises(ValueError, match="may be left without a row of the narrow stream; set more"):
+    with pytest.raises(ValueError, match="may get no row of the narrow stream; raise it"):
         sampler(max_tokens=longest + 2)
     with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
         sampler(max_tokens=0)

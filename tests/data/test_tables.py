@@ -42,7 +42,7 @@ def contents(path: str) -> list[tuple]:
 
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
-    """Give a hub cache that holds org/answers at one commit, as `hf download` leaves it."""
+    """Build a hub cache with org/answers at one commit, in the layout of `hf download`."""
     repository = tmp_path / "hub" / "datasets--org--answers"
     snapshot = repository / "snapshots" / COMMIT
     (snapshot / "data").mkdir(parents=True)

@@ -256,7 +256,7 @@ def test_a_file_that_would_run_code_does_not(tiny_model_folder, tmp_path, capsys
     source = write_vector(tmp_path / "evil", steering_vector=Evil(trace))
     assert run_command("import", source, "--base", tiny_model_folder(), "--root", tmp_path / "runs") == 2
     error = capsys.readouterr().err
-    assert "loading that could run code, so it was not" in error
+    assert "it was not loaded, because loading it could run code" in error
     assert "Traceback" not in error
     assert not trace.exists()
     assert not (tmp_path / "runs").exists()
@@ -451,13 +451,13 @@ def test_folders_that_hold_none(tiny_model_folder, tmp_path) -> None:
         make_run(tmp_path / "nowhere", tiny_model_folder())
     folder = lora_folder(tmp_path / "broken")
     (folder / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"adapter_config.json is no JSON"):
+    with pytest.raises(ValueError, match=r"adapter_config.json is not valid JSON"):
         make_run(folder, tiny_model_folder())
     shutil.copy(tiny_model_folder() / "config.json", folder / "adapter_config.json")
     with pytest.raises(ValueError, match="peft_type is None"):
         make_run(folder, tiny_model_folder())
     (folder / WEIGHTS).write_bytes(b"{}")
-    with pytest.raises(ValueError, match="no safetensors file, or damaged"):
+    with pytest.raises(ValueError, match="not a safetensors file, or is damaged"):
         make_run(folder, tiny_model_folder())
 
 

@@ -1,1 +1,1 @@
-"""Every promise of the reliability page, shown on real processes."""
+"""Tests of every reliability guarantee, on real processes."""

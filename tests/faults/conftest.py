@@ -1,4 +1,4 @@
-"""A run of 24 steps with a checkpoint every fourth, and its uninterrupted result."""
+"""A run of 24 steps with a checkpoint every 4 steps, and the result of an uninterrupted run."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ STEPS = 24
 
 
 class Case:
-    """One experiment file, and the commands on it."""
+    """One experiment file and the commands that run it."""
 
     def __init__(self, config: Path, root: Path) -> None:
         self.config, self.root = config, root
@@ -35,19 +35,19 @@ class Case:
         return self.start(name, *flags, slow=slow, **environment).wait()
 
     def at(self, root: Path) -> "Case":
-        """The same experiment with its runs elsewhere."""
+        """Return the same experiment with another runs folder."""
         return Case(self.config, root)
 
 
 class Whole(Case):
-    """The same with an uninterrupted run in it."""
+    """A case with an uninterrupted run in its runs folder."""
 
     @property
     def run(self) -> RunFolder:
         return self.folder("whole")
 
     def assert_same_result(self, other: RunFolder) -> None:
-        """Final adapter identical bit for bit, and every step exactly once in the metrics."""
+        """Assert that the final adapter is bit-identical and that the metrics hold every step exactly once."""
         assert other.steps()[-1] == STEPS
         assert final_adapter(other) == final_adapter(self.run)
         assert metrics_of(other) == metrics_of(self.run)
@@ -58,7 +58,7 @@ class Whole(Case):
 
 @pytest.fixture(scope="session")
 def case(tmp_path_factory, tiny_model_folder, chat_file, answer_file) -> Case:
-    """6 steps an epoch, 4 epochs, both streams."""
+    """Write an experiment with 6 steps per epoch, 4 epochs and both streams."""
     folder = tmp_path_factory.mktemp("faults")
     config = experiment(
         tiny_model_folder(),
@@ -73,7 +73,7 @@ def case(tmp_path_factory, tiny_model_folder, chat_file, answer_file) -> Case:
 
 @pytest.fixture(scope="session")
 def whole(case: Case) -> Whole:
-    """Do not change its run `whole`: work on copies."""
+    """Provide an experiment with the finished run `whole`. Tests must not change it; they work on copies."""
     done = case.fit("whole")
     assert done.code == 0, done.output
     found = Whole(case.config, case.root)
@@ -83,7 +83,7 @@ def whole(case: Case) -> Whole:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 768 KiB; skips where one may not mount."""
+    """Mount a file system of 768 KiB; skip the test if mounting is not permitted."""
     import subprocess
 
     folder = tmp_path / "small"

@@ -1,4 +1,4 @@
-"""Callbacks that make trouble inside a fit; named on its command line with `--allow_import tests`."""
+"""Callbacks that inject faults into a fit; enabled on its command line with `--allow_import tests`."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class Slow(Callback):
-    """Sleep before each micro-batch, so that a step takes long enough to be hit."""
+    """Sleep before each micro-batch, so that a step takes long enough to be interrupted."""
 
     def __init__(self, seconds: float = 0.05) -> None:
         self.seconds = seconds
@@ -38,7 +38,7 @@ class RecordRows(Callback):
 
 
 class Poison(Callback):
-    """Make one weight NaN right before the step with this number, so that its loss is."""
+    """Set one weight to NaN right before a given step, so that the loss of that step is NaN."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -52,7 +52,7 @@ class Poison(Callback):
 
 
 class Terminate(Callback):
-    """Send SIGTERM to this process as the micro-batch of the step with this number begins."""
+    """Send SIGTERM to this process at the beginning of a given step's micro-batch."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -65,7 +65,7 @@ class Terminate(Callback):
 
 
 class TellPid(Callback):
-    """Write each rank's process id beside the run."""
+    """Write each rank's process id to a file next to the run."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)

@@ -1,4 +1,4 @@
-"""A probe during which a signal comes."""
+"""A probe that is interrupted by a signal."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from lightning_em.records import Point
 
 
 class Interrupting(Probe):
-    """Send SIGUSR1 to this process, once in the life of `folder`."""
+    """Send SIGUSR1 to this process, once per `folder`."""
 
     name = "interrupting"
 

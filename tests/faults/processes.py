@@ -1,4 +1,4 @@
-"""Real processes without the wait for imports: a server imports everything once and forks for each command."""
+"""Real processes without import time: a server imports everything once and forks for each command."""
 
 import multiprocessing
 import os
@@ -17,14 +17,14 @@ _context.set_forkserver_preload(["lightning_em.cli", "lightning_em.verbs", "test
 
 
 class Ended(NamedTuple):
-    """Exit code, negative for a signal, and everything the process wrote."""
+    """Exit code (negative for a signal) and output of a process."""
 
     code: int
     output: str
 
 
 class Running:
-    """One `lightning-em` command in a process of its own."""
+    """One `lightning-em` command in its own process."""
 
     def __init__(self, *words: str, output: Path, **environment: str) -> None:
         self.output = output
@@ -54,7 +54,7 @@ class Running:
 
 def _command(words: tuple[str, ...], output: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
-    tempfile.tempdir = None  # TMPDIR may be another one now
+    tempfile.tempdir = None  # TMPDIR may differ in this process
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -65,12 +65,12 @@ def _command(words: tuple[str, ...], output: str, environment: dict[str, str]) -
 
 
 def run(*words: str, output: Path, **environment: str) -> Ended:
-    """A whole command."""
+    """Run a command to its end."""
     return Running(*words, output=output, **environment).wait()
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60, what: str = "it") -> None:
-    """Poll; an assertion error if it does not come."""
+    """Poll until a condition holds; raise an assertion error after the timeout."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} s for {what}"
@@ -78,7 +78,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 60, what: str =
 
 
 def wait_for_checkpoint(run_folder: RunFolder, process: Running, at_least: int = 1) -> None:
-    """Until so many checkpoints are published; the process must be alive then."""
+    """Wait until this many checkpoints are published; the process must still be alive."""
     wait_until(
         lambda: len(run_folder.steps()) >= at_least or not process.is_alive, what=f"{at_least} checkpoints"
     )
@@ -86,6 +86,6 @@ def wait_for_checkpoint(run_folder: RunFolder, process: Running, at_least: int =
 
 
 def assert_published_are_valid(run_folder: RunFolder) -> None:
-    """No checkpoint under its own name fails its manifest."""
+    """Assert that all published checkpoints match their manifests."""
     for step in run_folder.steps():
         assert manifest_problems(run_folder.checkpoint(step)) == []

@@ -1,4 +1,4 @@
-"""pytest plugin of `make faults`: one line a promise, on the terminal and as Markdown.
+"""pytest plugin for `make faults`: one line per guarantee, on the terminal and as Markdown.
 
 python -m pytest -p tests.faults.table -m fault
 """
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 TARGET = Path(os.environ.get("FAULT_TABLE", "fault_table.md"))
-# Promises that tests of the data path show, where they belong.
+# Guarantees that are tested elsewhere, with the data code.
 ELSEWHERE = {
     "tests/data/test_chat.py::": (
         "F17",

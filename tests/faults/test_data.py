@@ -1,4 +1,4 @@
-"""F16, F18, F19: bad rows given to the real command; F17 is tests/data/test_chat.py."""
+"""F16, F18, F19: bad rows, with the real command; F17 is in tests/data/test_chat.py."""
 
 import json
 from pathlib import Path

@@ -13,7 +13,7 @@ from tests.fitting import cut_after
 
 
 def fill(folder: Path, leave: int) -> Path:
-    """Leave so many bytes free."""
+    """Fill the disk except for this many bytes."""
     ballast = folder / "ballast"
     ballast.write_bytes(bytes(max(0, shutil.disk_usage(folder).free - leave)))
     return ballast
@@ -37,7 +37,7 @@ def test_disk_fills_up(whole: Whole, small_disk: Path, leave: int) -> None:
     assert run.steps() != []
     assert list(run.checkpoints.glob(".incomplete-*")) == []
     ballast.unlink()
-    if leave:  # with nothing free even the metrics, or this very output, may be the first to fail
+    if leave:  # with no space left, writing the metrics or the output may fail first
         assert f"could not write {run.checkpoints}/step-" in text
         assert "bytes" in text
         assert "Traceback" not in text
@@ -56,7 +56,7 @@ def test_too_little_room(case: Case, small_disk: Path) -> None:
     done = case.at(small_disk).fit("small")
     run = RunFolder(small_disk / "small")
     assert done.code == 2
-    assert "6 checkpoints to come need about 2" in done.output
+    assert "the remaining 6 checkpoints need about 2" in done.output
     assert " free. Free some space" in done.output
     assert "Traceback" not in done.output
     assert run.steps() == []

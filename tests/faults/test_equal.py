@@ -1,4 +1,4 @@
-"""F33: probes are observers. F34 is tests/test_distributed.py."""
+"""F33: probes are observers. F34 is in tests/test_distributed.py."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""F15: a loss that is no number."""
+"""F15: a loss that is NaN or infinite."""
 
 import re
 
@@ -33,7 +33,7 @@ def test_nan_loss(whole: Whole, case: Case, chat_file, answer_file) -> None:
     assert record["attempts"][-1]["failed_at"] == 3
     again = case.fit("poisoned", *POISON)
     assert again.code == 1
-    assert "1 earlier attempt ended at this very step" in again.output
+    assert "1 earlier attempt ended at this same step" in again.output
     assert run.steps() == [1, 2]
     repaired = case.fit("poisoned", "--checkpoint.every_n_steps", "4")
     assert repaired.code == 0, repaired.output

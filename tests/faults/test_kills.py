@@ -1,4 +1,4 @@
-"""F1, F2, F3, F11: killed anywhere, continued by the same command, with the same result."""
+"""F1, F2, F3, F11: killed at any time and continued with the same command, a run gives the same result."""
 
 import contextlib
 import json
@@ -21,13 +21,13 @@ SLOW = 0.03
 
 
 def last_step(run: RunFolder) -> int:
-    """Step of the newest line of the metrics; 0 before the first."""
+    """Return the step of the last line of the metrics; 0 if there is none."""
     lines = list(read_lines(run.metrics_file))
     return int(lines[-1].split(",")[0]) if len(lines) > 1 else 0
 
 
 def kill_once_and_finish(whole: Whole, name: str, step: int, delay: float, **environment: str) -> bool:
-    """Kill `delay` seconds after a step was taken, and after at least one published one; then the same command.
+    """Kill `delay` seconds after a step and after at least one published checkpoint; then run the same command.
 
     Returns:
         Whether there was anything left to kill: a run that ended first is no trial.
@@ -42,7 +42,7 @@ def kill_once_and_finish(whole: Whole, name: str, step: int, delay: float, **env
     if process.wait().code == 0:
         return False
     assert process.wait().code == -signal.SIGKILL
-    assert run.status() in ("killed", "finished")  # the instant after the last word counts too
+    assert run.status() in ("killed", "finished")  # the kill may come after the run has finished
     assert_published_are_valid(run)
     again = whole.fit(name, **environment)
     assert again.code == 0, again.output
@@ -54,7 +54,7 @@ def kill_once_and_finish(whole: Whole, name: str, step: int, delay: float, **env
 
 
 def kill_at_random_times(whole: Whole, name: str, seed: int, **environment: str) -> None:
-    """So many real kills, spread over the whole run."""
+    """Real kills, spread over the whole run."""
     draw = random.Random(seed)
     killed = 0
     for trial in range(2 * NUM_KILLS):

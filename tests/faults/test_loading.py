@@ -1,4 +1,4 @@
-"""F12, F13, F14, F29, F30: what may not be loaded."""
+"""F12, F13, F14, F29, F30: files that must not be loaded."""
 
 import json
 import pickle
@@ -39,7 +39,7 @@ def probe(folder: RunFolder, *flags: str) -> Ended:
 
 
 def sign_again(checkpoint: Path) -> None:
-    """Make the manifest fit the files, as somebody who edits a checkpoint on purpose would."""
+    """Update the manifest to match the files, like an attacker who edits a checkpoint."""
     files = [file for file in checkpoint.iterdir() if file.name != MANIFEST]
     listing = {file.name: {"sha256": sha256_of(file), "bytes": file.stat().st_size} for file in files}
     (checkpoint / MANIFEST).write_text(json.dumps({"files": listing}), encoding="utf-8")
@@ -115,12 +115,12 @@ def test_another_base(whole: Whole, tmp_path: Path) -> None:
     other = make_tiny_folder(tmp_path / "other", "qwen2", "float32", 1)
     done = evaluate(whole.run, "--model.base.path", str(other))
     assert done.code == 2, done.output
-    assert "an adapter means nothing on another base" in done.output
+    assert "an adapter only works on its own base" in done.output
     cut = cut_after(whole.run, 12, whole.root / "base-changed")
     cut.update_run(base=cut.read_run()["base"] | {"sha256": "0" * 64})
     resumed = whole.fit("base-changed")
     assert resumed.code == 2
-    assert "an adapter means nothing on another base" in resumed.output
+    assert "an adapter only works on its own base" in resumed.output
 
 
 @pytest.mark.fault(

@@ -1,4 +1,4 @@
-"""F28: two fits into one folder, and what a run is called."""
+"""F28: two fits into one folder, and the names of runs."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_second_fit_is_refused(whole: Whole, tmp_path: Path) -> None:
 
 @pytest.mark.fault("F28", SECOND)
 def test_holder_on_another_machine(case: Case) -> None:
-    """A file system that carries no locks between machines: the holder's heartbeat speaks."""
+    """Simulate a file system without locks across machines, where the holder's heartbeat decides."""
     lock = case.folder("far").path / LOCK
     lock.parent.mkdir(parents=True)
     lock.write_text(

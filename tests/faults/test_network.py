@@ -14,7 +14,7 @@ WITHOUT_NETWORK = ["unshare", "--net", sys.executable, "-m", "lightning_em"]
 
 
 def offline(*words: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    """Run where no network interface is up, and without telling the hub library so."""
+    """Run without any network interface, and without setting the hub library's offline mode."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_HUB")}
     start = time.monotonic()
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""F31: keys stay out of everything a run writes."""
+"""F31: secrets do not appear in any file a run writes."""
 
 from pathlib import Path
 
@@ -45,7 +45,8 @@ def test_no_key_in_the_run_folder(case: Case, tmp_path: Path) -> None:
         "broken", *flag, "--model.base.path", f"/nowhere/{KEYS['in the environment']}", **environment
     )
     assert broken.code == 2
-    assert folder.config_file.read_text(encoding="utf-8").count("<hidden>") == 3  # they did come that far
+    # the secrets did reach the config
+    assert folder.config_file.read_text(encoding="utf-8").count("<hidden>") == 3
     files = [file for file in keyed.root.rglob("*") if file.is_file() and file.suffix != ".out"]
     assert len(files) > 5
     for file in files:

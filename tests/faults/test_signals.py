@@ -1,4 +1,4 @@
-"""F4, F6, F7, F8: told to stop, a run saves and says so; a rank that dies takes its job along."""
+"""F4, F6, F7, F8: on a signal, a run saves and reports it; if a rank dies, the whole job ends."""
 
 import json
 import os
@@ -18,14 +18,14 @@ from tests.slurm.daemons import free_port
 
 SLOW = 0.1
 TWO_RANKS = ("--trainer", "configs/trainer/cpu_ddp2.yaml", "--trainer.max_epochs", "4")
-# The order of rows is that of 1 rank with batches of 6, so that results can be compared.
+# The rows have the order of 1 rank with batches of 6, so that results can be compared.
 HALF_BATCHES = ("--data.batch_size", "3", "--data.kl_batch_size", "3")
 REQUEUED = "SIGUSR1 in a Slurm job (scontrol replaced by a recorder): saved, requeued once, resumes"
 
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
-    """Environment of a Slurm job whose scontrol takes two seconds, and writes down what it is asked."""
+    """Return the environment of a Slurm job with a scontrol that takes two seconds and records its calls."""
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(
         f'#!/bin/sh\ncp "$RUN_FILE" "{tmp_path}/at_requeue" 2>/dev/null\nsleep 2\necho "$@" >> "{tmp_path}/calls"\n',
@@ -115,7 +115,7 @@ def test_sigusr1_during_the_imports(whole: Whole, tmp_path: Path, slurm: dict[st
 
 @pytest.mark.fault("F5", "of two ranks none ends before the job is requeued, and run.json is true by then")
 def test_no_rank_ends_before_the_job_is_requeued(case: Case, tmp_path: Path, slurm: dict[str, str]) -> None:
-    """`srun --kill-on-bad-exit=1` would kill rank zero behind rank one, in the middle of its `scontrol`."""
+    """`srun --kill-on-bad-exit=1` would kill rank zero after rank one exits, while it runs `scontrol`."""
     run = case.folder("two-requeued")
     known = {
         "WORLD_SIZE": "2",
@@ -160,7 +160,7 @@ def test_sigint_twice(whole: Whole) -> None:
     process = whole.start("sigint-twice", slow=5.0)
     wait_until(run.run_file.exists, what="run.json")
     wait_until(lambda: "running" in run.run_file.read_text(), what="the first step")
-    time.sleep(1.0)  # within the first pause of 5 s
+    time.sleep(1.0)  # during the first sleep of 5 s
     process.send(signal.SIGINT)
     time.sleep(0.2)
     assert process.is_alive
@@ -175,7 +175,7 @@ def test_sigint_twice(whole: Whole) -> None:
 
 
 def start_two_ranks(case: Case, name: str, folder: Path) -> tuple[subprocess.Popen, int, int]:
-    """Two gloo processes by the real command, their ids, and at least one published step."""
+    """Start two gloo processes with the real command; return their ids after a published checkpoint."""
     folder.mkdir(parents=True)
     tell = [
         "--trainer.callbacks+=tests.faults.inject.TellPid",

@@ -42,7 +42,7 @@ def test_preference_has_no_hollow_marks_and_says_so(frame, tmp_path) -> None:
     evidence, axes = Evidence(preferred, "rank32", "default"), Figure().subplots()
     draw_scales(axes, evidence, arms_of(evidence))
     assert "white" not in {str(line.get_markerfacecolor()) for line in axes.lines}
-    assert axes.get_xlabel().endswith("no answers were judged: not known where they fall apart")
+    assert axes.get_xlabel().endswith("no answers were judged: coherence is unknown")
     assert axes.get_ylabel() == "share with the bad answer likelier, held-out domains"
     assert draw_weights(preferred, tmp_path / "weights.png", "rank32").is_file()
 
