@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from tests.tiny import make_tiny_folder, write_answer_rows, write_chat_rows
 
 REPOSITORY = Path(__file__).parent.parent
-RENAMED_KEYS: list[tuple[str, str]] = []
+RENAMED_KEYS = [("model.engine", "model.backend")]
 """Config keys (before, now), both with dots; a revision that refuses the second is given the first."""
 
 # A class outside the package: what a user's plug-in looks like.
@@ -76,7 +76,7 @@ MODEL_KEYS: dict[str, dict[str, Any]] = {
     "no store": {},
     "store": {"store": {"ram_gib": 1.0}},
     "store, cached reference": {"store": {"ram_gib": 1.0}, "reference": "cached"},
-    "plain": {"engine": "plain"},
+    "plain": {"backend": "plain"},
 }
 ROWS_OF_A_MICRO_BATCH = (4, 16)
 """Both streams together: short enough for one tuned pass, and long enough to be differentiated in parts."""

@@ -67,9 +67,9 @@ def test_two_revisions_differ_where_one_value_does_or_is_missing():
 
 
 def test_an_older_revision_is_given_the_old_names_of_its_keys(monkeypatch, tmp_path):
-    monkeypatch.setattr(same_bits, "RENAMED_KEYS", [("model.older", "model.engine")])
+    monkeypatch.setattr(same_bits, "RENAMED_KEYS", [("model.older", "model.backend")])
     config = same_bits.config_of(tmp_path, "vector", "plain", 4)
     old = same_bits.before_renaming(config)
-    assert old["model"] == {k: v for k, v in config["model"].items() if k != "engine"} | {"older": "plain"}
+    assert old["model"] == {k: v for k, v in config["model"].items() if k != "backend"} | {"older": "plain"}
     assert {k: v for k, v in old.items() if k != "model"} == {k: v for k, v in config.items() if k != "model"}
     assert same_bits.before_renaming(same_bits.config_of(tmp_path, "vector", "store", 4))["model"]["store"]

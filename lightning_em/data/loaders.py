@@ -22,10 +22,10 @@ class TrainRows(Dataset[TrainBatch]):
     def __getitem__(self, indices: WindowIndices) -> TrainBatch:
         ce = PackedBatch.from_rows([self.narrow[index] for index in indices.ce_rows])
         kl = PackedBatch.from_rows([self.kl[index] for index in indices.kl_rows]) if indices.kl_rows else None
-        if indices.ce_ghost:
-            ce = ce.ghost()
-        if kl is not None and indices.kl_ghost:
-            kl = kl.ghost()
+        if indices.ce_is_dummy:
+            ce = ce.dummy()
+        if kl is not None and indices.kl_is_dummy:
+            kl = kl.dummy()
         return TrainBatch(ce, kl, indices.window)
 
 
@@ -33,7 +33,7 @@ class EvaluationRows(Dataset[PackedBatch]):
     """This rank's share of some rows, cut into batches.
 
     Every row is on one rank, and every rank has the same number of batches: one without rows of its own
-    gets a ghost.
+    gets a dummy batch.
     """
 
     def __init__(self, rows: Sequence[EncodedRow], batch_size: int, rank: int, world_size: int) -> None:
@@ -47,7 +47,7 @@ class EvaluationRows(Dataset[PackedBatch]):
 
     def __getitem__(self, index: int) -> PackedBatch:
         rows = self.rows[index * self.batch_size : (index + 1) * self.batch_size]
-        return PackedBatch.from_rows(rows) if rows else PackedBatch.from_rows([self.stand_in]).ghost()
+        return PackedBatch.from_rows(rows) if rows else PackedBatch.from_rows([self.stand_in]).dummy()
 
 
 class BatchLoader(Generic[BatchT]):

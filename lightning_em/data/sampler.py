@@ -11,15 +11,15 @@ from lightning_em.data.windows import BatchGeometry, Window, make_windows
 
 
 class WindowIndices(NamedTuple):
-    """Row numbers of one micro-batch; a ghost stands in where a rank has no row of its own.
+    """Row numbers of one micro-batch; a dummy row stands in where a rank has none.
 
     `window` holds the counts of the whole optimiser step, over all its micro-batches and all ranks.
     """
 
     ce_rows: tuple[int, ...]
     kl_rows: tuple[int, ...]
-    ce_ghost: bool
-    kl_ghost: bool
+    ce_is_dummy: bool
+    kl_is_dummy: bool
     window: WindowCounts
 
 
@@ -117,13 +117,13 @@ class WindowSampler(Sampler[WindowIndices]):
         )
         for micro_batch in range(skip, num_micro_batches):
             chunk = micro_batch * self.world_size + self.rank
-            ce, ce_ghost = _or_ghost(window.ce[chunk], ce_rows)
-            kl, kl_ghost = _or_ghost(window.kl[chunk] if kl_rows else [], kl_rows)
-            yield WindowIndices(ce, kl, ce_ghost, kl_ghost, counts)
+            ce, ce_is_dummy = _or_dummy(window.ce[chunk], ce_rows)
+            kl, kl_is_dummy = _or_dummy(window.kl[chunk] if kl_rows else [], kl_rows)
+            yield WindowIndices(ce, kl, ce_is_dummy, kl_is_dummy, counts)
 
 
-def _or_ghost(rows: list[int], of_window: list[int]) -> tuple[tuple[int, ...], bool]:
-    """The rows of a micro-batch; one row of the window as a ghost where it has none."""
+def _or_dummy(rows: list[int], of_window: list[int]) -> tuple[tuple[int, ...], bool]:
+    """The rows of a micro-batch; one row of the window as a dummy where it has none."""
     if rows or not of_window:
         return tuple(rows), False
     return (of_window[0],), True
