@@ -144,9 +144,9 @@ class Ours(Peer):
         _randomise(self.model.adapter.trainable())
 
     def loss(self, ce: PackedBatch, kl: PackedBatch) -> Tensor:
-        engine = self.model._engine
-        if self.refilled and engine is not None and self.make_store is not None:
-            engine.store = self.make_store()
+        cache = self.model.backend.hidden.cache
+        if self.refilled and cache is not None and self.make_store is not None:
+            cache.store = self.make_store()
         counts = [int(batch.counted("response").sum()) for batch in (ce, kl)]
         return self.model.step_loss(ce, kl, LossWeights(1 / counts[0], KL_WEIGHT / counts[1])).total
 

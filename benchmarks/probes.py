@@ -59,9 +59,8 @@ class OurSweep:
 
     def __call__(self, batches: list[PackedBatch], scales: list[float]) -> Tensor:
         """Loss of each row, `[scales rows]`, in nats per token."""
-        points = [partial(self.model.adapter.at_scale, scale) for scale in scales]
-        of_points = self.model.sweep_row_ce(batches, points)
-        return torch.stack([torch.cat([rows.sums / rows.counts for rows in point]) for point in of_points])
+        states = [partial(self.model.adapter.at_scale, scale) for scale in scales]
+        return torch.stack([rows.sums / rows.counts for rows in self.model.sweep_row_ce(batches, states)])
 
 
 def run(shape: Shape, arguments: argparse.Namespace, device: torch.device, console: Console) -> None:

@@ -37,14 +37,14 @@ class PackedBatch:
         response_mask: True on the assistant tokens (end of turn included), `[tokens]`.
         lengths: Tokens of each row, in order.
         row_ids: Where each row comes from, for messages and records.
-        is_ghost: Nothing in it counts, whatever is asked for.
+        is_dummy: Whether no token of it counts, at any choice of positions.
     """
 
     input_ids: Tensor
     response_mask: Tensor
     lengths: tuple[int, ...]
     row_ids: tuple[str, ...]
-    is_ghost: bool = False
+    is_dummy: bool = False
 
     @classmethod
     def from_rows(cls, rows: Sequence[EncodedRow]) -> "PackedBatch":
@@ -99,7 +99,7 @@ class PackedBatch:
                 uses); `all`: every position of every row (the convention of the published KL weights).
         """
         if kind == "all":
-            return torch.full_like(self.response_mask, not self.is_ghost)
+            return torch.full_like(self.response_mask, not self.is_dummy)
         shifted = torch.roll(self.response_mask, -1)
         last_of_row = (self.cu_seqlens[1:] - 1).long()
         shifted[last_of_row] = False
@@ -128,9 +128,9 @@ class PackedBatch:
             row_ids=tuple(self.row_ids[row] for row in rows),
         )
 
-    def ghost(self) -> "PackedBatch":
-        """The same rows with nothing to predict: keeps a rank without rows in step, adds 0 to every sum."""
-        return replace(self, response_mask=torch.zeros_like(self.response_mask), is_ghost=True)
+    def dummy(self) -> "PackedBatch":
+        """The same rows with no token that counts: keeps a rank without rows in step and adds 0 to every sum."""
+        return replace(self, response_mask=torch.zeros_like(self.response_mask), is_dummy=True)
 
 
 def single_rows(batch: PackedBatch) -> list[PackedBatch]:
@@ -143,12 +143,12 @@ def single_rows(batch: PackedBatch) -> list[PackedBatch]:
         strict=True,
     )
     return [
-        PackedBatch(ids, mask, (length,), (row_id,), batch.is_ghost) for ids, mask, length, row_id in parts
+        PackedBatch(ids, mask, (length,), (row_id,), batch.is_dummy) for ids, mask, length, row_id in parts
     ]
 
 
-def joined(batches: Sequence[PackedBatch]) -> PackedBatch:
-    """All rows of several batches as one."""
+def concat(batches: Sequence[PackedBatch]) -> PackedBatch:
+    """All rows of several batches as one batch."""
     if len(batches) == 1:
         return batches[0]
     return PackedBatch(
@@ -156,16 +156,16 @@ def joined(batches: Sequence[PackedBatch]) -> PackedBatch:
         response_mask=torch.cat([batch.response_mask for batch in batches]),
         lengths=tuple(length for batch in batches for length in batch.lengths),
         row_ids=tuple(row_id for batch in batches for row_id in batch.row_ids),
-        is_ghost=all(batch.is_ghost for batch in batches),
+        is_dummy=all(batch.is_dummy for batch in batches),
     )
 
 
-def neighbours(batches: Iterable[PackedBatch], max_tokens: int) -> Iterator[list[PackedBatch]]:
-    """Groups of batches that follow each other.
+def token_batches(batches: Iterable[PackedBatch], max_tokens: int) -> Iterator[list[PackedBatch]]:
+    """Groups of consecutive batches with a limited number of tokens.
 
     Args:
-        batches: Gone through once; none is split or left out.
-        max_tokens: A group has at most so many; a batch with more stands alone.
+        batches: Iterated over once; none is split or left out.
+        max_tokens: Most tokens in a group; a batch with more is a group of its own.
     """
     group: list[PackedBatch] = []
     filled = 0

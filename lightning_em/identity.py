@@ -16,7 +16,7 @@ DEVICE_SETTINGS = {
         "enable_model_summary", "log_every_n_steps", "default_root_dir", "plugins", "deterministic", "benchmark",
     },
     "data": {"num_workers", "validation_batch_size"},
-    "model": {"sampling", "engine", "store"},
+    "model": {"sampling", "backend", "store"},
 }  # fmt: skip
 # Keys that came later, with the value under which a run is what it was without them: that value renames nothing.
 ADDED_KEYS = {

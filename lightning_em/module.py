@@ -105,7 +105,7 @@ class EMModule(LightningModule):
         optimizer: Called with the adapter's parameters.
         lr_scheduler: Called with the optimiser; stepped once an optimiser step.
         init_from: Start from another run's adapter, `runs/x@step-40`, with a fresh optimiser.
-        engine: `auto` computes each step in parts that share the frozen prefix; `plain` runs whole forwards.
+        backend: `auto`: the fast backend where it is verified for the model; `plain`: full forward passes and logits.
         store: Keeps what the frozen base computes below the adapter; pays over epochs and in sweeps.
         reference: `live` runs the reference each time; `cached` keeps its final hidden states in the store,
             which gives an adapter without effect a KL of rounding errors, not 0.
@@ -123,7 +123,7 @@ class EMModule(LightningModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable = LinearWithWarmup,
         init_from: str | None = None,
-        engine: Literal["auto", "plain"] = "auto",
+        backend: Literal["auto", "plain"] = "auto",
         store: StoreOptions | None = None,
         reference: Literal["live", "cached"] = "live",
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
@@ -132,7 +132,7 @@ class EMModule(LightningModule):
         super().__init__()
         self.strict_loading = False
         self.base, self.objective, self.init_from, self.seed = base, objective, init_from, seed
-        self.engine: Literal["auto", "plain"] = engine
+        self.backend: Literal["auto", "plain"] = backend
         self.store, self.reference = store, reference
         self.sampling = sampling
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
@@ -147,7 +147,7 @@ class EMModule(LightningModule):
         store = None if self.store is None else ActivationStore(self.store)
         reference: Literal["live", "cached"] = self.reference
         base = self.base.load_model()
-        self.model = AdaptedModel(base, self._adapter[0], self.seed, self.engine, store, reference)
+        self.model = AdaptedModel(base, self._adapter[0], self.seed, self.backend, store, reference)
         if self.init_from is not None:
             _, checkpoint = runs.locate(self.init_from)
             self.model.adapter.load(checkpoint)
@@ -234,7 +234,7 @@ class EMModule(LightningModule):
 
     def predict_step(self, batch: PackedBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Answers to a batch of prompts: one dict a prompt, with `row_id` and `answers`."""
-        if batch.is_ghost:
+        if batch.is_dummy:
             return []
         sampling = replace(self.sampling, seed=self.sampling.seed + batch_idx)
         answers = sample_answers(self.model, self._tokenizer, batch, sampling)

@@ -8,9 +8,9 @@ from lightning_em.batch import (
     PackedBatch,
     TrainBatch,
     WindowCounts,
-    joined,
-    neighbours,
+    concat,
     single_rows,
+    token_batches,
 )
 from tests import oracle
 from tests.samples import make_rows, pack
@@ -35,13 +35,13 @@ def test_no_row_predicts_the_next_rows_first_token() -> None:
     assert batch.targets()[batch.counted("response")].tolist() == [2, 4]
 
 
-def test_a_ghost_counts_nothing() -> None:
+def test_a_dummy_counts_nothing() -> None:
     batch = pack(ROWS)
-    ghost = batch.ghost()
+    dummy = batch.dummy()
     for kind in ("response", "all"):
-        assert not ghost.counted(kind).any()
-        assert not ghost.to("cpu").counted(kind).any()
-    assert torch.equal(ghost.input_ids, batch.input_ids)
+        assert not dummy.counted(kind).any()
+        assert not dummy.to("cpu").counted(kind).any()
+    assert torch.equal(dummy.input_ids, batch.input_ids)
     assert batch.counted("all").all()
 
 
@@ -66,15 +66,15 @@ def test_the_layout_is_made_once_and_belongs_to_the_batch() -> None:
     assert batch.to("meta").cu_seqlens.device.type == "meta"
 
 
-def test_single_rows_joined_are_the_batch() -> None:
+def test_concatenated_single_rows_are_the_batch() -> None:
     batch = pack(ROWS)
     rows = single_rows(batch)
     assert [row.lengths for row in rows] == [(5,), (1,), (12,), (9,)]
-    again = joined(rows)
+    again = concat(rows)
     assert torch.equal(again.input_ids, batch.input_ids)
     assert torch.equal(again.response_mask, batch.response_mask)
     assert (again.lengths, again.row_ids) == (batch.lengths, batch.row_ids)
-    assert joined(single_rows(batch.ghost())).is_ghost
+    assert concat(single_rows(batch.dummy())).is_dummy
 
 
 def test_padded_holds_the_same_rows() -> None:
@@ -114,11 +114,11 @@ def test_selected_rows_are_those_rows_in_that_order() -> None:
 @pytest.mark.parametrize(
     ("limit", "groups"), [(0, [[5], [3], [4], [9]]), (8, [[5, 3], [4], [9]]), (99, [[5, 3, 4, 9]])]
 )
-def test_neighbours_fill_a_limit_and_keep_their_order(limit, groups) -> None:
+def test_token_batches_fill_a_limit_and_keep_their_order(limit, groups) -> None:
     batches = [pack(make_rows(length)) for length in (5, 3, 4, 9)]
-    found = list(neighbours(iter(batches), limit))
+    found = list(token_batches(iter(batches), limit))
     assert [[batch.lengths[0] for batch in group] for group in found] == groups
     assert all(
         one is other for one, other in zip((b for group in found for b in group), batches, strict=True)
     )
-    assert list(neighbours([], limit)) == []
+    assert list(token_batches([], limit)) == []

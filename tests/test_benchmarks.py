@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import probes, step, sweep
+from benchmarks import probes, same_bits, step, sweep
 from benchmarks.shapes import ADAPTERS, Shape, make_adapter, step_batches
 from lightning_em.models import AdaptedModel
 
@@ -57,3 +57,19 @@ def test_the_sweeps_find_the_same_numbers_with_and_without_a_store(tmp_path):
     assert not list(tmp_path.iterdir())
     probes.run(TINY, argparse.Namespace(rows=2, points=3, repeats=1), CPU, console)
     assert "ours, prefix cached" in console.export_text()
+
+
+def test_two_revisions_differ_where_one_value_does_or_is_missing():
+    before = {"train/ce@1": "0.5", "train/kl@1": "0.25"}
+    assert same_bits.compare(before, dict(before)) == (2, [])
+    assert same_bits.compare(before, before | {"train/kl@1": "0.26"}) == (2, ["train/kl@1"])
+    assert same_bits.compare(before, {"train/ce@1": "0.5"}) == (1, ["train/kl@1"])
+
+
+def test_an_older_revision_is_given_the_old_names_of_its_keys(monkeypatch, tmp_path):
+    monkeypatch.setattr(same_bits, "RENAMED_KEYS", [("model.older", "model.backend")])
+    config = same_bits.config_of(tmp_path, "vector", "plain", 4)
+    old = same_bits.before_renaming(config)
+    assert old["model"] == {k: v for k, v in config["model"].items() if k != "backend"} | {"older": "plain"}
+    assert {k: v for k, v in old.items() if k != "model"} == {k: v for k, v in config.items() if k != "model"}
+    assert same_bits.before_renaming(same_bits.config_of(tmp_path, "vector", "store", 4))["model"]["store"]

@@ -9,8 +9,8 @@ import yaml
 from benchmarks import model_sizes
 from lightning_em.adapters import LoRA, SteeringVector
 from lightning_em.losses import LossWeights, token_cross_entropy, token_kl
-from lightning_em.losses.frozen_head import FrozenHead, head_cross_entropy, head_kl
 from lightning_em.models import ActivationStore, AdaptedModel, StoreOptions
+from lightning_em.models.fast.fused_head import FrozenHead, head_cross_entropy, head_kl
 from lightning_em.runs import RunFolder
 from tests.fitting import (
     LORA,
@@ -23,8 +23,8 @@ from tests.fitting import (
     train_metrics,
     write_config,
 )
-from tests.losses.test_frozen_head import HEADS, made, naive_logits
 from tests.models.architectures import QUIRKS, build, rows
+from tests.models.fast.test_fused_head import HEADS, made, naive_logits
 from tests.oracle import entirely_float64
 from tests.test_distributed import CURVES, assert_equal_per_step, assert_equal_probes, probes_of_files
 
@@ -40,7 +40,7 @@ ADAPTERS = {
 WAYS = {"live": {}, "store": {"store": {"device_gib": 1.0}}, "cached": {"store": {}, "reference": "cached"}}
 
 
-def model_of(name, adapter, engine, dtype, way="live"):
+def model_of(name, adapter, backend, dtype, way="live"):
     """Weights are those of bfloat16 in every dtype, so that all compute the same function."""
     options = dict(WAYS[way])
     if "store" in options:
@@ -48,7 +48,7 @@ def model_of(name, adapter, engine, dtype, way="live"):
     base = build(name, dtype=torch.bfloat16).to(dtype)
     if dtype == torch.float64:
         entirely_float64(base)
-    model = AdaptedModel(base, ADAPTERS[adapter](name), engine=engine, **options).to(DEVICE)
+    model = AdaptedModel(base, ADAPTERS[adapter](name), backend=backend, **options).to(DEVICE)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.adapter.trainable().values():
@@ -58,10 +58,10 @@ def model_of(name, adapter, engine, dtype, way="live"):
     return model
 
 
-def measured(model, joined):
+def measured(model, one_pass):
     """Losses and gradient of a step: both streams in one tuned pass, or one after the other."""
     own = list(model.adapter.trainable().values())
-    if joined:
+    if one_pass:
         found = model.step_loss(CE, KL, LossWeights(1.0, 4.0))
         total, ce, kl = found.total, found.ce.total, found.kl.total
     else:
@@ -77,13 +77,13 @@ def measured(model, joined):
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("name", QUIRKS)
 def test_the_fast_path_is_as_exact_as_the_plain_one(name, adapter, dtype):
-    exact, exact_gradient = measured(model_of(name, adapter, "plain", torch.float64), joined=False)
-    naive, naive_gradient = measured(model_of(name, adapter, "plain", dtype), joined=False)
+    exact, exact_gradient = measured(model_of(name, adapter, "plain", torch.float64), one_pass=False)
+    naive, naive_gradient = measured(model_of(name, adapter, "plain", dtype), one_pass=False)
     floor = {torch.float64: 1e-10, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
     for way in WAYS:
         model = model_of(name, adapter, "auto", dtype, way)
-        for joined in (False, True):  # the second finds the store filled
-            values, gradient = measured(model, joined)
+        for one_pass in (False, True):  # the second finds the store filled
+            values, gradient = measured(model, one_pass)
             assert (values - exact).norm() <= 2 * (naive - exact).norm() + floor * exact.norm(), way
             allowed = 2 * (naive_gradient - exact_gradient).norm() + floor * exact_gradient.norm()
             assert (gradient - exact_gradient).norm() <= allowed, way
@@ -107,10 +107,10 @@ def test_what_the_store_gives_is_what_was_computed(tier, tmp_path):
         SteeringVector(1),
         store=ActivationStore(StoreOptions(**options)),
     ).to(DEVICE)
-    first, second = (model._engine.prefix(CE) for _ in range(2))
+    first, second = (model.backend.hidden.prefix(CE) for _ in range(2))
     assert first.device.type == second.device.type == DEVICE.type
     assert torch.equal(first, second)
-    used = model._engine.store.used
+    used = model.backend.hidden.cache.store.used
     assert used["disk" if "folder" in tier else next(iter(tier)).removesuffix("_gib")] > 0
 
 

@@ -150,8 +150,8 @@ def two_processes(config_of) -> Callable[[str, str], RunFolder]:
             words += ["--trainer.callbacks+=tests.strategies.tell.TellShards"]
             first, second = as_torchrun_does("fit", *words, logs=config.parent / name)
             assert (first.code, second.code) == (0, 0), first.output + second.output
-            assert "fast path: split at layer" in first.output, "rows are packed, without padding"
-            assert "fast path" not in second.output, "what all ranks would say is said once"
+            assert "fast backend: split at layer" in first.output, "rows are packed, without padding"
+            assert "fast backend" not in second.output, "what all ranks would say is said once"
             done[adapter, strategy] = RunFolder(config.parent / name)
         return done[adapter, strategy]
 

@@ -1,4 +1,4 @@
-"""Options of a fit that change how a step is computed, not what it computes: engine, store, token budget."""
+"""Options of a fit that change how a step is computed, not what it computes: backend, store, token budget."""
 
 import logging
 import shutil
@@ -80,12 +80,12 @@ def exact_step(module: EMModule, kl_positions: str) -> tuple[torch.Tensor, torch
 
 
 OPTIONS = {
-    "plain": {"engine": "plain"},
+    "plain": {"backend": "plain"},
     "auto": {},
     "store": {"store": StoreOptions()},
     "store, no room": {"store": StoreOptions(ram_gib=0.0)},
     "reference": {"store": StoreOptions(), "reference": "cached"},
-    "plain, reference": {"engine": "plain", "store": StoreOptions(), "reference": "cached"},
+    "plain, reference": {"backend": "plain", "store": StoreOptions(), "reference": "cached"},
 }
 
 
@@ -100,10 +100,10 @@ OPTIONS = {
 )
 def test_every_combination_of_keys_equals_the_oracle(adapter, kl_positions, tiny_model_folder) -> None:
     folder = tiny_model_folder()
-    plain = trained_module(folder, adapter, "float64", kl_positions, engine="plain")
+    plain = trained_module(folder, adapter, "float64", kl_positions, backend="plain")
     loss, gradient = exact_step(plain, kl_positions)
     naive_loss, naive_gradient = step(
-        trained_module(folder, adapter, "float32", kl_positions, engine="plain")
+        trained_module(folder, adapter, "float32", kl_positions, backend="plain")
     )
     for name, options in OPTIONS.items():
         module = trained_module(folder, adapter, "float64", kl_positions, **options)
@@ -226,7 +226,7 @@ def test_probes_find_the_states_of_the_training_rows(stored_run) -> None:
     )
     assert probing.measure(whole, loaded.module.model, loaded.data, loaded.step) == 2
     assert set(states.glob("*/??/*")) == before
-    assert loaded.module.model._engine.store.used["ram"] > 0
+    assert loaded.module.model.backend.hidden.cache.store.used["ram"] > 0
 
 
 @pytest.mark.slow
@@ -270,7 +270,7 @@ def test_a_cached_reference_without_a_store_is_refused(stored_run) -> None:
 
 def test_store_and_new_keys_at_rest_rename_no_run() -> None:
     before = {
-        "model": {"base": {"path": "x"}, "engine": "auto"},
+        "model": {"base": {"path": "x"}, "backend": "auto"},
         "data": {"batch_size": 2, "kl": {"path": "k", "answer": "mixed"}},
     }
     now = {

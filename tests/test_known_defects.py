@@ -16,14 +16,14 @@ from tests.samples import ADAPTERS, adapted, make_rows, pack
 from tests.tiny import make_tiny_model
 
 ROWS = make_rows(9, 14, 7, 11, seed=5)
-ENGINES = ["auto", "plain"]
+BACKENDS = ["auto", "plain"]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_defect_01_every_row_is_steered(name, engine) -> None:
+def test_defect_01_every_row_is_steered(name, backend) -> None:
     """A hook wrote into `output[0]` of a tensor: the first row of a batch."""
-    model = adapted(ADAPTERS[name](), engine=engine)
+    model = adapted(ADAPTERS[name](), backend=backend)
     together, base = model.row_ce(pack(ROWS)), model.row_ce(pack(ROWS), scale=0.0)
     assert (together.sums - base.sums).abs().min() > 1e-3
     kl = model.row_kl(pack(ROWS))
@@ -36,11 +36,11 @@ def test_defect_01_every_row_is_steered(name, engine) -> None:
     assert all(not torch.equal(one, two) for one, two in zip(steered, plain, strict=True))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_defect_02_probe_and_training_share_adapter_and_mask(name, engine) -> None:
+def test_defect_02_probe_and_training_share_adapter_and_mask(name, backend) -> None:
     """Probe and training used different hooks and masks."""
-    model = adapted(ADAPTERS[name](), engine=engine)
+    model = adapted(ADAPTERS[name](), backend=backend)
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     trained = model.losses(pack(ROWS), pack(ROWS))
     points = ScaleCurve([0.0, 1.0], with_kl=True).run(model, ProbeExamples([pack(ROWS)], [pack(ROWS)]))
@@ -73,10 +73,10 @@ def test_defect_05_scale_one_is_the_trained_adapter(rank, alpha, rslora) -> None
         torch.testing.assert_close(effect, scale * x @ change.T, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_defect_06_reference_is_the_same_model_at_scale_zero(engine) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_defect_06_reference_is_the_same_model_at_scale_zero(backend) -> None:
     """Reference logits came from a second model and were matched to batches by a counter."""
-    model = adapted(ADAPTERS["rank_1"](), engine=engine)
+    model = adapted(ADAPTERS["rank_1"](), backend=backend)
     plain = make_tiny_model()
     own = sum(p.numel() for p in model.adapter.trainable().values())
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in plain.parameters()) + own
@@ -97,11 +97,11 @@ def test_defect_06_reference_is_the_same_model_at_scale_zero(engine) -> None:
         assert torch.equal(model.logits(pack(ROWS), scale=0.0), reference)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kl_positions", ["response", "all"])
-def test_defect_08_padding_does_not_count(kl_positions, engine) -> None:
+def test_defect_08_padding_does_not_count(kl_positions, backend) -> None:
     """KL was averaged over padding in probes, and had two units in one code base."""
-    model = adapted(SteeringVector(1, alpha=4.0), dtype=torch.float64, exact=True, engine=engine)
+    model = adapted(SteeringVector(1, alpha=4.0), dtype=torch.float64, exact=True, backend=backend)
     short, long = ROWS[2], make_rows(60, seed=8)[0]
     alone = model.row_kl(pack([short]), 1.0, kl_positions)
     padded = model.row_kl(pack([short, long]), 1.0, kl_positions)
@@ -145,10 +145,10 @@ def test_defect_09_a_small_kl_survives_bf16_logits(kl) -> None:
     assert (naive - expected).norm() > 0.05 * expected.norm()  # so the defect would have been seen
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_defect_09_a_small_kl_survives_a_bf16_base(engine) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_defect_09_a_small_kl_survives_a_bf16_base(backend) -> None:
     """The model's own hidden states are bf16; from there on nothing is lost."""
-    model = adapted(SteeringVector(1, alpha=1.0), dtype=torch.bfloat16, size=0.02, engine=engine)
+    model = adapted(SteeringVector(1, alpha=1.0), dtype=torch.bfloat16, size=0.02, backend=backend)
     batch = pack(ROWS)
     # The states that the loss itself was computed from: packed and padded rows round to different bf16 states.
     hidden = {}
@@ -157,7 +157,7 @@ def test_defect_09_a_small_kl_survives_a_bf16_base(engine) -> None:
     )
     sums = model.losses(batch, batch)
     handle.remove()
-    if engine == "plain":  # all positions of padded rows; the fast path keeps those that count
+    if backend == "plain":  # all positions of padded rows; the fast backend keeps those that count
         counted = batch.padded().attention_mask.bool()
         hidden = {scale: states[counted][batch.counted("response")] for scale, states in hidden.items()}
     head = model.base.lm_head.weight.detach().double()
@@ -166,20 +166,20 @@ def test_defect_09_a_small_kl_survives_a_bf16_base(engine) -> None:
     expected = (p.exp() * (p - q)).sum()
     assert sums.kl.total.dtype == torch.float32
     assert 1e-5 < expected / sums.kl.count < 1e-2
-    # the plain path rounds the logits to bf16 as the model does; only the fused head is exact from the states
-    tolerance = 1e-3 if engine == "auto" else 0.3
+    # the plain backend rounds the logits to bf16 as the model does; only the fused head is exact from the states
+    tolerance = 1e-3 if backend == "auto" else 0.3
     assert sums.kl.total.item() == pytest.approx(expected.item(), rel=tolerance)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["vector", "last_vector", "rank_1"])
-def test_defect_11_no_autograd_node_below_the_adapter(name, checkpointing, engine) -> None:
+def test_defect_11_no_autograd_node_below_the_adapter(name, checkpointing, backend) -> None:
     """Gradient checkpointing with input-require-grads ran the backward through all frozen layers."""
     base = make_tiny_model()
     if checkpointing:
         base.activation_checkpointing_enable()
-    model = AdaptedModel(base, ADAPTERS[name](), engine=engine)
+    model = AdaptedModel(base, ADAPTERS[name](), backend=backend)
     model.train()
     seen: dict[str, list[bool]] = {"below": [], "above": []}
     layers = [*model.base.model.layers, model.base.model.norm]

@@ -108,7 +108,7 @@ class Health(Callback):
     def _window_tokens(self) -> int:
         """Tokens of both streams that this rank has processed in this optimizer step, without dummy batches."""
         parts = [part for batch in self._batches for part in (batch.ce, batch.kl) if part is not None]
-        return sum(sum(part.lengths) for part in parts if not part.is_ghost)
+        return sum(sum(part.lengths) for part in parts if not part.is_dummy)
 
     def _refuse_untrained(self, parameters: dict[str, torch.nn.Parameter], is_fresh: bool) -> None:
         if untrained := sorted(name for name, p in parameters.items() if p.grad is None):
@@ -144,7 +144,7 @@ class Health(Callback):
         named = []
         for stream in ("ce", "kl"):
             parts = [getattr(batch, stream) for batch in suspects or self._batches]
-            ids = [row for part in parts if part is not None and not part.is_ghost for row in part.row_ids]
+            ids = [row for part in parts if part is not None and not part.is_dummy for row in part.row_ids]
             more = f" and {len(ids) - _SHOWN_ROWS} more" if len(ids) > _SHOWN_ROWS else ""
             if ids:
                 named.append(f"{'narrow' if stream == 'ce' else stream} {', '.join(ids[:_SHOWN_ROWS])}{more}")

@@ -23,7 +23,7 @@ from lightning_em.cluster.memory import Load, MemoryEstimate, estimate, memory_t
 from lightning_em.data import ChatEncoder
 from lightning_em.identity import run_folder
 from lightning_em.launch import num_processes, refuse_settings
-from lightning_em.models.fallback import why_plain
+from lightning_em.models.selection import why_plain
 from lightning_em.rebuild import Parts, instantiate, resolved_config
 from lightning_em.redaction import redacted_text
 
@@ -229,8 +229,10 @@ def _memory(examination: Examination) -> Iterator[Finding]:
     size = sum(parameter.numel() for parameter in adapter.trainable().values())
     text = f"{size:,} parameters from layer {adapter.lowest_layer} of {len(decoder_layers(base))} up"
     yield Finding("adapter", "ok", text)
-    if module.engine == "plain" or why_plain(base) is not None:
-        yield Finding("memory", "warning", "the plain path keeps all logits of a batch; no estimate for it")
+    if module.backend == "plain" or why_plain(base) is not None:
+        yield Finding(
+            "memory", "warning", "the plain backend keeps all logits of a batch; no estimate for it"
+        )
         return
     device = "cpu" if trainer["accelerator"] == "cpu" else "cuda"
     num_devices = num_processes(trainer) or max(1, torch.cuda.device_count())

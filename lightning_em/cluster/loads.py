@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_em.cluster.memory import Load
-from lightning_em.models.adapted import JOINED_TOKENS
+from lightning_em.models.fast import CONCAT_TOKENS
 
 _DIFFERENTIATING = ("GradientNorm",)
 _GENERATING = ("ChatKL",)
@@ -43,4 +43,4 @@ def probing_loads(probing: Mapping[str, Any], streams: Mapping[str, Sequence[int
 
 def _of_sweep(batch: Sequence[int], rows: Sequence[int], shards: int) -> int:
     """Tokens of a pass: of one batch, or of as many short ones as share it."""
-    return max(sum(batch), min(JOINED_TOKENS, sum(rows))) if shards == 1 else sum(batch)
+    return max(sum(batch), min(CONCAT_TOKENS, sum(rows))) if shards == 1 else sum(batch)

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lightning_em.adapters import Adapter, decoder_layers
-from lightning_em.losses.frozen_head import CHUNK_BYTES
-from lightning_em.models.adapted import JOINED_TOKENS
-from lightning_em.models.engine import PART_TOKENS
+from lightning_em.models.fast import CONCAT_TOKENS, PART_TOKENS
+from lightning_em.models.fast.fused_head import CHUNK_BYTES
 
 _GIB = 2**30
 _SAMPLE_TOKENS = 16  # few enough that terms quadratic in the length are negligible
@@ -59,7 +58,7 @@ class Load:
         else:
             tokens = sum(narrow) + sum(kl)
             largest = max(longest, *(min(limit, sum(rows)) for rows in (narrow, kl)))
-        if kl and shards == 1 and tokens <= JOINED_TOKENS:
+        if kl and shards == 1 and tokens <= CONCAT_TOKENS:
             largest = tokens  # both streams are differentiated in one pass
         return cls(largest, tokens, shards, device, store_bytes)
 
@@ -98,7 +97,7 @@ def on_meta(config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
 
 
 def estimate(base: PreTrainedModel, adapter: Adapter, *loads: Load) -> MemoryEstimate:
-    """Estimate the peak memory of a fit on the fast path.
+    """Estimate the peak memory of a fit on the fast backend.
 
     Args:
         base: Model from `on_meta`, with the adapter attached.

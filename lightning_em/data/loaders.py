@@ -22,10 +22,10 @@ class TrainRows(Dataset[TrainBatch]):
     def __getitem__(self, indices: WindowIndices) -> TrainBatch:
         ce = PackedBatch.from_rows([self.narrow[index] for index in indices.ce_rows])
         kl = PackedBatch.from_rows([self.kl[index] for index in indices.kl_rows]) if indices.kl_rows else None
-        if indices.ce_ghost:
-            ce = ce.ghost()
-        if kl is not None and indices.kl_ghost:
-            kl = kl.ghost()
+        if indices.ce_is_dummy:
+            ce = ce.dummy()
+        if kl is not None and indices.kl_is_dummy:
+            kl = kl.dummy()
         return TrainBatch(ce, kl, indices.window)
 
 
@@ -47,7 +47,7 @@ class EvaluationRows(Dataset[PackedBatch]):
 
     def __getitem__(self, index: int) -> PackedBatch:
         rows = self.rows[index * self.batch_size : (index + 1) * self.batch_size]
-        return PackedBatch.from_rows(rows) if rows else PackedBatch.from_rows([self.stand_in]).ghost()
+        return PackedBatch.from_rows(rows) if rows else PackedBatch.from_rows([self.stand_in]).dummy()
 
 
 class BatchLoader(Generic[BatchT]):

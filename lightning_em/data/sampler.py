@@ -18,8 +18,8 @@ class WindowIndices(NamedTuple):
 
     ce_rows: tuple[int, ...]
     kl_rows: tuple[int, ...]
-    ce_ghost: bool
-    kl_ghost: bool
+    ce_is_dummy: bool
+    kl_is_dummy: bool
     window: WindowCounts
 
 
@@ -117,12 +117,12 @@ class WindowSampler(Sampler[WindowIndices]):
         )
         for micro_batch in range(skip, num_micro_batches):
             chunk = micro_batch * self.world_size + self.rank
-            ce, ce_ghost = _or_ghost(window.ce[chunk], ce_rows)
-            kl, kl_ghost = _or_ghost(window.kl[chunk] if kl_rows else [], kl_rows)
-            yield WindowIndices(ce, kl, ce_ghost, kl_ghost, counts)
+            ce, ce_is_dummy = _or_dummy(window.ce[chunk], ce_rows)
+            kl, kl_is_dummy = _or_dummy(window.kl[chunk] if kl_rows else [], kl_rows)
+            yield WindowIndices(ce, kl, ce_is_dummy, kl_is_dummy, counts)
 
 
-def _or_ghost(rows: list[int], of_window: list[int]) -> tuple[tuple[int, ...], bool]:
+def _or_dummy(rows: list[int], of_window: list[int]) -> tuple[tuple[int, ...], bool]:
     """Return the rows of a micro-batch or, if it has none, one row of the optimizer step as a dummy batch."""
     if rows or not of_window:
         return tuple(rows), False

@@ -1,4 +1,4 @@
-"""The plain losses from full logits: the path everything faster is checked against."""
+"""The plain losses from full logits: the oracle that everything faster is checked against."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ class TokenSum(NamedTuple):
     """
 
     total: Tensor
-    count: int  # type: ignore[assignment]  # shadows tuple.count, which nobody needs here
+    count: int  # type: ignore[assignment]  # shadows tuple.count
 
 
 def _float_logits(logits: Tensor) -> Tensor:
@@ -33,17 +33,18 @@ def token_cross_entropy(
 
 
 def token_kl(
-    reference_logits: Float[Tensor, "tokens vocab"], adapted_logits: Float[Tensor, "tokens vocab"]
+    reference_logits: Float[Tensor, "tokens vocab"], tuned_logits: Float[Tensor, "tokens vocab"]
 ) -> Float[Tensor, "tokens"]:
-    """D_KL(reference || adapted) at each position over the whole vocabulary, in nats.
+    """D_KL(reference || tuned) at each position over the whole vocabulary, in nats.
 
     The reference is a constant: no gradient reaches it.
 
     Source: arXiv:2602.07852 (KL term; forward direction, temperature 1).
     """
     reference = functional.log_softmax(_float_logits(reference_logits.detach()), dim=-1)
-    adapted = functional.log_softmax(_float_logits(adapted_logits), dim=-1)
-    return functional.kl_div(adapted, reference, log_target=True, reduction="none").sum(-1)
+    tuned = functional.log_softmax(_float_logits(tuned_logits), dim=-1)
+    # torch's kl_div(input, target) is D_KL(target || input), both as log-probabilities here
+    return functional.kl_div(tuned, reference, log_target=True, reduction="none").sum(-1)
 
 
 def cross_entropy(
@@ -65,14 +66,14 @@ def cross_entropy(
 
 def kl_from_reference(
     reference_logits: Float[Tensor, "tokens vocab"],
-    adapted_logits: Float[Tensor, "tokens vocab"],
+    tuned_logits: Float[Tensor, "tokens vocab"],
     mask: Bool[Tensor, "tokens"],
 ) -> TokenSum:
-    """Sum D_KL(reference || adapted) over the masked positions.
+    """Sum D_KL(reference || tuned) over the masked positions.
 
     Args:
         reference_logits: Logits with the adapter at scale 0; a constant, no gradient.
-        adapted_logits: Logits with the adapter at its own scale.
+        tuned_logits: Logits with the adapter at its own scale.
         mask: True where a position counts.
 
     Returns:
@@ -80,4 +81,4 @@ def kl_from_reference(
 
     Source: arXiv:2602.07852 (KL term).
     """
-    return TokenSum(token_kl(reference_logits[mask], adapted_logits[mask]).sum(), int(mask.sum()))
+    return TokenSum(token_kl(reference_logits[mask], tuned_logits[mask]).sum(), int(mask.sum()))

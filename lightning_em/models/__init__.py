@@ -1,10 +1,10 @@
-"""Models: the frozen base, and the base with its adapter."""
+"""Models: the base, the base with its adapter, and the backends that compute its losses."""
 
 from lightning_em.models.adapted import AdaptedModel
+from lightning_em.models.backend import LossSums, RowLosses, StepLoss
+from lightning_em.models.fast import ActivationStore, StoreOptions
 from lightning_em.models.generation import Sampling, sample_answers, sample_tokens
 from lightning_em.models.pretrained import BaseModel
-from lightning_em.models.results import LossSums, RowLosses, StepLoss
-from lightning_em.models.store import ActivationStore, StoreOptions
 
 __all__ = [
     "ActivationStore",

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, final
 import torch
 
 from lightning_em.batch import CountedPositions, PackedBatch
-from lightning_em.models import AdaptedModel, RowLosses
+from lightning_em.models import AdaptedModel
 from lightning_em.probes.untouched import untouched
 from lightning_em.records import Point, ProbeResult
 from lightning_em.runs import RunFolder
@@ -134,7 +134,7 @@ class RowMeans:
         states: Sequence[Callable[[], AbstractContextManager[object]]],
     ) -> "list[RowMeans]":
         """Cross-entropy of every row in each state of the adapter, e.g. `partial(adapter.at_scale, 0.5)`."""
-        return [cls._gather(losses) for losses in model.sweep_row_ce(batches, states)]
+        return [cls(each.sums.cpu(), each.counts.cpu()) for each in model.sweep_row_ce(batches, states)]
 
     @classmethod
     def of_kl(
@@ -145,14 +145,8 @@ class RowMeans:
         kl_positions: CountedPositions,
     ) -> "list[RowMeans]":
         """KL from the reference of every row in each state of the adapter."""
-        return [cls._gather(losses) for losses in model.sweep_row_kl(batches, states, kl_positions)]
-
-    @classmethod
-    def _gather(cls, losses: list[RowLosses]) -> "RowMeans":
-        if not losses:
-            raise ValueError("there is no row to measure on; give the probe at least one example.")
-        sums, counts = (torch.cat(parts).cpu() for parts in zip(*losses, strict=True))
-        return cls(sums, counts)
+        losses = model.sweep_row_kl(batches, states, kl_positions)
+        return [cls(each.sums.cpu(), each.counts.cpu()) for each in losses]
 
     def restored(self, order: Sequence[int]) -> "RowMeans":
         """The rows as they were before they were put into this order."""

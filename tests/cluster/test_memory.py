@@ -19,7 +19,7 @@ ADAPTERS = {
 
 
 def bytes_kept_by_a_training_step(architecture: str, adapter, tokens: int) -> float:
-    """Bytes a token of what autograd keeps in the engine's own packed pass over real weights, each storage once."""
+    """Bytes a token of what autograd keeps in the backend's own packed pass over real weights, each storage once."""
     model = AdaptedModel(make_tiny_model(architecture, **SIZES), adapter)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -32,10 +32,10 @@ def bytes_kept_by_a_training_step(architecture: str, adapter, tokens: int) -> fl
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(VOCAB_SIZE, (tokens,), generator=generator).tolist()
     batch = PackedBatch.from_rows([EncodedRow(ids, [True] * tokens, "row")])
-    engine = model._engine
-    prefix = engine.prefix(batch)
+    hidden = model.backend.hidden
+    prefix = hidden.prefix(batch)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        engine.final_hidden(batch, torch.ones(tokens, dtype=torch.bool), prefix)
+        hidden.final(batch, torch.ones(tokens, dtype=torch.bool), prefix)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / tokens
 
 

@@ -91,7 +91,7 @@ def test_counts_are_those_the_batches_count_themselves(build):
         assert batch.window.ce == batch.ce.counted("response").sum()
         assert batch.window.kl_response == batch.kl.counted("response").sum()
         assert batch.window.kl_all == batch.kl.counted("all").sum()
-        assert not batch.kl.is_ghost
+        assert not batch.kl.is_dummy
 
 
 def test_without_a_kl_stream_the_narrow_order_stays(build):
@@ -156,7 +156,7 @@ def test_every_row_is_evaluated_on_one_rank(build, world_size, num_rows):
     seen = Counter()
     for one in ranks:
         for index in range(len(one)):
-            if not one[index].is_ghost:
+            if not one[index].is_dummy:
                 seen.update(one[index].row_ids)
     assert seen == Counter(row.row_id for row in rows)
 

@@ -51,8 +51,8 @@ def windows(epoch=0, accumulate=1, world_size=1, **settings) -> list[tuple[list,
         chunks = [
             c for step in zip(*(s[first : first + accumulate] for s in streams), strict=True) for c in step
         ]
-        ce = [row for chunk in chunks if not chunk.ce_ghost for row in chunk.ce_rows]
-        kl = [row for chunk in chunks if not chunk.kl_ghost for row in chunk.kl_rows]
+        ce = [row for chunk in chunks if not chunk.ce_is_dummy for row in chunk.ce_rows]
+        kl = [row for chunk in chunks if not chunk.kl_is_dummy for row in chunk.kl_rows]
         (counts,) = {chunk.window for chunk in chunks}
         found.append((ce, kl, counts))
     return found
@@ -106,7 +106,7 @@ def test_micro_batch_of_a_full_window_is_a_contiguous_slice():
         for j, indices in enumerate(islice(sampler(rank=rank, **geometry), 3)):
             first = (j * 2 + rank) * 2
             assert indices.ce_rows == tuple(order[first : first + 2])
-            assert (len(indices.kl_rows), indices.ce_ghost, indices.kl_ghost) == (3, False, False)
+            assert (len(indices.kl_rows), indices.ce_is_dummy, indices.kl_is_dummy) == (3, False, False)
 
 
 @pytest.mark.parametrize("num_narrow", range(1, 13))
@@ -114,8 +114,8 @@ def test_short_last_window_is_dealt_out_evenly(num_narrow):
     ranks = [list(sampler(num_narrow, 2, 6, 3, 2, rank)) for rank in range(2)]
     assert len(ranks[0]) == len(ranks[1]) == -(-num_narrow // 4)
     chunks = [chunk for step in zip(*ranks, strict=True) for chunk in step]
-    sizes = [0 if chunk.ce_ghost else len(chunk.ce_rows) for chunk in chunks]
-    kl_sizes = [0 if chunk.kl_ghost else len(chunk.kl_rows) for chunk in chunks]
+    sizes = [0 if chunk.ce_is_dummy else len(chunk.ce_rows) for chunk in chunks]
+    kl_sizes = [0 if chunk.kl_is_dummy else len(chunk.kl_rows) for chunk in chunks]
     assert sum(sizes) == num_narrow
     assert sum(kl_sizes) == 3 * num_narrow
     assert max(sizes) - min(sizes) <= 1
@@ -124,10 +124,10 @@ def test_short_last_window_is_dealt_out_evenly(num_narrow):
     assert max(kl_sizes) <= 6
 
 
-def test_rank_without_rows_gets_a_ghost():
+def test_rank_without_rows_gets_a_dummy():
     one, other = (list(sampler(1, 1, 1, 1, 2, rank)) for rank in range(2))
-    assert sorted([one[0].ce_ghost, other[0].ce_ghost]) == [False, True]
-    assert sorted([one[0].kl_ghost, other[0].kl_ghost]) == [False, True]
+    assert sorted([one[0].ce_is_dummy, other[0].ce_is_dummy]) == [False, True]
+    assert sorted([one[0].kl_is_dummy, other[0].kl_is_dummy]) == [False, True]
     assert one[0].ce_rows == other[0].ce_rows == (0,)
     assert one[0].kl_rows == other[0].kl_rows
     assert one[0].window == other[0].window
@@ -213,8 +213,8 @@ BUDGET = {"max_tokens": 300, "batch_size": 2, "kl_batch_size": 3}
 
 
 def tokens(indices) -> int:
-    narrow = 0 if indices.ce_ghost else sum(NARROW_ALL[row] for row in indices.ce_rows)
-    return narrow + (0 if indices.kl_ghost else sum(KL_ALL[row] for row in indices.kl_rows))
+    narrow = 0 if indices.ce_is_dummy else sum(NARROW_ALL[row] for row in indices.ce_rows)
+    return narrow + (0 if indices.kl_is_dummy else sum(KL_ALL[row] for row in indices.kl_rows))
 
 
 @pytest.mark.parametrize(("accumulate", "world_size"), [(1, 1), (3, 1), (1, 3), (2, 2)])

@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture the fast path is listed for, named with their quirk."""
+"""Tiny random models of every architecture the fast backend is listed for, named with their quirk."""
 
 from typing import Any
 

@@ -9,7 +9,7 @@ from tests.samples import ADAPTERS, adapted, make_rows, pack
 from tests.tiny import ARCHITECTURES, make_tiny_model
 
 CE_ROWS, KL_ROWS = make_rows(9, 14, 7, seed=1), make_rows(8, 19, seed=2)
-ENGINES = ["auto", "plain"]
+BACKENDS = ["auto", "plain"]
 
 
 def oracle_logits(model, rows, leaves):
@@ -27,11 +27,11 @@ def oracle_logits(model, rows, leaves):
     return [oracle.row_logits(plain, row, weights) for row in rows]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kl_positions", ["response", "all"])
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_losses_and_gradients_match_the_oracle(name, kl_positions, engine) -> None:
-    model = adapted(ADAPTERS[name](), dtype=torch.float64, exact=True, engine=engine)
+def test_losses_and_gradients_match_the_oracle(name, kl_positions, backend) -> None:
+    model = adapted(ADAPTERS[name](), dtype=torch.float64, exact=True, backend=backend)
     own = model.adapter.trainable()
     leaves = {key: value.detach().clone().requires_grad_() for key, value in own.items()}
 
@@ -54,11 +54,11 @@ def test_losses_and_gradients_match_the_oracle(name, kl_positions, engine) -> No
             assert (one - two).norm() <= 1e-10 * two.norm()
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_float32_parameters_lose_only_their_own_rounding(name, engine) -> None:
-    exact = adapted(ADAPTERS[name](), dtype=torch.float64, exact=True, engine=engine)
-    rounded = adapted(ADAPTERS[name](), dtype=torch.float64, engine=engine)
+def test_float32_parameters_lose_only_their_own_rounding(name, backend) -> None:
+    exact = adapted(ADAPTERS[name](), dtype=torch.float64, exact=True, backend=backend)
+    rounded = adapted(ADAPTERS[name](), dtype=torch.float64, backend=backend)
     for one, two in zip(*(m.losses(pack(CE_ROWS), pack(KL_ROWS)) for m in (exact, rounded)), strict=True):
         assert two.total.item() == pytest.approx(one.total.item(), rel=1e-5)
         wanted = torch.autograd.grad(one.total, list(exact.adapter.trainable().values()), retain_graph=True)
@@ -68,22 +68,22 @@ def test_float32_parameters_lose_only_their_own_rounding(name, engine) -> None:
             assert (a - b).norm() <= 1e-5 * a.norm()
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kl_positions", ["response", "all"])
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_kl_is_exactly_zero_at_initialisation(name, kl_positions, engine) -> None:
+def test_kl_is_exactly_zero_at_initialisation(name, kl_positions, backend) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        model = adapted(ADAPTERS[name](), dtype=dtype, size=0.0, engine=engine)
+        model = adapted(ADAPTERS[name](), dtype=dtype, size=0.0, backend=backend)
         kl = model.losses(pack(CE_ROWS), pack(KL_ROWS), kl_positions).kl.total
         assert kl.item() == 0.0
         gradients = torch.autograd.grad(kl, list(model.adapter.trainable().values()))
         assert all(g.abs().max() <= 1e-4 for g in gradients)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_row_losses_do_not_depend_on_padding_or_company(name, engine) -> None:
-    model = adapted(ADAPTERS[name](), dtype=torch.float64, exact=True, engine=engine)
+def test_row_losses_do_not_depend_on_padding_or_company(name, backend) -> None:
+    model = adapted(ADAPTERS[name](), dtype=torch.float64, exact=True, backend=backend)
     rows = [*CE_ROWS, *KL_ROWS]
     together = model.row_ce(pack(rows)), model.row_kl(pack(rows), kl_positions="all")
     for order in ([4, 2, 0, 3, 1], [3], [1, 2]):
@@ -106,11 +106,11 @@ def test_the_token_that_pads_does_not_matter() -> None:
     assert torch.equal(*logits)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_row_losses_add_up_to_the_training_loss(name, engine) -> None:
+def test_row_losses_add_up_to_the_training_loss(name, backend) -> None:
     """Scale 1 is the trained loss; the probe's units are the training's."""
-    model = adapted(ADAPTERS[name](), engine=engine)
+    model = adapted(ADAPTERS[name](), backend=backend)
     for kl_positions in ("response", "all"):
         sums = model.losses(pack(CE_ROWS), pack(KL_ROWS), kl_positions)
         rows = model.row_ce(pack(CE_ROWS)), model.row_kl(pack(KL_ROWS), 1.0, kl_positions)

@@ -8,16 +8,17 @@ import torch
 from torch import nn
 
 from lightning_em.adapters import Adapter, LoRA, SteeringVector
-from lightning_em.batch import joined
+from lightning_em.batch import concat
 from lightning_em.models import ActivationStore, AdaptedModel, StoreOptions
-from lightning_em.models.engine import EngineOptions, _fill_groups
+from lightning_em.models.fast import FastOptions
+from lightning_em.models.fast.row_cache import _fill_groups
 from tests.models.architectures import LAYERS, QUIRKS, build, rows
 
 CE, KL = rows((11, 7, 9), seed=1), rows((8, 12), seed=2)
 OPTIONS = [
-    *(EngineOptions(*flags) for flags in itertools.product((True, False), repeat=4)),
-    EngineOptions(part_tokens=8),
-    EngineOptions(part_tokens=19, packed=False),
+    *(FastOptions(*flags) for flags in itertools.product((True, False), repeat=4)),
+    FastOptions(part_tokens=8),
+    FastOptions(part_tokens=19, packed=False),
 ]
 LINEAR = {"phi3": ["qkv_proj", "down_proj"], "gpt_neox": ["query_key_value", "dense_4h_to_h"]}
 ADAPTERS = {
@@ -28,9 +29,9 @@ ADAPTERS = {
 }
 
 
-def made(name="qwen2", adapter="vector", engine="auto", dtype=torch.float32, size=0.3, base=None, **options):
+def made(name="qwen2", adapter="vector", backend="auto", dtype=torch.float32, size=0.3, base=None, **options):
     base = build(name, dtype=dtype) if base is None else base
-    return moved(AdaptedModel(base, ADAPTERS[adapter](name), engine=engine, **options), size)
+    return moved(AdaptedModel(base, ADAPTERS[adapter](name), backend=backend, **options), size)
 
 
 def moved(model, size=0.3):
@@ -69,7 +70,7 @@ POSITIONS = [*((adapter, "response") for adapter in ADAPTERS), ("lora", "all")]
 def test_every_combination_equals_full_logits_in_float64(options, adapter, kl_positions):
     expected, expected_gradient, plain = full_logits("qwen2", adapter, kl_positions)
     values, gradient, sums = measured(
-        made(adapter=adapter, engine=options, dtype=torch.float64), kl_positions
+        made(adapter=adapter, backend=options, dtype=torch.float64), kl_positions
     )
     assert (values - expected).abs().max() <= 1e-10 * expected.abs().max()
     assert (gradient - expected_gradient).norm() <= 1e-10 * expected_gradient.norm()
@@ -78,8 +79,8 @@ def test_every_combination_equals_full_logits_in_float64(options, adapter, kl_po
 
 WAYS = {
     "auto": {},
-    "padded": {"engine": EngineOptions(packed=False)},
-    "logits": {"engine": EngineOptions(fused=False)},
+    "padded": {"backend": FastOptions(packed=False)},
+    "logits": {"backend": FastOptions(fused=False)},
     "store": {"store": StoreOptions()},
     "store, reference": {"store": StoreOptions(), "reference": "cached"},
 }
@@ -91,7 +92,7 @@ def test_every_architecture_equals_full_logits_in_float64(name, adapter):
     expected, expected_gradient, _ = full_logits(name, adapter)
     for way, options in WAYS.items():
         store = {"store": ActivationStore(options["store"])} if "store" in options else {}
-        model = made(name, adapter, **{"engine": "auto", "dtype": torch.float64} | options | store)
+        model = made(name, adapter, **{"backend": "auto", "dtype": torch.float64} | options | store)
         for _ in range(1 + len(store)):  # the second finds the store filled
             values, gradient, _ = measured(model)
             assert (values - expected).abs().max() <= 1e-10 * expected.abs().max(), way
@@ -104,10 +105,10 @@ def test_float32_error_of_every_architecture_is_at_most_twice_the_naive_one(name
     assert_error_is_small(name, adapter, "auto")
 
 
-def assert_error_is_small(name, adapter, engine):
+def assert_error_is_small(name, adapter, backend):
     exact, exact_gradient, _ = full_logits(name, adapter)
     naive, naive_gradient, _ = full_logits(name, adapter, dtype=torch.float32)
-    values, gradient, _ = measured(made(name, adapter, engine))
+    values, gradient, _ = measured(made(name, adapter, backend))
     floor = 1e-7  # one rounding: naive may hit the exact value by luck
     assert (values - exact).norm() <= 2 * (naive - exact).norm() + floor * exact.norm()
     assert (gradient - exact_gradient).norm() <= 2 * (
@@ -124,14 +125,14 @@ def test_float32_error_is_at_most_twice_the_naive_one(options, adapter):
 @pytest.mark.parametrize("options", [*OPTIONS, "auto", "plain"], ids=str)
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_no_adapter_means_kl_exactly_zero(adapter, options):
-    model = made(adapter=adapter, engine=options, size=0.0)
+    model = made(adapter=adapter, backend=options, size=0.0)
     assert model.losses(CE, KL).kl.total == 0
     assert (model.row_kl(KL).sums == 0).all()
 
 
-@pytest.mark.parametrize("engine", ["auto", "plain"])
-def test_row_losses_add_up_to_the_batch(engine):
-    model = made(engine=engine)
+@pytest.mark.parametrize("backend", ["auto", "plain"])
+def test_row_losses_add_up_to_the_batch(backend):
+    model = made(backend=backend)
     sums = model.losses(CE, KL, "all")
     torch.testing.assert_close(model.row_ce(CE).sums.sum().float(), sums.ce.total.detach())
     torch.testing.assert_close(
@@ -145,7 +146,7 @@ def test_a_row_does_not_see_its_neighbours(name):
     model = made(name)
     alone = torch.cat([model.row_ce(rows((length,), seed=7)).sums for length in (9,)])
     with_others = torch.cat([rows((9,), seed=7).input_ids, CE.input_ids])
-    batch = joined([rows((9,), seed=7), CE])
+    batch = concat([rows((9,), seed=7), CE])
     assert torch.equal(batch.input_ids, with_others)
     torch.testing.assert_close(model.row_ce(batch).sums[:1], alone, rtol=1e-5, atol=1e-6)
 
@@ -160,26 +161,22 @@ def points(model):
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_sweep_equals_a_loop_over_the_plain_path(adapter):
-    fast, plain = (made(adapter=adapter, engine=each, dtype=torch.float64) for each in ("auto", "plain"))
+    fast, plain = (made(adapter=adapter, backend=each, dtype=torch.float64) for each in ("auto", "plain"))
     batches = [CE, KL]
     ce, kl = fast.sweep_row_ce(batches, points(fast)), fast.sweep_row_kl(batches, points(fast), "all")
     for index, point in enumerate(points(plain)):
         with point():
             scale = plain.adapter.scale
-            for position, batch in enumerate(batches):
-                torch.testing.assert_close(
-                    ce[index][position].sums, plain.row_ce(batch, scale).sums, rtol=1e-10, atol=0
-                )
-                torch.testing.assert_close(
-                    kl[index][position].sums, plain.row_kl(batch, scale, "all").sums, rtol=1e-10, atol=0
-                )
+            for found, row_losses in ((ce, plain.row_ce), (kl, partial(plain.row_kl, kl_positions="all"))):
+                expected = torch.cat([row_losses(batch, scale=scale).sums for batch in batches])
+                torch.testing.assert_close(found[index].sums, expected, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("together", [True, False])
 def test_sweep_runs_the_lower_layers_once_a_batch_or_for_short_ones_together(together, monkeypatch):
     if not together:
         monkeypatch.setattr(
-            "lightning_em.models.adapted.JOINED_TOKENS", sum(CE.lengths) + sum(KL.lengths) - 1
+            "lightning_em.models.fast.backend.CONCAT_TOKENS", sum(CE.lengths) + sum(KL.lengths) - 1
         )
     passes = 1 if together else 2
     model = made()
@@ -194,10 +191,10 @@ def test_sweep_runs_the_lower_layers_once_a_batch_or_for_short_ones_together(tog
 
 
 @pytest.mark.parametrize(
-    ("engine", "in_step"), [("plain", False), (EngineOptions(packed=False), False), ("auto", True)]
+    ("backend", "in_step"), [("plain", False), (FastOptions(packed=False), False), ("auto", True)]
 )
-def test_sweep_joins_no_batches_that_are_padded_or_run_in_step(engine, in_step):
-    model, shapes = made(engine=engine), []
+def test_sweep_joins_no_batches_that_are_padded_or_run_in_step(backend, in_step):
+    model, shapes = made(backend=backend), []
     if in_step:
         model.compute_in_step(lambda count: count)
     model.row_ce(CE)
@@ -210,7 +207,7 @@ def test_sweep_joins_no_batches_that_are_padded_or_run_in_step(engine, in_step):
 def test_a_row_that_is_there_twice_is_computed_once(reference):
     model = made(store=ActivationStore(StoreOptions()), reference=reference)
     model.row_ce(KL)  # the adapter is checked on the first use
-    twice, runs = joined([CE.select([0]), CE.select([0])]), []
+    twice, runs = concat([CE.select([0]), CE.select([0])]), []
     model.base.model.layers[0].register_forward_hook(lambda _, __, out: runs.append(out.shape[1]))
     found = model.row_kl(twice, 1.0)
     assert runs == [11]
@@ -227,18 +224,18 @@ def test_sweep_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_ghost_batch_adds_nothing_and_stays_in_the_graph():
+def test_a_dummy_batch_adds_nothing_and_stays_in_the_graph():
     model = made()
-    sums = model.losses(CE.ghost(), KL.ghost())
+    sums = model.losses(CE.dummy(), KL.dummy())
     assert (sums.ce.total, sums.ce.count, sums.kl.total, sums.kl.count) == (0, 0, 0, 0)
     (sums.ce.total + sums.kl.total).backward()
     assert all((parameter.grad == 0).all() for parameter in model.adapter.trainable().values())
 
 
 def test_parts_are_differentiated_one_at_a_time():
-    model = made(engine=EngineOptions(part_tokens=10))
+    model = made(backend=FastOptions(part_tokens=10))
     sums = model.losses(CE, KL)
-    assert len(model._engine.parts(CE)) == 3
+    assert len(model.backend._divided(CE)) == 3
     assert sums.ce.total.grad_fn.next_functions[0][0].variable is model.adapter.vector  # nothing in between
     with torch.no_grad():
         assert not model.losses(CE, KL).ce.total.requires_grad
@@ -247,7 +244,7 @@ def test_parts_are_differentiated_one_at_a_time():
 
 
 def test_gradients_accumulate_over_micro_batches():
-    model, plain = made(), made(engine="plain")
+    model, plain = made(), made(backend="plain")
     for each in (model, plain):
         for batch in (CE, rows((6, 8), seed=5)):
             sums = each.losses(batch, KL)
@@ -277,15 +274,15 @@ def test_generate_still_works_between_fast_passes():
 def test_the_fast_path_says_where_it_cuts(caplog):
     with caplog.at_level(logging.INFO, logger="lightning_em"):
         made()
-    assert caplog.messages == ["fast path: split at layer 2 of 4"]
+    assert caplog.messages == ["fast backend: split at layer 2 of 4"]
 
 
 @pytest.mark.parametrize("kl_positions", ["response", "all"])
 @pytest.mark.parametrize(
-    "engine", ["auto", "plain", EngineOptions(immediate=False), EngineOptions(part_tokens=8)]
+    "backend", ["auto", "plain", FastOptions(immediate=False), FastOptions(part_tokens=8)]
 )
-def test_the_kl_alone_is_that_of_the_loss(engine, kl_positions):
-    model = made(engine=engine, dtype=torch.float64)
+def test_the_kl_alone_is_that_of_the_loss(backend, kl_positions):
+    model = made(backend=backend, dtype=torch.float64)
     own = list(model.adapter.trainable().values())
     both, alone = model.losses(CE, KL, kl_positions).kl, model.kl_sum(KL, kl_positions)
     assert alone.count == both.count
@@ -311,10 +308,12 @@ def test_the_kl_alone_runs_nothing_for_the_cross_entropy():
 @pytest.mark.parametrize("immediate", [True, False])
 @pytest.mark.parametrize("term", ["ce", "kl"])
 def test_second_derivatives_are_refused(term, immediate):
-    model = made(engine=EngineOptions(immediate=immediate))
+    model = made(backend=FastOptions(immediate=immediate))
     total = getattr(model.losses(CE, KL), term).total
     for loss in (total, total.square()):
-        with pytest.raises(ValueError, match=r"second derivatives \(create_graph\) set model\.engine: plain"):
+        with pytest.raises(
+            ValueError, match=r"second derivatives \(create_graph\) set model\.backend: plain"
+        ):
             torch.autograd.grad(loss, [model.adapter.vector], create_graph=True)
 
 
@@ -331,7 +330,7 @@ class InPlace(Adapter):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"store": StoreOptions()}, {"engine": EngineOptions(packed=False)}], ids=str
+    "options", [{}, {"store": StoreOptions()}, {"backend": FastOptions(packed=False)}], ids=str
 )
 def test_an_edit_in_place_is_refused_before_another_pass_reads_it(options):
     if "store" in options:
@@ -343,7 +342,7 @@ def test_an_edit_in_place_is_refused_before_another_pass_reads_it(options):
     with pytest.raises(ValueError, match=match):
         model.losses(CE, KL)
     if (
-        model._engine.options.packed
+        model.backend.hidden.packed
     ):  # padded, each pass has its own copy, which does not count in inference mode
         with torch.inference_mode(), pytest.raises(ValueError, match=match):
             model.row_ce(CE)
@@ -355,13 +354,13 @@ def test_an_edit_in_place_is_refused_before_another_pass_reads_it(options):
 def test_a_store_may_be_filled_by_all_missing_rows_at_once(adapter, reference, monkeypatch):
     """As on a GPU, where single rows leave the device idle."""
     monkeypatch.setattr(
-        "lightning_em.models.engine._fill_groups", lambda missing, device: [missing] * bool(missing)
+        "lightning_em.models.fast.row_cache._fill_groups", lambda missing, device: [missing] * bool(missing)
     )
     model = made(
         adapter=adapter, dtype=torch.float64, store=ActivationStore(StoreOptions()), reference=reference
     )
     model.losses(
-        joined([CE.select([1]), rows((5,), seed=8)]), KL.select([1])
+        concat([CE.select([1]), rows((5,), seed=8)]), KL.select([1])
     )  # one row of each stream is there
     runs = []
     model.base.model.layers[0].register_forward_hook(lambda _, __, out: runs.append(out.shape[1]))

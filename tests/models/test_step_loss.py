@@ -6,7 +6,7 @@ import torch
 from lightning_em.adapters import SteeringVector
 from lightning_em.losses import LossWeights
 from lightning_em.models import ActivationStore, AdaptedModel, StoreOptions
-from lightning_em.models.engine import EngineOptions
+from lightning_em.models.fast import FastOptions
 from tests.models.architectures import QUIRKS, build, rows
 from tests.models.test_engine import CE, KL, OPTIONS, POSITIONS, full_logits, made
 
@@ -34,7 +34,7 @@ def assert_same(model, expected, expected_gradient, sums, kl_positions="response
 @pytest.mark.parametrize(("adapter", "kl_positions"), POSITIONS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_combination_equals_full_logits_in_float64(options, adapter, kl_positions):
-    model = made(adapter=adapter, engine=options, dtype=torch.float64)
+    model = made(adapter=adapter, backend=options, dtype=torch.float64)
     assert_same(model, *full_logits("qwen2", adapter, kl_positions), kl_positions)
 
 
@@ -51,7 +51,7 @@ def test_every_architecture_with_and_without_a_store(name, reference):
 @pytest.mark.parametrize("gpu", [True, False])
 def test_which_streams_share_a_tuned_pass(gpu, reference, monkeypatch):
     """A live reference has the tuned pass's shape, or their rounding would differ and KL 0 not be 0."""
-    monkeypatch.setattr("lightning_em.models.adapted._waits_for_launches", lambda batch: gpu)
+    monkeypatch.setattr("lightning_em.models.fast.backend._waits_for_launches", lambda batch: gpu)
     store = ActivationStore(StoreOptions())
     model, shapes = made(dtype=torch.float64, store=store, reference=reference), []
     model.losses(CE, KL)  # the store is filled
@@ -63,7 +63,7 @@ def test_which_streams_share_a_tuned_pass(gpu, reference, monkeypatch):
     together = [] if reference == "cached" else [(ce + kl, False)]
     apart = [(ce, True), (kl, False), (kl, True)]
     assert shapes == ([*together, (ce + kl, True)] if gpu or reference == "cached" else apart)
-    monkeypatch.setattr("lightning_em.models.adapted.JOINED_TOKENS", ce + kl - 1)
+    monkeypatch.setattr("lightning_em.models.fast.backend.CONCAT_TOKENS", ce + kl - 1)
     shapes.clear()
     assert_same(model, *full_logits())
     assert sorted(size for size, tracked in shapes if tracked) == sorted([ce, kl]), "long streams take two"
@@ -81,7 +81,7 @@ def test_without_an_adapter_the_kl_is_exactly_zero_in_a_wide_model_too(dtype):
 
 def test_a_stream_without_rows_and_one_without_kl():
     model = made(dtype=torch.float64)
-    values, _, loss = stepped(model, ce=CE.ghost())
+    values, _, loss = stepped(model, ce=CE.dummy())
     assert (loss.ce.count, values[0]) == (0, 0)
     alone = model.step_loss(CE, None, WEIGHTS)
     assert alone.kl is None
@@ -98,7 +98,7 @@ def test_ranks_that_share_the_base_take_as_many_passes_as_each_other():
 
 
 def test_nothing_is_differentiated_without_gradients():
-    model = made(engine=EngineOptions())
+    model = made(backend=FastOptions())
     with torch.no_grad():
         loss = model.step_loss(CE, KL, WEIGHTS)
     assert not loss.total.requires_grad

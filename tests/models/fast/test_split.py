@@ -3,7 +3,9 @@ import torch
 from torch import nn
 
 from lightning_em.adapters import Adapter, LoRA, SteeringVector, decoder_layers
-from lightning_em.models.split import FAST_ARCHITECTURES, SplitDecoder, frozen_head
+from lightning_em.models.fast.fused_head import frozen_head
+from lightning_em.models.fast.split import SplitDecoder
+from lightning_em.models.selection import FAST_ARCHITECTURES
 from tests.models.architectures import LAYERS, QUIRKS, build, rows
 
 LINEAR = {"phi3": ["qkv_proj", "down_proj"], "gpt_neox": ["query_key_value", "dense_4h_to_h"]}

@@ -1,4 +1,4 @@
-"""A store for hidden states of the frozen base, which are the same in every epoch, seed and sweep."""
+"""A store for hidden states of the base, which are the same in every epoch, seed and sweep."""
 
 import logging
 import os
@@ -19,22 +19,22 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 _GIB = 2**30
-_UNFINISHED_FOR_GOOD = 3600.0  # seconds after which whoever was writing a file has died
+_ABANDONED_SECONDS = 3600.0  # the age at which the process that was writing a file must have died
 _UNFINISHED = re.compile(r"\.[0-9a-f]{40}\.")
-_SPACE = "?" * 32  # subfolders are named by fingerprints
+_MODEL_FOLDER = "?" * 32  # subfolders are named by model keys
 
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """Where hidden states of the frozen base are kept, and how many.
+    """Where hidden states of the base are kept, and how many.
 
-    They pay from the second use on: over several epochs, and in sweeps over seeds and weights at one layer that
+    They save time from the second use on: over several epochs, and in sweeps over seeds and weights at one layer that
     share a folder. On a CPU they are computed row by row, a little slower than whole batches, so that a run's
     numbers are the same to the bit whatever the store holds; on a GPU only with `trainer.deterministic`.
 
     Attributes:
-        folder: Where runs on the same base and data find each other's states, in a subfolder for each base and
-            way to compute; none are written if not given.
+        folder: Folder that runs on the same base and data share, with a subfolder for each base and way to
+            compute; nothing is written if not given.
         disk_gib: Limit on all files in the folder, in GiB.
         ram_gib: Limit on each process's states in RAM, in GiB.
         device_gib: Limit on each process's states on its GPU, in GiB.
@@ -60,14 +60,14 @@ class StoreOptions:
 class ActivationStore:
     """Tensors by key in up to three tiers: the GPU, RAM, and a folder of memory-mapped files.
 
-    It fills as it is used and stops at its limits; nothing is thrown out, because epochs go round and
-    what was dropped would be the next to be asked for. Several processes may share the folder: files are
-    complete when they appear, and a damaged one is found by its checksum, removed and written anew. The
-    checksum is computed at the first read, and again when the file's time, size or inode has changed since:
-    who writes into a file is caught at the next read, though not by the step that has it mapped just then.
+    It fills as it is used and stops at its limits. Nothing is evicted: an epoch visits every row once, so that a
+    row that was just evicted would be needed before any that was kept. Several processes may share the folder: files
+    are complete when they appear, and a damaged one is detected by its checksum, removed and written again. The
+    checksum is verified at the first read, and again once the file's time, size or inode has changed: later writes
+    are detected at the next read, not by a reader that already mapped the file.
 
     Args:
-        options: Where, and how much.
+        options: Folder and limits.
     """
 
     def __init__(self, options: StoreOptions = StoreOptions()) -> None:
@@ -80,12 +80,12 @@ class ActivationStore:
         self.used = {"device": 0, "ram": 0, "disk": 0}
         self._tensors: dict[str, dict[str, Tensor]] = {"device": {}, "ram": {}}
         self._verified: dict[str, tuple[int, ...]] = {}
-        self._spaces: set[str] = set()
+        self._models: set[str] = set()
         self._since_scan: int | None = None
         self._full: set[str] = set()
 
     def get(self, key: str, device: torch.device) -> Tensor | None:
-        """The tensor on `device`, or None if it is not there, or not whole."""
+        """The tensor on `device`, or None if it is missing or damaged."""
         for tensors in self._tensors.values():
             if key in tensors:
                 return tensors[key].to(device, non_blocking=True)
@@ -109,11 +109,11 @@ class ActivationStore:
             self.limits["disk"] = 0
 
     def announce(self, num_bytes: int, what: str) -> None:
-        """Say how much room something will take before it is filled, and whether one tier can hold all of it.
+        """Log how much room something will take before it is filled, and whether one tier can hold all of it.
 
         Args:
-            num_bytes: Bytes it will take.
-            what: What it is, for the message.
+            num_bytes: Bytes that it will take.
+            what: Name for the message.
         """
         limit = max(self.limits.values())
         logger.info(
@@ -125,11 +125,12 @@ class ActivationStore:
         )
 
     def _keep(self, key: str, value: Tensor, device: torch.device) -> None:
+        # each tensor is in one tier of memory: the GPU while there is room, then RAM
         tier = "device" if device.type != "cpu" and self._has_room("device", value.nbytes) else "ram"
         if key in self._tensors[tier] or not self._has_room(tier, value.nbytes):
             return
-        # A copy: a view would keep alive, and a memory map would read again, more than this entry. Outside
-        # inference mode: what validation stores, training differentiates through.
+        # A copy: a view would keep a whole batch alive, and a memory map would read the file again. Outside inference
+        # mode: training differentiates through what validation has stored, and autograd refuses inference tensors.
         with torch.inference_mode(False):
             self._tensors[tier][key] = value.to(device if tier == "device" else "cpu", copy=True)
         self.used[tier] += value.nbytes
@@ -148,7 +149,10 @@ class ActivationStore:
 
     def _warn_of_full_folder(self) -> None:
         assert self.folder is not None
-        others = sorted(path.name for path in self.folder.glob(_SPACE) if path.name not in self._spaces)
+        # subfolders that this process has not used: other models, or other ways to compute
+        others = sorted(
+            path.name for path in self.folder.glob(_MODEL_FOLDER) if path.name not in self._models
+        )
         logger.warning(
             "activation store: nothing more is written to %s, and what is not there is computed each time. Raise "
             "model.store.disk_gib%s.",
@@ -159,21 +163,21 @@ class ActivationStore:
         )
 
     def _count_files(self, num_bytes: int) -> None:
-        """Look at the folder now and then: other processes write into it too."""
+        """List the folder again after every 1/64 of the limit: other processes write into it too."""
         if self._since_scan is None or self._since_scan > self.limits["disk"] // 64:
             assert self.folder is not None
-            files = list(self.folder.glob(f"{_SPACE}/??/*"))
+            files = list(self.folder.glob(f"{_MODEL_FOLDER}/??/*"))
             _remove_abandoned(files)
             self.used["disk"] = sum(_size(path) for path in files)
             self._since_scan = 0
         self._since_scan += num_bytes
 
     def _path(self, key: str) -> Path:
-        """`<fingerprint>/<row>` lies in the subfolder of its fingerprint."""
+        """File of the key `<model>/<row>`; two levels, as a folder with a million files is slow to list."""
         assert self.folder is not None
-        space, _, row = key.partition("/")
-        self._spaces.add(space)
-        return self.folder / space / row[:2] / f"{row}.safetensors"
+        model, _, row = key.partition("/")
+        self._models.add(model)
+        return self.folder / model / row[:2] / f"{row}.safetensors"
 
     def _write(self, key: str, value: Tensor) -> None:
         path = self._path(key)
@@ -181,6 +185,8 @@ class ActivationStore:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         data = value.cpu().contiguous()
+        # A hidden sibling, renamed when complete: rename is atomic within one file system, so that a reader sees either
+        # no file or all of it. Host and process in the name: two ranks may write the same row.
         unfinished = path.with_name(f".{path.stem}.{platform.node()}.{os.getpid()}")
         try:
             save_file({"states": data}, unfinished, metadata={"crc32": str(_checksum(data))})
@@ -194,13 +200,16 @@ class ActivationStore:
             return None
         path = self._path(key)
         try:
+            # taken before the content is read, so that a write in between is seen at the next read
             status = path.stat()
             mark = (status.st_mtime_ns, status.st_size, status.st_ino)
             with safe_open(path, framework="pt") as file:  # maps the file; pages are read when touched
                 value: Tensor = file.get_tensor("states")
                 seen = self._verified.get(key) == mark
                 whole = seen or (file.metadata() or {}).get("crc32") == str(_checksum(value))
-        except OSError:  # not there, or not to be had just now: no reason to remove it
+        except (
+            OSError
+        ):  # missing or temporarily unreadable, as with too many open files: no reason to remove it
             return None
         except SafetensorError:
             whole = False
@@ -221,10 +230,10 @@ def _size(path: Path) -> int:
 
 
 def _remove_abandoned(files: Iterable[Path]) -> None:
-    """Remove what a killed process has left half written."""
+    """Remove the unfinished files of killed processes."""
     for path in files:
         with suppress(OSError):
-            if _UNFINISHED.match(path.name) and time.time() - path.stat().st_mtime > _UNFINISHED_FOR_GOOD:
+            if _UNFINISHED.match(path.name) and time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
                 path.unlink()
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lightning_em.losses import token_cross_entropy, token_kl
-from lightning_em.losses.frozen_head import FrozenHead, head_cross_entropy, head_kl
+from lightning_em.models.fast.fused_head import FrozenHead, head_cross_entropy, head_kl
 
 VOCAB, HIDDEN, TOKENS = 301, 24, 37
 

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_em.adapters import LoRA, SteeringVector
 from lightning_em.models import AdaptedModel
-from lightning_em.models.fingerprint import _BLOCK_BYTES, _block_sums, fingerprint, row_key
+from lightning_em.models.fast.cache_key import _BLOCK_BYTES, _block_sums, model_key, row_key
 from tests.models.architectures import build
 
 ADAPTERS = {
@@ -23,7 +23,7 @@ def made(adapter="vector", name="qwen2", **settings):
 
 
 def name_of(model, layout="packed"):
-    return fingerprint(model.base, model.adapter.trainable().values(), layout)
+    return model_key(model.base, model.adapter.trainable().values(), layout)
 
 
 def test_the_key_knows_what_changes_the_states():
@@ -122,7 +122,7 @@ def test_the_key_knows_what_the_process_computes_with(monkeypatch):
     finally:
         torch._C._set_mkldnn_enabled(True)
     assert name_of(model) == names[0]
-    monkeypatch.setattr("lightning_em.models.fingerprint.STORE_FORMAT", -1)
+    monkeypatch.setattr("lightning_em.models.fast.cache_key.STORE_FORMAT", -1)
     names.append(name_of(model))
     assert len(set(names)) == len(names)
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_em.adapters import LoRA, SteeringVector
-from lightning_em.batch import joined, single_rows
+from lightning_em.batch import concat, single_rows
 from lightning_em.models import AdaptedModel
-from lightning_em.models.engine import EngineOptions
-from lightning_em.models.store import ActivationStore, StoreOptions
+from lightning_em.models.fast import FastOptions
+from lightning_em.models.fast.store import ActivationStore, StoreOptions
 from tests.models.architectures import build, rows
 
 CE, KL = rows((11, 7, 9), seed=1), rows((8, 12), seed=2)
@@ -24,9 +24,9 @@ ADAPTERS = {
     "lora_everywhere": lambda: LoRA(2, 4.0, ["q_proj"]),
 }
 OPTIONS = [
-    *(EngineOptions(*flags) for flags in product((True, False), repeat=3)),
-    EngineOptions(immediate=False),
-    EngineOptions(part_tokens=8),
+    *(FastOptions(*flags) for flags in product((True, False), repeat=3)),
+    FastOptions(immediate=False),
+    FastOptions(part_tokens=8),
 ]
 
 
@@ -91,7 +91,7 @@ def test_one_step_runs_the_lower_layers_once_and_on_a_hit_not_at_all():
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_numbers_do_not_depend_on_what_the_store_holds(adapter, reference):
     row = single_rows(CE)
-    first, second = joined([row[0], row[1]]), joined([row[2], row[0]])
+    first, second = concat([row[0], row[1]]), concat([row[2], row[0]])
     uninterrupted = made(adapter, store=stored(), reference=reference)
     measured(uninterrupted, first)
     resumed = made(adapter, store=stored(), reference=reference)
@@ -101,7 +101,7 @@ def test_numbers_do_not_depend_on_what_the_store_holds(adapter, reference):
 @functools.cache
 def full_logits(adapter, dtype=torch.float64, kl_positions="response"):
     """What `measured` finds on the plain path, computed once for all tests that compare with it."""
-    return measured(made(adapter, dtype, engine="plain"), kl_positions=kl_positions)
+    return measured(made(adapter, dtype, backend="plain"), kl_positions=kl_positions)
 
 
 @pytest.mark.parametrize("reference", ["live", "cached"])
@@ -112,7 +112,7 @@ def full_logits(adapter, dtype=torch.float64, kl_positions="response"):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_combination_equals_full_logits_in_float64(options, adapter, reference, kl_positions):
     exact = full_logits(adapter, kl_positions=kl_positions)
-    model = made(adapter, torch.float64, engine=options, store=stored(), reference=reference)
+    model = made(adapter, torch.float64, backend=options, store=stored(), reference=reference)
     for _ in range(2):
         got = measured(model, kl_positions=kl_positions)
         assert (got[:2] - exact[:2]).abs().max() <= 1e-10 * exact[:2].abs().max()
@@ -200,7 +200,7 @@ def test_a_file_that_cannot_be_opened_is_left_alone(tmp_path, monkeypatch):
     def no_more_files(*_, **__):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr("lightning_em.models.store.safe_open", no_more_files)
+    monkeypatch.setattr("lightning_em.models.fast.store.safe_open", no_more_files)
     assert torch.equal(measured(made(store=stored(tmp_path))), expected)
     assert sorted(tmp_path.glob("*/??/*")) == files
 
@@ -342,10 +342,10 @@ def test_the_size_is_said_before_it_is_filled(caplog):
     with caplog.at_level(logging.INFO, logger="lightning_em"):
         assert model.announce_store(2**20, 2**19) == (2**20 + 2**19) * 32 * 4
     assert "hidden states of 1572864 tokens will take 0.19 GiB" in caplog.text
-    assert model._engine.store.used["ram"] == 0
+    assert model.backend.hidden.cache.store.used["ram"] == 0
     assert "computed each time" not in caplog.text
     with caplog.at_level(logging.INFO, logger="lightning_em"):
-        model._engine.store.announce(2**40, "everything")
+        model.backend.hidden.cache.store.announce(2**40, "everything")
     assert "everything will take 1024.00 GiB; the largest tier holds 1.00 GiB: the rest is" in caplog.text
 
 
@@ -373,8 +373,7 @@ def test_a_sweep_uses_the_store():
     points = [functools.partial(model.adapter.at_scale, scale) for scale in (0.0, 1.0)]
     first = model.sweep_row_kl([CE, KL], points)
     second = model.sweep_row_kl([CE, KL], points)
-    for one, two in zip(first, second, strict=True):
-        assert all(torch.equal(a.sums, b.sums) for a, b in zip(one, two, strict=True))
+    assert all(torch.equal(one.sums, two.sums) for one, two in zip(first, second, strict=True))
 
 
 def test_a_full_store_does_not_hide_an_adapter_that_lies_too_low(tmp_path):
@@ -395,8 +394,8 @@ def test_nothing_to_store_is_said_once(caplog):
     ]
     assert model.announce_store(100) == 0
     with caplog.at_level(logging.INFO, logger="lightning_em"):
-        made(engine="plain", store=stored())
-    assert "the plain path does not use the activation store" in caplog.text
+        made(backend="plain", store=stored())
+    assert "the plain backend does not use the activation store" in caplog.text
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

@@ -1,4 +1,9 @@
-"""Attention over rows laid end to end: each token sees its own row only, and no token is padding."""
+"""Attention over rows laid end to end: each token sees its own row only, and no token is padding.
+
+transformers looks its attention function up by name in `ALL_ATTENTION_FUNCTIONS` (5.23), and passes the keyword
+arguments of the model's forward on to it. So a function under a name of our own gets the row lengths without a change
+to any model. For a name it does not know, transformers builds no mask: `attend` makes what it needs.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +24,12 @@ PACKED = "lightning_em_packed"
 
 @dataclass(frozen=True)
 class Packing:
-    """How the rows of one forward pass lie, as every attention module of it is told.
+    """Layout of the rows in one forward pass, passed to each of its attention modules.
 
     Attributes:
         lengths: Tokens of each row.
         cu_seqlens: Where each row starts, for the varlen kernel.
-        attended: The modules, by `id`, that have asked for packed attention in this pass.
+        attended: Modules, by `id`, that have called packed attention in this pass.
     """
 
     lengths: tuple[int, ...]
@@ -33,7 +38,7 @@ class Packing:
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
     def mask(self, length: int, window: int | None) -> Tensor:
-        """True where a token of a row sees another; made once for all layers, and dropped with the pass."""
+        """True where a token of a row sees another; made once for all layers and freed with the pass."""
         if (length, window) not in self._masks:
             seen = torch.ones(length, length, dtype=torch.bool, device=self.cu_seqlens.device).tril()
             self._masks[length, window] = seen if window is None else seen.triu(1 - window)
@@ -41,9 +46,10 @@ class Packing:
 
 
 def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
-    """Keyword arguments of a language model inside `packed_attention`: one row that holds them all."""
+    """Keyword arguments of a language model inside `packed_attention`: one row that holds all of them."""
     return {
         "input_ids": batch.input_ids[None],
+        # start again at 0 in each row: the rotary embedding of a row must not depend on those before it
         "position_ids": batch.positions[None],
         "packing": Packing(batch.lengths, batch.cu_seqlens),
     }
@@ -51,7 +57,9 @@ def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
 
 @contextmanager
 def packed_attention(base: PreTrainedModel) -> Iterator[None]:
-    """Let the model use packed attention inside the block; its own choice returns afterwards."""
+    """Let the model use packed attention inside the block and restore its own choice afterwards."""
+    # Every attention module reads this private attribute at each call (transformers 5.23); the public setter is meant
+    # for a lasting choice, and looks through all submodels each time.
     config = base.config
     before = config._attn_implementation
     config._attn_implementation = PACKED
@@ -81,15 +89,15 @@ def attend(
         query: `[1 heads tokens head_dim]`.
         key: `[1 key_heads tokens head_dim]`.
         value: As `key`.
-        attention_mask: None; rows are told apart by `packing`.
-        scaling: Factor on the scores; one over the root of head_dim if not given.
+        attention_mask: None; `packing` separates the rows.
+        scaling: Factor on the scores; 1 / sqrt(head_dim) if not given.
         dropout: 0; the base is in eval mode.
-        sliding_window: How many tokens back a token sees, itself included; all if not given.
+        sliding_window: How many tokens a token sees, itself included; all before it if not given.
         softcap: Bound on the scores, soft_cap * tanh(score / soft_cap).
-        packing: The rows, from `packed_inputs`.
+        packing: Layout of the rows, from `packed_inputs`.
 
     Returns:
-        `[1 tokens heads head_dim]` and no weights.
+        `[1 tokens heads head_dim]`, and None instead of attention weights.
     """
     assert attention_mask is None
     assert packing is not None, "packed attention needs packed_inputs"
@@ -98,8 +106,8 @@ def attend(
     packing.attended.add(id(module))
     if _varlen_applies(query.device, query.dtype, softcap):
         return _varlen(query, key, value, scaling, sliding_window, packing), None
-    # Neighbours of one length share a call: rows can be short. Split, not sliced: the gradient of a slice is as
-    # large as the whole.
+    # Without the varlen kernel each row is a call of its own. Adjacent rows of one length share one, as a batch: rows
+    # can be short, and a call has a fixed cost. Split, not sliced: the gradient of a slice is as large as the whole.
     runs = [(length, len(list(alike))) for length, alike in groupby(packing.lengths)]
     parts = (torch.split(t, [length * count for length, count in runs], dim=2) for t in (query, key, value))
     outputs = []
@@ -119,6 +127,7 @@ def _stacked(states: Tensor, count: int) -> Tensor:
 
 
 def _varlen_applies(device: torch.device, dtype: torch.dtype, softcap: float | None) -> bool:
+    # it has no soft cap, and float32 and float64 models keep their precision
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or softcap is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)  # flash attention's kernels begin at Ampere
@@ -132,6 +141,7 @@ def _varlen(
     sliding_window: int | None,
     packing: Packing,
 ) -> Tensor:
+    # imported here: needed on a GPU only
     from torch.nn.attention.varlen import varlen_attn
 
     longest = max(packing.lengths)
@@ -144,6 +154,7 @@ def _varlen(
         longest,
         longest,
         scale=scaling,
+        # tokens to the left and to the right; -1 is no limit, and 0 to the right makes it causal
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
@@ -162,6 +173,7 @@ def _rows(
 ) -> Tensor:
     length, grouped = query.shape[2], query.shape[1] != key.shape[1]
     mask = None
+    # No mask where `is_causal` says it all: SDPA has faster kernels without one.
     if softcap is not None or (sliding_window is not None and length > sliding_window):
         mask = packing.mask(length, sliding_window)
     if mask is None or softcap is None:
@@ -172,7 +184,8 @@ def _rows(
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
     scores = (query @ key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = ((scores / softcap).tanh() * softcap).masked_fill(~mask, float("-inf"))
-    # float32 as in transformers' own, also for a float64 model
+    # SDPA has no soft cap, so this is transformers' eager attention of Gemma2, with its float32 softmax also for a
+    # float64 model.
     return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
 
 

@@ -1,4 +1,4 @@
-"""Models that the fast path, or packed rows, would get wrong: each gives the plain path's numbers, and one line."""
+"""Models that the fast backend, or packed rows, would get wrong: each gives the plain numbers, and one line."""
 
 import logging
 import types
@@ -11,9 +11,10 @@ from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lightning_em.adapters import SteeringVector
-from lightning_em.batch import joined, single_rows
+from lightning_em.batch import concat, single_rows
 from lightning_em.models import ActivationStore, AdaptedModel, StoreOptions
-from lightning_em.models.engine import EngineOptions
+from lightning_em.models.fast import FastBackend, FastOptions
+from lightning_em.models.plain import PlainBackend
 from tests.models.architectures import LAYERS, build, rows
 from tests.models.test_engine import ADAPTERS, CE, KL, made, measured, moved
 
@@ -30,7 +31,7 @@ def test_an_unlisted_architecture_falls_back_with_one_line(caplog):
     with caplog.at_level(logging.INFO, logger="lightning_em"):
         model = AdaptedModel(OPTForCausalLM(config), SteeringVector(1, alpha=1.0))
     (line,) = caplog.messages
-    assert "plain path" in line
+    assert "plain backend" in line
     assert "model type opt is not on the verified list" in line
     assert model.losses(CE, KL).kl.total == 0
 
@@ -38,7 +39,7 @@ def test_an_unlisted_architecture_falls_back_with_one_line(caplog):
 def test_a_head_with_hooks_falls_back():
     base = build("qwen2")
     base.lm_head.register_forward_hook(lambda *_: None)
-    assert AdaptedModel(base, SteeringVector(1))._engine is None
+    assert isinstance(AdaptedModel(base, SteeringVector(1)).backend, PlainBackend)
 
 
 ROTARY = {
@@ -66,25 +67,24 @@ ROTARY = {
 }
 
 
-@pytest.mark.parametrize(
-    "engine", ["auto", EngineOptions(packed=False), EngineOptions(part_tokens=8)], ids=str
-)
+@pytest.mark.parametrize("backend", ["auto", FastOptions(packed=False), FastOptions(part_tokens=8)], ids=str)
 @pytest.mark.parametrize("kind", ROTARY)
-def test_rotary_embeddings_that_depend_on_the_longest_row_take_the_plain_path(kind, engine, caplog):
+def test_rotary_embeddings_that_depend_on_the_longest_row_take_the_plain_path(kind, backend, caplog):
     name, fields = ROTARY[kind]
     short, long = rows((6, 5), seed=1), rows((12, 9), seed=2)  # either side of 8, and a batch across it
-    for ce, kl in ((short, long), (long, short), (joined([short, long]), short)):
+    for ce, kl in ((short, long), (long, short), (concat([short, long]), short)):
         found = []
-        for each in ("plain", engine):
+        for each in ("plain", backend):
             caplog.clear()
             with caplog.at_level(logging.WARNING, logger="lightning_em"):
-                model = moved(AdaptedModel(build(name, **fields), ADAPTERS["vector"](name), engine=each))
+                model = moved(AdaptedModel(build(name, **fields), ADAPTERS["vector"](name), backend=each))
             sums = model.losses(ce, kl)
             (gradient,) = torch.autograd.grad(sums.ce.total + sums.kl.total, [model.adapter.vector])
             found.append((sums.ce.total, sums.kl.total, gradient))
         (line,) = caplog.messages
         assert (
-            f"plain path (several times slower): its rotary embedding ({kind}) depends on the longest" in line
+            f"plain backend (several times slower): its rotary embedding ({kind}) depends on the longest"
+            in line
         )
         assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
     alone = torch.cat([made(base=build(name, **fields)).row_ce(row).sums for row in single_rows(ce)])
@@ -94,7 +94,7 @@ def test_rotary_embeddings_that_depend_on_the_longest_row_take_the_plain_path(ki
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma3", "phi3", "granite"])
 def test_ordinary_rotary_embeddings_take_the_fast_one(name):
-    assert made(name)._engine is not None
+    assert isinstance(made(name).backend, FastBackend)
 
 
 class OwnLlama(LlamaForCausalLM):
@@ -106,10 +106,10 @@ def test_code_from_elsewhere_takes_the_plain_path(caplog):
         model = made(base=OwnLlama(build("llama").config))
     (line,) = caplog.messages
     assert (
-        f"plain path (several times slower): the model's code is not that of transformers but of {__name__}"
+        f"plain backend (several times slower): the model's code is not that of transformers but of {__name__}"
         in line
     )
-    assert model._engine is None
+    assert isinstance(model.backend, PlainBackend)
 
 
 def own_attention(self, hidden_states, position_embeddings, attention_mask=None, **_):
@@ -137,7 +137,7 @@ def with_own_attention(layers):
 @pytest.mark.parametrize("options", [{}, {"store": StoreOptions(), "reference": "cached"}], ids=str)
 @pytest.mark.parametrize("layers", [[0], [3], [0, 1, 2, 3]], ids=str)
 def test_attention_that_looks_across_rows_gets_padded_ones(layers, options, caplog):
-    expected, expected_gradient, _ = measured(made(base=with_own_attention(layers), engine="plain"))
+    expected, expected_gradient, _ = measured(made(base=with_own_attention(layers), backend="plain"))
     if options:
         options = options | {"store": ActivationStore(options["store"])}
     with caplog.at_level(logging.WARNING, logger="lightning_em"):
@@ -148,7 +148,7 @@ def test_attention_that_looks_across_rows_gets_padded_ones(layers, options, capl
             assert (gradient - expected_gradient).norm() <= 1e-10 * expected_gradient.norm()
     (line,) = caplog.messages
     assert line.startswith(f"padded rows instead of packed ones (slower): {len(layers)} of 4 layers compute")
-    assert model._engine.options == EngineOptions(packed=False)
+    assert not model.backend.hidden.packed
 
 
 def test_the_first_sweep_joins_no_batches_that_turn_out_to_be_padded():
@@ -165,16 +165,16 @@ def test_eager_attention_asked_for_is_kept(caplog):
         model = made(base=base)
     assert caplog.messages == [
         "padded rows instead of packed ones (slower): the model's attention is set to eager",
-        "fast path: split at layer 2 of 4",
+        "fast backend: split at layer 2 of 4",
     ]
     for layer in base.model.layers:
         layer.self_attn.register_forward_hook(lambda _, __, out: calls.append(out[1]))
     values, gradient, _ = measured(model)
     assert all(weights is not None for weights in calls)  # sdpa gives none
-    expected, expected_gradient, _ = measured(made("llama", engine="plain"))
+    expected, expected_gradient, _ = measured(made("llama", backend="plain"))
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=0)
     assert (gradient - expected_gradient).norm() <= 1e-4 * expected_gradient.norm()
     caplog.clear()
     made("gemma2")  # whose own it is
-    made(base=build("llama", attn_implementation="eager"), engine=EngineOptions(packed=False))
+    made(base=build("llama", attn_implementation="eager"), backend=FastOptions(packed=False))
     assert caplog.messages == []

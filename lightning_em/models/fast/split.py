@@ -1,8 +1,8 @@
-"""The frozen base cut in two at the adapter: below it nothing is differentiated, nor computed twice.
+"""The base cut in two at the adapter: below it nothing is differentiated, and nothing is computed twice.
 
-Both halves are the decoder's own forward pass, entered through the language model. The blocks of the other
-half are swapped for stubs that hand the hidden states on, so masks, rotary embeddings, layer types and
-scalings stay the model's own business.
+Both halves are the decoder's own forward pass, called through the language model. The blocks of the other half are
+replaced by stubs that return their input, so masks, rotary embeddings, layer types and scalings remain the model's
+own code, and this works for every architecture whose decoder is a list of blocks and a final norm.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -14,23 +14,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_em.adapters import Adapter, decoder_layers, final_norm
-from lightning_em.losses.frozen_head import FrozenHead
-
-FAST_ARCHITECTURES = (
-    *("qwen2", "qwen3", "llama", "mistral", "gemma2", "gemma3_text"),
-    *("phi3", "olmo2", "granite", "smollm3", "gpt_neox"),
-)
-"""Model types whose halves are tested to equal the whole to the bit, and packed rows to equal padded ones."""
 
 
 class _Stub(nn.Module):
-    """Stands in for a decoder block: hands its input on, or `hidden` if it was given one."""
+    """Replaces a decoder block: returns its input, or `hidden` if there is one."""
 
     block: nn.Module
 
     def __init__(self, block: nn.Module, hidden: Tensor | None = None) -> None:
         super().__init__()
-        object.__setattr__(self, "block", block)  # not a submodule: hooks and parameters stay out of sight
+        # Not a submodule: nn.Module would register it, and its hooks and parameters would be in the model twice.
+        object.__setattr__(self, "block", block)
         self.hidden = hidden
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -40,7 +34,8 @@ class _Stub(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.block, name)  # some decoders read `layer.layer_type`
+            # transformers 5.23 decoders read attributes of their blocks, such as `layer.layer_type` for the mask
+            return getattr(self.block, name)
 
 
 class SplitDecoder:
@@ -48,10 +43,10 @@ class SplitDecoder:
 
     Args:
         base: The model with the adapter attached.
-        adapter: Its `lowest_layer` is the cut; 0 leaves nothing below it.
+        adapter: Its `lowest_layer` is the cut; at 0 no layer lies below it.
 
     Attributes:
-        adapter_is_above: Whether it is known that the adapter changes nothing below the cut; `prefix` looks.
+        adapter_is_above: Whether the adapter is known to change nothing below the cut; `prefix` checks it once.
     """
 
     def __init__(self, base: PreTrainedModel, adapter: Adapter) -> None:
@@ -88,7 +83,7 @@ class SplitDecoder:
         Args:
             inputs: Keyword arguments of the language model.
             keep: Indices into the flattened `[batch * seq]` positions; all of them if not given.
-            below: What `prefix` gave for these inputs; None runs the whole decoder.
+            below: What `prefix` returned for these inputs; None runs the whole decoder.
 
         Returns:
             `[len(keep) hidden]`.
@@ -98,10 +93,12 @@ class SplitDecoder:
         """
         caught: list[Tensor] = []
         if below is not None:
-            # or torch's own word on a view that is written to would come first, and name no adapter
+            # Parts get views that torch.split made. A write into one of those makes torch raise an error of its own
+            # that does not name the adapter; after detach the version counter below sees it instead.
             below = below.detach()
         before = _version(below)
 
+        # The final norm acts on each position alone, so positions that do not count are dropped before it.
         def select(hidden: Tensor) -> Tensor:
             flat = hidden.flatten(0, 1)
             return (flat if keep is None else flat[keep])[None]
@@ -109,7 +106,8 @@ class SplitDecoder:
         def catch(_: nn.Module, __: Any, output: Tensor) -> None:
             caught.append(output)
 
-        # after the adapter's own hook on the norm
+        # Registered now, so after the adapter's own hook on the norm, which must see every position: a vector on the
+        # stream that leaves the last layer edits the input of the norm.
         with self.handed_in(below), _before(self.norm, select), _after(self.norm, catch):
             self._call(inputs)
         if _version(below) != before:
@@ -122,7 +120,7 @@ class SplitDecoder:
 
     @contextmanager
     def handed_in(self, below: Tensor | None) -> Iterator[None]:
-        """Swap the blocks below the cut for stubs, the last of which hands in `below`."""
+        """Replace the blocks below the cut by stubs, the last of which returns `below`."""
         if below is None:
             yield
             return
@@ -134,16 +132,19 @@ class SplitDecoder:
 
         def catch(hidden: Tensor) -> Tensor:
             caught.append(hidden)
+            # no position is left for the norm and the head
             return hidden[:, :0]
 
-        # before the adapter's own hook on the norm: there the cut may be
+        # First, before the adapter's own hook on the norm: the cut may be between the last layer and the norm.
         with self._stubs(range(self.cut, len(self.layers))), _before(self.norm, catch, first=True):
             self._call(inputs)
         return caught[0]
 
     def _check_adapter(self, inputs: dict[str, Any]) -> None:
-        """Run the lower half once with gradients on: no parameter of the adapter must be seen, frozen or not."""
+        """Run the lower half once with autograd on: if its output needs a gradient, the adapter acts below the cut."""
         own = self.adapter.trainable().values()
+        # Scale 1, because at scale 0 an adapter may skip its computation. Inputs made in inference mode cannot be
+        # saved for a backward pass, hence the clones.
         with torch.inference_mode(False), torch.enable_grad(), self.adapter.at_scale(1.0), _wanted(own):
             copies = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
             seen = self._run_below(copies).requires_grad
@@ -156,13 +157,15 @@ class SplitDecoder:
         self.adapter_is_above = True
 
     def _call(self, inputs: dict[str, Any]) -> None:
-        # no position for the head: its logits are not wanted, whoever asks goes through FrozenHead
+        # An empty index: the head computes no logits; FrozenHead does, in chunks. (transformers reads an int 0 as
+        # "all positions".)
         nothing = torch.empty(0, dtype=torch.long, device=inputs["input_ids"].device)
         self.base(**inputs, use_cache=False, logits_to_keep=nothing)
 
     @contextmanager
     def _stubs(self, indices: range, below: Tensor | None = None) -> Iterator[None]:
-        # the dict itself is edited: assigning to the list would run the registration of every wrapper
+        # The module dict itself is edited: assigning to the ModuleList would run torch's registration of a submodule
+        # and that of every wrapper around it.
         slots, blocks = self.layers._modules, {str(index): self.layers[index] for index in indices}
         try:
             for name, block in blocks.items():
@@ -174,7 +177,7 @@ class SplitDecoder:
 
 @contextmanager
 def _wanted(parameters: Collection[nn.Parameter]) -> Iterator[None]:
-    """Let gradients flow to the parameters, for a while, whoever has frozen some."""
+    """Let gradients flow to all parameters inside the block, also to frozen ones."""
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -186,13 +189,13 @@ def _wanted(parameters: Collection[nn.Parameter]) -> Iterator[None]:
 
 
 def _version(tensor: Tensor | None) -> int:
-    """Goes up with each write in place, also through a view."""
+    """A number that every write in place increases, also one through a view; inference tensors have none."""
     return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 @contextmanager
 def _before(module: nn.Module, edit: Callable[[Tensor], Tensor], first: bool = False) -> Iterator[None]:
-    """Edit the input of a module, before or after its other hooks."""
+    """Edit the input of a module, after its other hooks or before them (`first`)."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (edit(args[0]), *args[1:])
@@ -206,29 +209,3 @@ def _after(module: nn.Module, look: Callable[[nn.Module, Any, Tensor], None]) ->
     """Look at the output of a module."""
     with module.register_forward_hook(look):
         yield
-
-
-def frozen_head(base: PreTrainedModel) -> FrozenHead:
-    """The output head of a supported model with what its config does to the logits.
-
-    Raises:
-        ValueError: If the head is not a plain linear module, or somebody hooks into it.
-    """
-    head: Any = base.get_output_embeddings()
-    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
-        raise ValueError("the output head is not a plain linear module")
-    config = base.config.get_text_config(decoder=True)
-    bias: Tensor | None = head.bias
-    scaling: float = getattr(config, "logits_scaling", None) or 1.0
-    return FrozenHead(
-        weight=_whole(head.weight.detach()),
-        bias=None if bias is None else _whole(bias.detach()),
-        logit_scale=1.0 / scaling,
-        soft_cap=getattr(config, "final_logit_softcapping", None),
-    )
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """A sharded (FSDP2) weight gathered; a plain one as it is."""
-    gather = getattr(weight, "full_tensor", None)
-    return weight if gather is None else gather()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_em.models.attention import (
+from lightning_em.models.fast.packing import (
     PACKED,
     Packing,
     _varlen_applies,
