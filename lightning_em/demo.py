@@ -11,8 +11,8 @@ from rich.table import Table
 
 from lightning_em import miniature
 from lightning_em.analysis import Estimate, Solution, base_of, median_solution, solution_of
-from lightning_em.cli import run_cli
-from lightning_em.logs import hush
+from lightning_em.experiment import Experiment
+from lightning_em.logs import hush, log_to_stderr
 from lightning_em.miniature import SCHEME
 from lightning_em.runs import RunFolder, locate
 
@@ -38,10 +38,11 @@ def fit_in_world(solution: str, adapter: str, world: str, root: str, extra: Sequ
         root: Folder of the runs.
         extra: Further words of the command line.
     """
+    log_to_stderr()
     with as_file(files("lightning_em.configs")) as configs:
         config = configs / "experiment" / f"miniature_{solution}_{adapter}.yaml"
-        words = ["--config", str(config), "--run.root", root, *world_flags(world), *extra]
-        return run_cli(["fit", *words]).run
+        experiment = Experiment(["--config", str(config), "--run.root", root, *world_flags(world), *extra])
+        return experiment.fit().folder
 
 
 def world_flags(world: str) -> list[str]:

@@ -12,12 +12,12 @@ class FitJob:
     """One `lightning-em fit`.
 
     Attributes:
-        words: Of its command line behind `fit`.
+        args: Command-line arguments after `fit`.
         folder: The run folder that follows from them.
         starts_from: Run folder that must be finished before it starts.
     """
 
-    words: tuple[str, ...]
+    args: tuple[str, ...]
     folder: Path
     starts_from: Path | None = None
 
