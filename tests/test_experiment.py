@@ -91,7 +91,7 @@ def test_module_and_data_are_there_before_a_fit(config) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"model.adpter": 3}, r"there is no key model\.adpter. Did you mean model\.adapter\?"),
+        ({"kl_weight": 3}, r"there is no key kl_weight\. Did you mean model\.objective\.kl_weight\?"),
         ({"model.objective.kl_weight": "three"}, r"model\.objective\.kl_weight must be float, got three"),
         ({"model.adapter": "nope.yaml"}, r"--model\.adapter names nope\.yaml, but there is no file"),
         ({"model.objective.kl_weight": object()}, r"model\.objective\.kl_weight must be a string, a number"),
