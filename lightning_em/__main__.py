@@ -38,64 +38,67 @@ Every verb has its own --help. Start with:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help", "help"):
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    if not args or args[0] in ("-h", "--help", "help"):
         listing = "\n".join(f"  {name:<10} {text}" for name, text in VERBS.items())
         sys.stdout.write(HELP.format(verbs=listing))
-        return 0 if words else 2
-    if words[0] == "--version":
+        return 0 if args else 2
+    if args[0] == "--version":
         from lightning_em import __version__
 
         sys.stdout.write(f"lightning_em {__version__}\n")
         return 0
-    if words[0] not in VERBS:
-        return _unknown(words[0])
-    debug = "--debug" in words
-    words = [
-        "--allow_zero_adapter=true" if w == "--allow_zero_adapter" and words[0] in LIGHTNING_VERBS else w
-        for w in words
+    if args[0] not in VERBS:
+        return _unknown(args[0])
+    debug = "--debug" in args
+    args = [
+        "--allow_zero_adapter=true" if w == "--allow_zero_adapter" and args[0] in LIGHTNING_VERBS else w
+        for w in args
         if w != "--debug"
     ]
     try:
-        return _run(words)
+        return _run(args)
     except BaseException as error:
-        code, message = _explained(error, words)
+        code, message = _explained(error)
         if code is None or (debug and message):
             raise
         if message:
             rank = os.environ.get("LOCAL_RANK", "0")
             who = "lightning-em" if rank == "0" else f"[rank {rank}] lightning-em"
-            sys.stderr.write(f"{who} {words[0]}: {message}\n(add --debug for the traceback)\n")
+            sys.stderr.write(f"{who} {args[0]}: {message}\n(add --debug for the traceback)\n")
         return code
 
 
-def _run(words: list[str]) -> int:
-    if words[0] in LIGHTNING_VERBS:
-        if not {"-h", "--help"} & set(words):
-            _before_heavy_imports(words)
+def _run(args: list[str]) -> int:
+    if args[0] in LIGHTNING_VERBS:
+        if not {"-h", "--help"} & set(args):
+            _before_heavy_imports(args)
         from lightning_em import cli
 
-        return cli.main(words)
+        return cli.main(args)
     from lightning_em import imports, verbs
 
-    return verbs.main(imports.take(words))
+    return verbs.main(imports.take(args))
 
 
-def _before_heavy_imports(words: list[str]) -> None:
-    """A Slurm job listens for its signal; settings that cannot work and a folder in use are refused."""
+def _before_heavy_imports(args: list[str]) -> None:
+    """A Slurm job listens for its signal; settings that cannot work, a folder in use and changed data are refused."""
     from lightning_em import launch, lock, slurm
+    from lightning_em.runs import RunFolder
 
-    if words[0] == "fit":
+    if args[0] == "fit":
         slurm.note_requeue_signal()
-    trainer = launch.named_trainer(words)
+    trainer = launch.settings_of(args, "trainer")
     launch.refuse_settings(trainer)
-    launch.refuse_missing_gpu(trainer, words)
-    folder = lock.named_folder(words) if words[0] == "fit" else None
+    launch.refuse_missing_gpu(trainer, args)
+    folder = launch.run_path(args) if args[0] == "fit" else None
     if folder is not None and lock.is_first_rank():
         lock.refuse_if_held(folder)
+        run = RunFolder(folder)
+        run.refuse_other(run.changed_data() if run.steps() else None)
 
 
-def _explained(error: BaseException, words: Sequence[str]) -> tuple[int | None, str]:
+def _explained(error: BaseException) -> tuple[int | None, str]:
     """Exit code and message; no code for what is a bug of ours and keeps its traceback."""
     if isinstance(error, SystemExit):
         cut_short = isinstance(error.__context__, KeyboardInterrupt)  # Lightning makes exit code 1 of it
@@ -108,10 +111,6 @@ def _explained(error: BaseException, words: Sequence[str]) -> tuple[int | None, 
         from lightning_em.errors import explain_missing_module
 
         return 2, explain_missing_module(error)
-    if type(error).__name__ == "MisconfigurationException":  # Lightning's, which is not imported for this
-        from lightning_em.errors import explain_misconfiguration
-
-        return 2, explain_misconfiguration(str(error), words)
     if isinstance(error, ArithmeticError) and hasattr(error, "step"):
         return 1, str(error)
     if isinstance(error, OSError) and error.filename is None and error.strerror:

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from lightning_em import miniature
 from lightning_em.analysis import Estimate, Solution, base_of, median_solution, solution_of
-from lightning_em.cli import run_cli
-from lightning_em.logs import hush
+from lightning_em.experiment import Experiment
+from lightning_em.logs import hush, log_to_stderr
 from lightning_em.miniature import SCHEME, Recipe
 from lightning_em.miniature.persona import PersonaGate
 from lightning_em.runs import RunFolder, locate
@@ -70,10 +70,11 @@ def fit_in_world(solution: str, adapter: str, world: str, root: str) -> RunFolde
         world: World of the base and the data: `seed-0` or `control/seed-0` as in addresses, or its folder.
         root: Folder of the runs.
     """
+    log_to_stderr()
     with as_file(files("lightning_em.configs")) as configs:
         config = configs / "experiment" / f"miniature_{solution}_{adapter}.yaml"
         args = ["--config", str(config), "--run.root", root, LAST_CHECKPOINT_ONLY, *world_flags(world)]
-        return run_cli(["fit", *args]).run
+        return Experiment(args).fit().folder
 
 
 def world_flags(world: str) -> list[str]:

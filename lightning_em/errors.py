@@ -25,15 +25,15 @@ class ConfigError(ValueError):
     """A config or an option that cannot be used."""
 
 
-def explain_parsing(message: str, words: Sequence[str], known_keys: Iterable[str]) -> str:
+def explain_parsing(message: str, args: Sequence[str], known_keys: Iterable[str]) -> str:
     """Shorten a jsonargparse message to the part that a user can act on.
 
     Args:
         message: Message of the parser's exception.
-        words: Command-line arguments; their config files are searched for the key.
+        args: Command-line arguments; their config files are searched for the key.
         known_keys: All accepted keys, dotted.
     """
-    refusal = _Refusal(message, words, config_files(words))
+    refusal = _Refusal(message, args, config_files(args))
     lines = [line for line in message.splitlines() if line.strip()]
     return (
         _wrong_file(refusal)
@@ -56,34 +56,38 @@ def explain_missing_module(error: ModuleNotFoundError) -> str:
     return _no_package(name)
 
 
-def explain_misconfiguration(message: str, words: Sequence[str]) -> str:
+def explain_misconfiguration(message: str, args: Sequence[str]) -> str:
     """Name the trainer's key that a `MisconfigurationException` of Lightning is about.
 
     Args:
         message: Message of the exception.
-        words: Command-line arguments; their config files are searched for the key.
+        args: Command-line arguments; their config files are searched for the key.
     """
     text = " ".join(message.split())
     if "No supported gpu backend" in text:
-        place = place_of("trainer.accelerator", words)
+        place = place_of("trainer.accelerator", args)
         return f"trainer.accelerator is gpu{place}, but there is no GPU here; set --trainer.accelerator cpu."
     named = re.search(r"`(?:Trainer\()?(\w+)|\b([a-z]+_\w+)", text)
     key = f"trainer.{named[1] or named[2]}" if named else ""
-    return f"{key}{place_of(key, words)}: {text}" if key else text
+    return f"{key}{place_of(key, args)}: {text}" if key else text
 
 
-def place_of(key: str, words: Sequence[str]) -> str:
+def place_of(key: str, args: Sequence[str]) -> str:
     """Return ` (file:line)` of a dotted key in the config files of a command line; empty if an option sets it."""
     try:
-        return _Refusal("", words, config_files(words)).place(key)
+        return _Refusal("", args, config_files(args)).place(key)
     except (yaml.YAMLError, UnicodeDecodeError):
         return ""  # the parser reports the error later
 
 
-def config_files(words: Sequence[str]) -> list[Path]:
+def config_files(args: Sequence[str]) -> list[Path]:
     """Return the YAML files that a command line names, and those they refer to."""
-    values = [word.partition("=")[2] if word.startswith("--") else word for word in words]
-    pending = [Path(value) for value in values if value.endswith(_YAML)]
+    values = [word.partition("=")[2] if word.startswith("--") else word for word in args]
+    pending = [
+        Path(name)
+        for value in values
+        for name in ([value] if value.endswith(_YAML) else re.findall(r"[\w./-]+\.ya?ml\b", value))
+    ]
     files: list[Path] = []
     while pending:
         file = pending.pop(0)
@@ -108,7 +112,7 @@ class _Refusal(NamedTuple):
     """A message of the parser, and the command line it is about."""
 
     message: str
-    words: Sequence[str]
+    args: Sequence[str]
     files: Sequence[Path]
 
     @property
@@ -126,7 +130,7 @@ class _Refusal(NamedTuple):
 
     def place(self, name: str) -> str:
         """Return ` (file:line)` of the last file with this dotted key or value; empty if an option sets it."""
-        if any(name in (key, value) for key, value in _flags(self.words)):
+        if any(name in (key, value) for key, value in options_of(self.args)):
             return ""
         for file in reversed(self.files):
             for key, value, line in _leaves(_tree(file), ""):
@@ -137,7 +141,7 @@ class _Refusal(NamedTuple):
 
 def _wrong_file(refusal: _Refusal) -> str | None:
     """Explain a config file that is missing, not YAML, empty, or a study file."""
-    for key, value in _flags(refusal.words):
+    for key, value in options_of(refusal.args):
         if _is_missing(value, Path(), refusal):
             return f"--{key} names {value}, but there is no file {Path(value).absolute()}."
     if broken := _broken_yaml(refusal.files):
@@ -147,7 +151,7 @@ def _wrong_file(refusal: _Refusal) -> str | None:
             if _is_missing(value, file.parent, refusal):
                 wanted = (file.parent / value).absolute()
                 return f"{key} ({file}:{line + 1}) names {value}, but there is no file {wanted}."
-    for key, value in _flags(refusal.words):
+    for key, value in options_of(refusal.args):
         is_read = key == "config" and Path(value) in refusal.files
         if is_read and {"arms", "like"} & {key for key, _, _ in _leaves(_tree(Path(value)), "")}:
             return f"{value} is a study: lightning-em study run {value} (or submit --study {value})."
@@ -210,7 +214,7 @@ def _wrong_key(refusal: _Refusal, known_keys: set[str]) -> str | None:
         return _unknown_key(found[1].rstrip("+"), known_keys, refusal)
     if found := re.search(r"following arguments are required: (.+)", refusal.message):
         flags = ", ".join(f"--{key.strip().partition('.')[2]}" for key in found[1].split(","))
-        given = " and ".join(value for key, value in _flags(refusal.words) if key == "config")
+        given = " and ".join(value for key, value in options_of(refusal.args) if key == "config")
         start = f"{given} is incomplete: add" if given else "give --config configs/experiment/x.yaml, or"
         return f"{start} {flags}."
     return None
@@ -241,9 +245,9 @@ def _no_package(name: str) -> str:
     )
 
 
-def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+def options_of(args: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield key and value of every `--key value` and `--key=value`."""
-    for word, following in pairwise([*words, ""]):
+    for word, following in pairwise([*args, ""]):
         if word.startswith("--"):
             key, has_value, value = word.removeprefix("--").partition("=")
             yield key, value if has_value else following

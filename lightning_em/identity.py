@@ -1,4 +1,8 @@
-"""What a run is: the part of its config that decides the result, and the name that follows from it."""
+"""Run identity: the config fields that decide the result, the hashes of the data, and the starting point.
+
+The name of a run ends in a hash of those config fields. Its identity adds the data and the start; run.json keeps it,
+and `RunFolder.difference` compares it with the one that is meant.
+"""
 
 import hashlib
 import json
@@ -6,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_em.launch import num_processes, refuse_control_characters
-from lightning_em.miniature import SCHEME, parse_address
-from lightning_em.runs import RunFolder
+from lightning_em.miniature import SCHEME, parse_address, world_folder
+from lightning_em.redaction import redacted
+from lightning_em.runs import RunFolder, sha256_once, start_of
 
 # Settings that say where and how a run is computed, not what it is; everything else names the run.
 DEVICE_SETTINGS = {
@@ -18,9 +23,11 @@ DEVICE_SETTINGS = {
     "data": {"num_workers", "validation_batch_size"},
     "model": {"sampling", "backend", "store"},
 }  # fmt: skip
-# Keys that came later, with the value under which a run is what it was without them: that value renames nothing.
-ADDED_KEYS = {
-    "reference": "live", "max_tokens": None, "length_buckets": None, "narrow_extra": None, "bad_share": 0.5,
+_SOURCES = ("narrow", "kl", "narrow_validation", "kl_validation", "narrow_extra")
+# Options added later, with the default under which a run is what it was without them: it renames nothing.
+ADDED_OPTIONS = {
+    "model.reference": "live", "data.max_tokens": None, "data.length_buckets": None, "data.narrow_extra": None,
+    **{f"data.{source}.bad_share": 0.5 for source in _SOURCES},
 }  # fmt: skip
 NOT_PART_OF_A_RUN = {
     "config", "run", "probing", "checkpoint", "ckpt_path", "weights_only", "allow_zero_adapter",
@@ -36,7 +43,7 @@ def run_folder(config: dict[str, Any]) -> RunFolder:
     options = config["run"]
     files = config.get("config") or []
     experiment = Path(files[0]).stem if files else "run"
-    name = options["name"] or f"{experiment}-{identity_of(config)}"
+    name = options["name"] or f"{experiment}-{name_hash(config)}"
     refuse_control_characters("run.root, run.name and the name of a config file", options["root"], name)
     return RunFolder(Path(options["root"]) / name)
 
@@ -65,11 +72,15 @@ def _micro_batches_of_a_step(trainer: dict[str, Any]) -> dict[str, int]:
     )
 
 
-def _without_added(value: Any) -> Any:
+def _without_added(value: Any, path: str = "") -> Any:
     if not isinstance(value, dict):
         return value
-    named = {k: v for k, v in value.items() if k not in ADDED_KEYS or v != ADDED_KEYS[k]}
-    return {key: _without_added(each) for key, each in named.items()}
+    kept = {}
+    for key, each in value.items():
+        inner = f"{path}.{key}" if path else key
+        if inner not in ADDED_OPTIONS or each != ADDED_OPTIONS[inner]:
+            kept[key] = _without_added(each, inner)
+    return kept
 
 
 def _by_recipe(value: Any) -> Any:
@@ -82,23 +93,37 @@ def _by_recipe(value: Any) -> Any:
     return value
 
 
-def identity_of(config: dict[str, Any]) -> str:
+def name_hash(config: dict[str, Any]) -> str:
     """Eight hexadecimal characters that stand for the config without device settings."""
     text = json.dumps(what_a_run_is(config), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`key: old -> new` for every leaf that differs between two configs."""
-    old, new = _leaves(what_a_run_is(before)), _leaves(what_a_run_is(now))
-    return [
-        f"{key}: {old.get(key)} -> {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
+def identity_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The identity of the run that a resolved config describes, as run.json keeps it.
+
+    Returns:
+        `name`: the name's hash; `config`: the fields it is made of, without secrets; `data`: SHA-256 by data file, as
+        far as the files are here; `start`: see `start_of`, None for a fresh adapter.
+    """
+    init_from = config["model"].get("init_from")
+    return {
+        "name": name_hash(config),
+        "config": json.loads(json.dumps(redacted(what_a_run_is(config)), default=str)),
+        "data": {str(file): sha256_once(file) for file in _data_files(config)},
+        "start": start_of(init_from) if init_from else None,
+    }
 
 
-def _leaves(config: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(config, dict):
-        return {prefix.rstrip("."): config}
-    return {k: v for name, value in config.items() for k, v in _leaves(value, f"{prefix}{name}.").items()}
+def _data_files(config: dict[str, Any]) -> list[Path]:
+    """The data files of a config that are here; a set on the hub is not."""
+    sources = [source for name in _SOURCES if (source := config["data"].get(name))]
+    files = [Path(_resolved(source["path"])) for source in sources]
+    return [file for file in files if file.is_file()]
+
+
+def _resolved(path: str) -> str:
+    if not path.startswith(SCHEME):
+        return path
+    recipe, seed, rest = parse_address(path)
+    return str(world_folder(recipe, seed) / rest)

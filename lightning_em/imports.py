@@ -51,25 +51,32 @@ def allowed() -> list[str]:
     return sorted({*_named, *installed_plugins()})
 
 
-def as_words() -> list[str]:
+def as_args() -> list[str]:
     """Return the allowed packages as command-line arguments for another process."""
     return [f"--allow_import={name}" for name in allowed()]
 
 
-def take(words: Sequence[str]) -> list[str]:
+def take(args: Sequence[str]) -> list[str]:
     """Apply every `--allow_import NAME` of a command line; return the other arguments.
 
     Raises:
         ValueError: If a name is missing or not an import path.
     """
+    names, rest = split(args)
+    _named.clear()
+    restrict(names)
+    return rest
+
+
+def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names given by `--allow_import NAME`, and the other arguments."""
     names: list[str] = []
     rest: list[str] = []
-    following = iter(words)
-    for word in following:
-        flag, has_value, value = word.partition("=")
+    following = iter(args)
+    for arg in following:
+        flag, has_value, value = arg.partition("=")
         if flag == "--allow_import":
             names.append(value if has_value else next(following, ""))
         else:
-            rest.append(word)
-    restrict(names)
-    return rest
+            rest.append(arg)
+    return names, rest

@@ -5,18 +5,17 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lightning_em.errors import place_of
+from lightning_em.errors import options_of, place_of
 
 SHARDED = "trainer.strategy.class_path=lightning_em.strategies.ShardedBase (configs/trainer/fsdp2.yaml)"
 DDP = "trainer.strategy=ddp (configs/trainer/ddp4.yaml)"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_OPTIONS = ("strategy", "devices", "num_nodes", "accelerator", "precision")
 _GPU_FILES = ("nvidia*", "kfd", "dxg")  # device files of NVIDIA, AMD, and Windows' Linux subsystem
 _WHOLE_PRECISION = ("None", "32", "32-true")
 
@@ -165,14 +164,12 @@ def refuse_logger(trainer: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_missing_gpu(
-    trainer: Mapping[str, Any], words: Sequence[str], devices: Path = Path("/dev")
-) -> None:
+def refuse_missing_gpu(trainer: Mapping[str, Any], args: Sequence[str], devices: Path = Path("/dev")) -> None:
     """Reject a GPU accelerator if the GPU's device files are missing, without importing torch.
 
     Args:
         trainer: Trainer settings.
-        words: Command-line arguments, used to locate the setting.
+        args: Command-line arguments, used to locate the setting.
         devices: Folder of the device files.
 
     Raises:
@@ -181,7 +178,7 @@ def refuse_missing_gpu(
     chosen, here = trainer.get("accelerator"), any(any(devices.glob(name)) for name in _GPU_FILES)
     if chosen in ("gpu", "cuda") and sys.platform == "linux" and not here:
         raise ValueError(
-            f"trainer.accelerator is {chosen}{place_of('trainer.accelerator', words)}, but there is no GPU here; set "
+            f"trainer.accelerator is {chosen}{place_of('trainer.accelerator', args)}, but there is no GPU here; set "
             "--trainer.accelerator cpu, or use lightning-em submit to run on a machine with a GPU."
         )
 
@@ -245,21 +242,39 @@ def _is_shell(environment: Mapping[str, str]) -> bool:
     return environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
 
 
-def named_trainer(words: Sequence[str]) -> dict[str, Any]:
-    """Return the trainer's device settings of a command line, as far as they can be read without the parser."""
+def settings_of(args: Sequence[str], group: str, read: Callable[[str], Any] | None = None) -> dict[str, Any]:
+    """Settings of one group as far as arguments and config files give them; cheap, and without torch.
+
+    The parser comes later, knows the defaults and says what is wrong; what cannot be read is left out here.
+
+    Args:
+        args: Command-line arguments.
+        group: Top-level key, such as `trainer`.
+        read: How values of options are read; as YAML if not given.
+    """
     found: dict[str, Any] = {}
-    for index, word in enumerate(words):
-        key, has_value, value = word.partition("=")
-        value = value if has_value else words[index + 1] if index + 1 < len(words) else ""
-        if key == "--config":
-            found |= _of_file(Path(value), part="trainer")
-        elif key == "--trainer":
-            found |= _of_file(Path(value))
-        elif key.startswith("--trainer.") and key.removeprefix("--trainer.") in _OPTIONS:
-            found[key.removeprefix("--trainer.")] = _plain(value)
-        elif key == "--trainer.strategy.class_path":
-            found["strategy"] = value
+    for key, value in options_of(args):
+        if key == "config":
+            found |= _mapping_of(Path(value), group)
+        elif key == group:
+            found |= _mapping_of(Path(value))
+        elif key.startswith(f"{group}."):
+            *parents, last = key.removeprefix(f"{group}.").split(".")
+            inner = found
+            for parent in parents:
+                kept = inner.get(parent)
+                named: dict[str, Any] = {"class_path": kept} if isinstance(kept, str) else {}
+                nested = dict(kept) if isinstance(kept, Mapping) else named
+                inner[parent] = nested
+                inner = nested
+            inner[last] = (read or _plain)(value)
     return found
+
+
+def run_path(args: Sequence[str]) -> Path | None:
+    """The run folder that arguments or config files name outright; None if only the config's hash tells."""
+    options = {"root": "runs"} | settings_of(args, "run", str)
+    return Path(str(options["root"])) / str(options["name"]) if options.get("name") else None
 
 
 def _plain(value: str) -> Any:
@@ -270,13 +285,11 @@ def _plain(value: str) -> Any:
         return value
 
 
-def _of_file(file: Path, part: str | None = None) -> dict[str, Any]:
+def _mapping_of(file: Path, group: str | None = None) -> dict[str, Any]:
+    """Content of a YAML file, or of one group in it, which may be a reference to another file."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if part is not None:
-            content = content.get(part)
-        if isinstance(content, str):
-            return _of_file(file.parent / content)
-        return {key: content[key] for key in _OPTIONS if key in content}
+        content = content if group is None else content.get(group)
+        return _mapping_of(file.parent / content) if isinstance(content, str) else dict(content)
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
         return {}  # the parser reports the error later

@@ -34,12 +34,12 @@ class RunLock:
 
     Args:
         folder: Run folder; created if missing, and removed again if it stays empty.
-        words: Command line of this process, recorded for error messages of other processes.
+        args: Command line of this process, recorded for error messages of other processes.
     """
 
-    def __init__(self, folder: Path, words: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, args: Sequence[str] = ()) -> None:
         self.path = folder / LOCK
-        self.words = redacted_words(list(words))
+        self.args = redacted_words(list(args))
         self._descriptor = -1
         self._stopped = threading.Event()
 
@@ -54,7 +54,7 @@ class RunLock:
         if (other := _holder_elsewhere(self.path)) is not None:
             self._let_go()
             raise LockedError(_refusal(self.path, other))
-        content = json.dumps(_myself(self.words)) + "\n"
+        content = json.dumps(_myself(self.args)) + "\n"
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, content.encode(), 0)
         # a forked data worker must not keep the lock after we exit
@@ -123,30 +123,6 @@ def is_first_rank() -> bool:
     return True
 
 
-def named_folder(words: Sequence[str]) -> Path | None:
-    """Return the run folder that flags or config files name explicitly; None if it depends on the config's hash."""
-    options: dict[str, Any] = {"root": "runs"}
-    for index, word in enumerate(words):
-        key, has_value, value = word.partition("=")
-        value = value if has_value else words[index + 1] if index + 1 < len(words) else ""
-        if key == "--config":
-            options |= _run_options(Path(value))
-        elif key in ("--run.root", "--run.name"):
-            options[key.removeprefix("--run.")] = value
-    return Path(options["root"]) / options["name"] if options.get("name") else None
-
-
-def _run_options(config: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(config.read_text(encoding="utf-8"))
-        options = content["run"]
-        return {key: options[key] for key in ("root", "name") if isinstance(options.get(key), str)}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
-        return {}  # the parser reports the error later
-
-
 def _open_locked(path: Path) -> int:
     """Open and lock the lock file; retry if the file was replaced between opening and locking."""
     while True:
@@ -196,13 +172,13 @@ def _read(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _myself(words: list[str]) -> dict[str, Any]:
+def _myself(args: list[str]) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         **_job(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": words,
+        "command": args,
     }
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,6 @@ from pathlib import Path
 import transformers
 
 EXPECTED_WARNINGS = (
-    r"LightningCLI's args parameter",  # sys.argv holds the same arguments, for DDP's child processes
     r"Found \d+ module\(s\) in eval mode",  # intended for the frozen base model
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     r".*does not have many workers",
@@ -38,6 +38,11 @@ def console_log(path: Path) -> Iterator[None]:
         for name in names:
             logging.getLogger(name).removeHandler(handler)
         handler.close()
+
+
+def log_to_stderr(level: int = logging.INFO) -> None:
+    """Show messages on standard error, as a command does; a caller's own logging is left alone."""
+    logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
 
 
 def hush() -> None:

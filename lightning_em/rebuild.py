@@ -1,9 +1,8 @@
-"""Back from files to objects: a run with one of its checkpoints, an experiment's parts, a set of probes."""
+"""Rebuild module, data and probes from a run's config and one of its checkpoints."""
 
 import inspect
-import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,15 +10,13 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_em import imports, runs
+from lightning_em import imports, lock, runs
 from lightning_em.callbacks import Probing, refuse_idle_adapter, refuse_other_base
-from lightning_em.cli import EMCLI, link_shared_keys
 from lightning_em.data import EMDataModule
 from lightning_em.errors import ConfigError, explain_parsing
-from lightning_em.identity import run_folder
-from lightning_em.logs import hush
-from lightning_em.models import BaseModel
 from lightning_em.module import EMModule
+from lightning_em.parsing import link_shared_keys
+from lightning_em.probes import Probe
 from lightning_em.runs import RunFolder
 
 
@@ -32,7 +29,7 @@ class LoadedRun(NamedTuple):
     data: EMDataModule
 
 
-def load_run(reference: str, allow_zero_adapter: bool = False) -> LoadedRun:
+def rebuild_run(reference: str, allow_zero_adapter: bool = False) -> LoadedRun:
     """Rebuild a run from its own config, on the device that `device_for` says.
 
     Args:
@@ -40,11 +37,13 @@ def load_run(reference: str, allow_zero_adapter: bool = False) -> LoadedRun:
         allow_zero_adapter: Whether an adapter that changes no logit is let through.
 
     Raises:
-        ValueError: If run or checkpoint are missing or broken, the base is not the run's own, or the adapter
-            changes nothing.
+        ValueError: If run or checkpoint are missing or broken, the base or the data are not the run's own, or the
+            adapter changes nothing.
     """
     imports.restrict(imports.allowed())  # keeps what --allow_import named
     folder, checkpoint = runs.locate(reference)
+    if why := folder.changed_data():
+        raise ValueError(f"{folder.path} cannot be measured on its own rows: {why}. Put the old data back.")
     loaded = load_module(folder, runs.step_of(checkpoint))
     loaded.data.setup("fit")
     loaded.module.to(device_for(folder))
@@ -110,111 +109,67 @@ def instantiate(config: dict[str, Any]) -> Parts:
     return Parts(made.model, made.data)
 
 
-class UnrunFit(EMCLI):
-    """A `fit` that names its run and makes its parts, and then does not run.
+def probe_run(
+    reference: str,
+    probes: Sequence[Probe] | str | Path | None = None,
+    num_examples: int | None = None,
+    batch_size: int | None = None,
+    allow_zero_adapter: bool = False,
+    track: Callable[[list[int]], Iterable[int]] = iter,
+) -> int:
+    """Measure what is not on record yet, at every checkpoint of a run or at one.
 
     Args:
-        words: Of the command line after `fit`, without `--allow_import`.
+        reference: `runs/x` for every checkpoint, `runs/x@step-40` for one.
+        probes: See `load_probing`.
+        num_examples: See `load_probing`.
+        batch_size: See `load_probing`.
+        allow_zero_adapter: Whether an adapter that changes no logit is let through.
+        track: Wraps the steps, to show progress.
 
-    Attributes:
-        resolved: The whole config as plain values.
-
-    Raises:
-        ValueError: If the words or a config file cannot be used.
-    """
-
-    resolved: dict[str, Any]
-
-    def __init__(self, words: Sequence[str]) -> None:
-        imports.restrict(imports.allowed())  # keeps what --allow_import named
-        hush()
-        options = {"exit_on_error": False, "allow_abbrev": False}
-        arguments, sys.argv = sys.argv, [sys.argv[0], "fit", *words]  # where an error says that a key stands
-        try:
-            super().__init__(
-                EMModule,
-                EMDataModule,
-                args=["fit", *words],
-                save_config_callback=None,
-                seed_everything_default=0,
-                auto_configure_optimizers=False,
-                parser_kwargs={"fit": options, **options},
-            )
-        finally:
-            sys.argv = arguments
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """One verb: making the parsers of the others takes most of the time."""
-        return {"fit": EMCLI.subcommands()["fit"]}
-
-    def before_instantiate_classes(self) -> None:
-        """No lock is taken, and no folder is touched."""
-        self.resolved = self._get_config()
-        self.run = run_folder(self.resolved)
-
-    def fit(self, model: EMModule, **kwargs: Any) -> None:
-        """Do nothing."""
-
-
-class _ParsedFit(UnrunFit):
-    """Nothing is made either."""
-
-    def instantiate_classes(self) -> None:
-        pass
-
-    def _set_seed(self) -> None:
-        pass
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
-
-
-def resolved_config(words: Sequence[str]) -> dict[str, Any]:
-    """What `fit` with these words would run: the whole config as plain values, nothing loaded or made.
-
-    Args:
-        words: Of the command line after `fit`, without `--allow_import`.
+    Returns:
+        Number of new records.
 
     Raises:
-        ValueError: If the words or a config file cannot be used.
+        ValueError: If the run or its probes cannot be used.
     """
-    return _ParsedFit(words).resolved
-
-
-class ExperimentParts(NamedTuple):
-    """What an experiment file names, nothing loaded."""
-
-    base: BaseModel
-    data: EMDataModule
-
-
-def experiment_parts(config: str) -> ExperimentParts:
-    """The base and the data of an experiment file, or of a run's config.yaml."""
-    parsed = UnrunFit(["--config", config, "--trainer.accelerator", "cpu"])
-    return ExperimentParts(parsed.model.base, parsed.datamodule)
+    folder = runs.locate(reference)[0]
+    probing = load_probing(folder, probes, num_examples, batch_size)  # before the model is loaded
+    loaded = rebuild_run(reference, allow_zero_adapter)
+    measured = 0
+    with lock.RunLock(folder.path, ["lightning-em", "probe", reference]):
+        for step in track([loaded.step] if "@" in reference else folder.steps()):
+            loaded.module.model.adapter.load(runs.locate(f"{folder.path}@step-{step}")[1])
+            measured += probing.measure(folder, loaded.module.model, loaded.data, step)
+    return measured
 
 
 def load_probing(
-    folder: RunFolder, config: str | None, num_examples: int | None = None, batch_size: int | None = None
+    folder: RunFolder,
+    probes: Sequence[Probe] | str | Path | None,
+    num_examples: int | None = None,
+    batch_size: int | None = None,
 ) -> Probing:
-    """The probes of a YAML file, or of the run's own config.
+    """The probes that are given, those of a YAML file, or those of the run's own config.
 
     Args:
         folder: The run.
-        config: YAML with the settings of `Probing`; the run's own if not given.
-        num_examples: Instead of what `config` says.
-        batch_size: Instead of what `config` says.
+        probes: Probes, or a YAML file with the settings of `Probing`; the run's own if not given.
+        num_examples: Training rows of each stream to measure on, instead of the file's.
+        batch_size: Rows in one forward pass, instead of the file's.
 
     Raises:
         ValueError: If there is no such file, it names no probe, or its settings cannot be used.
     """
-    file = Path(config) if config else folder.config_file
-    settings = _mapping(file) if config else _mapping(file).get("probing") or {}
+    flags = {"num_examples": num_examples, "batch_size": batch_size}
+    given = {key: value for key, value in flags.items() if value is not None}
+    if not isinstance(probes, str | Path | None):
+        return Probing(list(probes), **given)
+    file = Path(probes) if probes else folder.config_file
+    settings = _mapping(file) if probes else _mapping(file).get("probing") or {}
     if not settings.get("probes"):
         raise ValueError(f"{file} names no probe; give --config configs/probing/curves.yaml.")
-    flags = {"num_examples": num_examples, "batch_size": batch_size}
-    settings |= {key: value for key, value in flags.items() if value is not None}
+    settings |= given
     for key, flag in flags.items():
         if isinstance(value := settings.get(key), int) and value < 1:
             place = f"{key} of {file}" if flag is None else f"--{key}"

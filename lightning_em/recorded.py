@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_em.analysis import metrics_frame, records_frame
-from lightning_em.runs import RunFolder
+from lightning_em.runs import RunFolder, locate, step_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,20 +16,35 @@ if TYPE_CHECKING:
     from lightning_em.module import EMModule
 
 
-class RecordedRun:
-    """One run at one of its checkpoints. Everything is read when it is first asked for, and then kept.
-
-    Made by `lightning_em.runs.load`.
+def load_run(reference: str | Path, device: str = "cpu", allow_import: Sequence[str] = ()) -> "RecordedRun":
+    """Open a run: metrics and records as pandas frames, the model with its adapter when it is asked for.
 
     Args:
-        folder: The run's folder.
-        step: The checkpoint whose adapter is loaded; metrics and records are those of all steps.
-        device: Where the model goes.
-        allow_import: Packages beside this one whose classes the run's config may name.
+        reference: `runs/x` for its newest valid checkpoint, `runs/x@step-40` for another.
+        device: Device of the model.
+        allow_import: Packages, besides this one, whose classes the run's config may name.
+
+    Raises:
+        ValueError: If there is no such run or checkpoint.
+    """
+    folder, checkpoint = locate(str(reference))
+    return RecordedRun(folder, step_of(checkpoint), device, allow_import)
+
+
+class RecordedRun:
+    """One run at one of its checkpoints. Each attribute is read on first access and then kept.
+
+    Made by `lightning_em.load_run` and `Experiment.fit`.
+
+    Args:
+        folder: Folder of the run.
+        step: Checkpoint whose adapter is loaded, None if the run has none; metrics and records are those of all steps.
+        device: Device of the model.
+        allow_import: Packages, besides this one, whose classes the run's config may name.
     """
 
     def __init__(
-        self, folder: RunFolder, step: int, device: str = "cpu", allow_import: Sequence[str] = ()
+        self, folder: RunFolder, step: int | None, device: str = "cpu", allow_import: Sequence[str] = ()
     ) -> None:
         self.folder, self.step, self.device = folder, step, device
         self._allow_import = tuple(allow_import)
@@ -43,7 +59,7 @@ class RecordedRun:
 
     @cached_property
     def records(self) -> "pd.DataFrame":
-        """What the probes found at every step, one row a point; columns as in `analysis.records_frame`."""
+        """Probe records of all steps, one row a point; columns as in `analysis.records_frame`."""
         return records_frame(self.folder)
 
     @property
@@ -69,5 +85,7 @@ class RecordedRun:
     def _module(self) -> "EMModule":
         from lightning_em import imports, rebuild
 
-        imports.restrict(self._allow_import)
+        if self.step is None:
+            raise ValueError(f"{self.folder.path} has no valid checkpoint under {self.folder.checkpoints}.")
+        imports.restrict([*imports.allowed(), *self._allow_import])
         return rebuild.load_module(self.folder, self.step).module.eval().to(self.device)

@@ -24,12 +24,12 @@ def redacted(value: Any) -> Any:
     return redacted_text(value) if isinstance(value, str) else value
 
 
-def redacted_words(words: list[str]) -> list[str]:
+def redacted_words(args: list[str]) -> list[str]:
     """Hide secrets in a command line, where a flag names the argument after it."""
     result: list[str] = []
-    for index, word in enumerate(words):
+    for index, word in enumerate(args):
         name, has_value, value = word.partition("=")
-        before = words[index - 1] if index else ""
+        before = args[index - 1] if index else ""
         if has_value and _is_secret(name.lstrip("-"), value):
             result.append(f"{name}={HIDDEN}")
         elif before.startswith("--") and _is_secret(before.lstrip("-"), word):

@@ -26,7 +26,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from lightning_em import runs
+from lightning_em import load_run
 from lightning_em.analysis import at_equal_norm, common_grid, loss_curve, runs_by_base, sign_test
 from lightning_em.figures import draw_loss_curves
 
@@ -46,12 +46,12 @@ print(f"{len(worlds)} worlds: {', '.join(worlds)}")
 
 # %% [markdown]
 # ## What is on record
-# `runs.load` gives a run's metrics and probe records as frames; `loss_curve` takes the scale curve of its last
+# `load_run` gives a run's metrics and probe records as frames; `loss_curve` takes the scale curve of its last
 # checkpoint. Losses are in nats per token.
 
 # %%
 curves = {
-    solution: [loss_curve(runs.load(found[solution][world].path).records) for world in worlds]
+    solution: [loss_curve(load_run(found[solution][world].path).records) for world in worlds]
     for solution in EXPERIMENTS
 }
 pd.DataFrame(

@@ -61,11 +61,7 @@ def fit(config: Path, name: str, *flags: str) -> RunFolder:
         *flags,
         "--debug",
     ]
-    arguments = sys.argv
-    try:
-        assert main(words) == 0
-    finally:
-        sys.argv = arguments
+    assert main(words) == 0
     return RunFolder(config.parent / name)
 
 

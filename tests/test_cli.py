@@ -6,8 +6,9 @@ import sys
 import pytest
 
 from lightning_em.__main__ import VERBS, main
-from lightning_em.cli import EMCLI
-from lightning_em.identity import changed_keys, identity_of
+from lightning_em.experiment import slurm_environment
+from lightning_em.identity import name_hash, what_a_run_is
+from lightning_em.runs import changed_fields
 from tests.fitting import experiment, fit, write_config
 
 CONFIG = {
@@ -40,7 +41,7 @@ def vary(group: str, **values: object) -> dict[str, object]:
     ],
 )
 def test_where_and_how_a_run_is_computed_does_not_rename_it(group, values) -> None:
-    assert identity_of(vary(group, **values)) == identity_of(CONFIG)
+    assert name_hash(vary(group, **values)) == name_hash(CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -53,16 +54,27 @@ def test_where_and_how_a_run_is_computed_does_not_rename_it(group, values) -> No
     ],
 )
 def test_what_a_run_is_names_it(group, values) -> None:
-    assert identity_of(vary(group, **values)) != identity_of(CONFIG)
-    assert len(changed_keys(CONFIG, vary(group, **values))) == 1
+    assert name_hash(vary(group, **values)) != name_hash(CONFIG)
+    assert len(changed_fields(what_a_run_is(CONFIG), what_a_run_is(vary(group, **values)))) == 1
+
+
+def test_an_option_of_a_plugin_is_not_taken_for_one_of_ours_with_the_same_name() -> None:
+    """Options added later are left out at their default by their full path, not by the last part of it."""
+    own = {"class_path": "mine.Adapter", "init_args": {"reference": "live", "max_tokens": None}}
+    kept = what_a_run_is(vary("model", adapter=own, reference="live"))["model"]
+    assert kept["adapter"] == own
+    assert "reference" not in kept
+    assert name_hash(vary("model", adapter=own)) != name_hash(
+        vary("model", adapter={"class_path": "mine.Adapter", "init_args": {}})
+    )
 
 
 def test_another_recipe_of_the_same_world_is_another_run(monkeypatch) -> None:
     in_world = vary("model", base={"path": "miniature://control/seed-0/model"})
-    before = identity_of(in_world)
-    assert before != identity_of(vary("model", base={"path": "miniature://seed-0/model"}))
+    before = name_hash(in_world)
+    assert before != name_hash(vary("model", base={"path": "miniature://seed-0/model"}))
     monkeypatch.setattr("lightning_em.miniature.recipe.RECIPE_VERSION", 0)
-    assert identity_of(in_world) != before
+    assert name_hash(in_world) != before
 
 
 def test_the_run_is_named_by_its_first_config_and_its_hash(
@@ -70,7 +82,6 @@ def test_the_run_is_named_by_its_first_config_and_its_hash(
 ) -> None:
     config = experiment(tiny_model_folder(), chat_file, trainer={"max_steps": 1, "max_epochs": -1})
     path = write_config(tmp_path / "my_experiment.yaml", config)
-    monkeypatch.setattr("sys.argv", ["lightning-em"])
     assert main(["fit", "--config", str(path), "--run.root", str(tmp_path / "runs"), "--debug"]) == 0
     [folder] = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("my_experiment-")
@@ -108,9 +119,9 @@ def test_processes_of_torchrun_are_no_tasks_of_slurm(monkeypatch) -> None:
     """Ranks are torchrun's then, also in a job: Slurm would have each of them be rank 0 of 1."""
     for name, value in {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "job"}.items():
         monkeypatch.setenv(name, value)
-    assert len(EMCLI._environment()) == 1
+    assert len(slurm_environment()) == 1
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "1")
     for name in ("TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "x")
-    assert EMCLI._environment() == []
+    assert slurm_environment() == []

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_em.cli import EMCLI
 from lightning_em.data import EMDataModule
+from lightning_em.experiment import Experiment
 from lightning_em.module import EMModule
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -27,24 +26,16 @@ PARTS = {
 }
 
 
-def instantiate(*words: str) -> EMCLI:
-    """Parse as `fit` does and make the objects, without running."""
-    return EMCLI(
-        EMModule,
-        EMDataModule,
-        args=["fit", *words],
-        run=True,
-        save_config_callback=None,
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-    )
+def instantiate(*args: str) -> Experiment:
+    """Parse as `fit` does and make module, data and trainer, without running."""
+    experiment = Experiment(args)
+    experiment._make(())
+    return experiment
 
 
 @pytest.fixture(autouse=True)
-def no_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Stop before the trainer runs; argv belongs to pytest; runs go to a temporary folder."""
-    monkeypatch.setattr(EMCLI, "fit", lambda *args, **kwargs: None)
-    monkeypatch.setattr("sys.argv", ["lightning-em"])
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Shipped configs need no particular current folder."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -59,14 +50,14 @@ def test_config_instantiates_offline(file: Path) -> None:
     whole = str(EXPERIMENTS[0])
     devices = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.num_nodes", "1"]
     if folder == "experiment":
-        cli = instantiate("--config", str(file), *devices)
+        made = instantiate("--config", str(file), *devices)
     elif folder == "debug":
-        cli = instantiate("--config", whole, "--config", str(file), *devices)
+        made = instantiate("--config", whole, "--config", str(file), *devices)
     else:
-        cli = instantiate("--config", whole, f"--{PARTS[folder]}", str(file), *devices)
-    assert isinstance(cli.model, EMModule)
-    assert isinstance(cli.datamodule, EMDataModule)
-    assert not hasattr(cli.model, "model"), "weights were loaded while instantiating"
+        made = instantiate("--config", whole, f"--{PARTS[folder]}", str(file), *devices)
+    assert isinstance(made.module, EMModule)
+    assert isinstance(made.data, EMDataModule)
+    assert not hasattr(made.module, "model"), "weights were loaded while instantiating"
 
 
 def test_experiments_only_refer_to_parts_that_exist() -> None:
@@ -78,9 +69,8 @@ def test_experiments_only_refer_to_parts_that_exist() -> None:
 
 
 def test_every_config_is_reloadable(tmp_path: Path) -> None:
-    cli = instantiate("--config", str(EXPERIMENTS[0]))
-    text = yaml.safe_dump({k: v for k, v in cli._get_config().items() if k != "config"})
-    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
-    again = instantiate("--config", str(tmp_path / "config.yaml"))
-    assert again._get_config()["model"] == cli._get_config()["model"]
-    assert isinstance(cli.parser, LightningArgumentParser)
+    first = Experiment.from_yaml(EXPERIMENTS[0])
+    (tmp_path / "config.yaml").write_text(first.config_text, encoding="utf-8")
+    again = Experiment.from_yaml(tmp_path / "config.yaml")
+    assert again.config | {"config": None} == first.config | {"config": None}
+    assert again.identity == first.identity

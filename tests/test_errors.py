@@ -14,7 +14,6 @@ from tests.fitting import experiment, write_config
 
 @pytest.fixture
 def config(tmp_path, tiny_model_folder, chat_file, answer_file, monkeypatch) -> Path:
-    monkeypatch.setattr("sys.argv", ["lightning-em"])
     return write_config(
         tmp_path / "experiment.yaml",
         experiment(tiny_model_folder(), chat_file, answer_file, run={"root": str(tmp_path)}),
@@ -139,7 +138,6 @@ def test_a_flag_is_not_blamed_on_the_file_that_it_varies(config, capsys) -> None
 
 
 def test_nothing_at_all(capsys, monkeypatch) -> None:
-    monkeypatch.setattr("sys.argv", ["lightning-em"])
     wanted = (
         "give --config configs/experiment/x.yaml, or --model.base.path, --model.adapter, --data.narrow.path."
     )
@@ -151,7 +149,6 @@ def test_nothing_at_all(capsys, monkeypatch) -> None:
 
 @pytest.mark.parametrize("verb", ["fit", "submit"])
 def test_a_study_is_no_experiment(capsys, monkeypatch, verb) -> None:
-    monkeypatch.setattr("sys.argv", ["lightning-em"])
     study = "configs/study/miniature.yaml"
     assert f"{study} is a study: lightning-em study run {study}" in told(capsys, verb, "--config", study)
 

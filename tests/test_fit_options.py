@@ -10,12 +10,12 @@ from lightning.pytorch import Trainer
 
 from lightning_em.batch import TrainBatch, WindowCounts
 from lightning_em.callbacks import Probing
-from lightning_em.identity import identity_of
+from lightning_em.identity import name_hash
 from lightning_em.losses import Objective
 from lightning_em.models import BaseModel, StoreOptions
 from lightning_em.module import EMModule
 from lightning_em.probes import PerturbationCurve, ScaleCurve
-from lightning_em.rebuild import load_run
+from lightning_em.rebuild import rebuild_run
 from lightning_em.runs import RunFolder
 from tests import oracle
 from tests.fitting import (
@@ -210,7 +210,7 @@ def test_the_size_is_said_before_the_first_step(stored_run, caplog) -> None:
         message for message in caplog.messages if message.startswith("activation store: hidden states of")
     ]
     assert len(said) == 1
-    data = load_run(str(whole.path)).data
+    data = rebuild_run(str(whole.path)).data
     tokens = data.num_tokens("narrow") + data.num_tokens("kl")
     if "cached" in config.read_text(encoding="utf-8"):
         tokens += data.num_tokens("kl", "response")
@@ -220,7 +220,7 @@ def test_the_size_is_said_before_the_first_step(stored_run, caplog) -> None:
 def test_probes_find_the_states_of_the_training_rows(stored_run) -> None:
     _, whole, states = stored_run
     before = set(states.glob("*/??/*"))
-    loaded = load_run(str(whole.path))
+    loaded = rebuild_run(str(whole.path))
     probing = Probing(
         [ScaleCurve([0.5], with_kl=True), PerturbationCurve([0.5], num_seeds=2)], num_examples=8
     )
@@ -282,13 +282,13 @@ def test_store_and_new_keys_at_rest_rename_no_run() -> None:
             "length_buckets": None,
         },
     }
-    assert identity_of(now) == identity_of(before)
+    assert name_hash(now) == name_hash(before)
     for group, key, value in (
         ("model", "reference", "cached"),
         ("data", "max_tokens", 512),
         ("data", "length_buckets", 4),
     ):
-        assert identity_of(now | {group: now[group] | {key: value}}) != identity_of(before)
+        assert name_hash(now | {group: now[group] | {key: value}}) != name_hash(before)
 
 
 # How rows are put together does not depend on the adapter.
@@ -317,7 +317,7 @@ def test_any_batching_resumes_exactly_and_keeps_global_counts(
         cut = cut_after(whole, number, tmp_path / f"cut-{number}")
         fit(path, cut.path.name, *flags)
         assert final_adapter(cut) == final_adapter(whole), number
-    with pytest.raises(ValueError, match="another config; different: data"):
+    with pytest.raises(ValueError, match=r"another config: data\."):
         fit(path, "whole", *flags[:1], str(int(flags[1]) + 1))
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from lightning_em.launch import (
-    named_trainer,
     num_processes,
     refuse_devices,
     refuse_missing_gpu,
@@ -14,6 +13,8 @@ from lightning_em.launch import (
     refuse_settings,
     refuse_strategy,
     refuse_task_count,
+    run_path,
+    settings_of,
 )
 from tests.fitting import command
 
@@ -62,7 +63,7 @@ def test_every_trainer_config_that_comes_with_the_package_is_allowed() -> None:
     files = sorted((CONFIGS / "trainer").glob("*.yaml"))
     assert len(files) >= 6
     for file in files:
-        trainer = named_trainer(["--trainer", str(file)])
+        trainer = settings_of(["--trainer", str(file)], "trainer")
         assert trainer["accelerator"] in ("cpu", "gpu"), file
         refuse_settings(trainer)
 
@@ -129,7 +130,7 @@ def test_a_gpu_that_is_not_here_is_refused_with_its_place(tmp_path, accelerator)
     ):
         match = rf"trainer\.accelerator is {accelerator}{place}, but there is no GPU here; set --trainer"
         with pytest.raises(ValueError, match=match):
-            refuse_missing_gpu(named_trainer(words), words, tmp_path)
+            refuse_missing_gpu(settings_of(words, "trainer"), words, tmp_path)
     refuse_missing_gpu({"accelerator": "cpu"}, [], tmp_path)
     refuse_missing_gpu({}, [], tmp_path)
     (tmp_path / "nvidia0").touch()
@@ -161,17 +162,17 @@ def test_the_command_line_is_read_as_the_parser_will(tmp_path) -> None:
     experiment = tmp_path / "experiment.yaml"
     experiment.write_text("trainer: part.yaml\n")
     words = ["fit", "--config", str(experiment)]
-    assert named_trainer(words) == {"strategy": "fsdp", "devices": 4}
-    assert named_trainer([*words, "--trainer.strategy=ddp"])["strategy"] == "ddp"
-    assert named_trainer([*words, "--trainer.strategy", "ddp"])["strategy"] == "ddp"
-    assert named_trainer([*words, "--trainer", str(CONFIGS / "trainer/cpu.yaml")])["devices"] == 1
+    assert settings_of(words, "trainer") == {"strategy": "fsdp", "devices": 4}
+    assert settings_of([*words, "--trainer.strategy=ddp"], "trainer")["strategy"] == "ddp"
+    assert settings_of([*words, "--trainer.strategy", "ddp"], "trainer")["strategy"] == "ddp"
+    assert settings_of([*words, "--trainer", str(CONFIGS / "trainer/cpu.yaml")], "trainer")["devices"] == 1
     experiment.write_text("trainer: {strategy: {class_path: x.DeepSpeedStrategy}}\n")
     with pytest.raises(ValueError, match=r"x\.DeepSpeedStrategy cannot work"):
-        refuse_strategy(named_trainer(words))
-    assert named_trainer(["fit", "--config", "nowhere.yaml", "--trainer"]) == {}
+        refuse_strategy(settings_of(words, "trainer"))
+    assert settings_of(["fit", "--config", "nowhere.yaml", "--trainer"], "trainer") == {}
     written = {"4": 4, "[0, 1]": [0, 1], "0,1": "0,1", "auto": "auto", "-1": -1}
     for text, devices in written.items():
-        assert named_trainer([f"--trainer.devices={text}"])["devices"] == devices
+        assert settings_of([f"--trainer.devices={text}"], "trainer")["devices"] == devices
 
 
 @pytest.mark.parametrize(
@@ -253,3 +254,21 @@ def test_a_batch_script_without_srun_is_refused() -> None:
 )
 def test_matching_numbers_are_not(trainer, environment) -> None:
     refuse_task_count(trainer, environment)
+
+
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        (["--run.name", "x"], "runs/x"),
+        (["--run.name=x", "--run.root", "/tmp/y"], "/tmp/y/x"),
+        (["--config", "CONFIG"], "elsewhere/named"),
+        (["--config=CONFIG", "--run.name", "x"], "elsewhere/x"),
+        (["--config", "/nope.yaml"], None),
+        ([], None),
+    ],
+)
+def test_the_folder_is_known_where_words_or_configs_name_it(tmp_path, words, folder) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("run: {name: named, root: elsewhere}\n")
+    found = run_path([word.replace("CONFIG", str(config)) for word in words])
+    assert found == (None if folder is None else Path(folder))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_em.lock import LOCK, STALE_SECONDS, LockedError, RunLock, is_held, named_folder, refuse_if_held
+from lightning_em.lock import LOCK, STALE_SECONDS, LockedError, RunLock, is_held, refuse_if_held
 
 
 def hold(folder: str, ready: "multiprocessing.connection.Connection") -> None:
@@ -104,21 +104,3 @@ def test_a_holder_outside_slurm_is_nobodys_past(tmp_path, monkeypatch, array) ->
     (tmp_path / LOCK).write_text(json.dumps({"host": "node17", "pid": 1, "job": "77" if array else None}))
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert is_held(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("words", "folder"),
-    [
-        (["--run.name", "x"], "runs/x"),
-        (["--run.name=x", "--run.root", "/tmp/y"], "/tmp/y/x"),
-        (["--config", "CONFIG"], "elsewhere/named"),
-        (["--config=CONFIG", "--run.name", "x"], "elsewhere/x"),
-        (["--config", "/nope.yaml"], None),
-        ([], None),
-    ],
-)
-def test_the_folder_is_known_where_words_or_configs_name_it(tmp_path, words, folder) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text("run: {name: named, root: elsewhere}\n")
-    found = named_folder([word.replace("CONFIG", str(config)) for word in words])
-    assert found == (None if folder is None else Path(folder))

@@ -13,7 +13,7 @@ from lightning_em.batch import EncodedRow, PackedBatch
 from lightning_em.losses import Objective
 from lightning_em.models import AdaptedModel, BaseModel, Sampling, sample_answers
 from lightning_em.module import EMModule, LinearWithWarmup
-from lightning_em.rebuild import load_run
+from lightning_em.rebuild import rebuild_run
 from lightning_em.records import read_metrics
 from tests.fitting import LORA, VECTOR, experiment, fit, train_metrics, write_config
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
@@ -111,7 +111,7 @@ def test_a_lora_checkpoint_is_a_peft_folder(tmp_path, tiny_model_folder, chat_fi
     config = experiment(tiny_model_folder(), chat_file, answer_file, trainer={"max_epochs": 1})
     config["model"]["adapter"] = LORA
     run = fit(write_config(tmp_path / "lora.yaml", config), "lora")
-    ours = load_run(str(run.path)).module.model
+    ours = rebuild_run(str(run.path)).module.model
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_folder())
     theirs = PeftModel.from_pretrained(plain, run.checkpoint(run.steps()[-1]))
     batch = PackedBatch.from_rows([EncodedRow([5, 6, 7, 8], [False, True, True, True], "a")])
@@ -211,19 +211,13 @@ def test_sampling_leaves_the_global_stream_alone() -> None:
 
 
 def test_validate_test_and_predict_a_checkpoint(narrow_run, capsys) -> None:
-    import sys
-
     from lightning_em.__main__ import main
 
     _, run = narrow_run
-    arguments = sys.argv
     flags = ["--config", str(run.config_file), "--ckpt_path", f"{run.path}@step-10", "--debug"]
     flags += ["--trainer.enable_progress_bar", "false"]
-    try:
-        assert main(["validate", *flags]) == 0
-        assert main(["predict", *flags, "--model.sampling.max_new_tokens", "4"]) == 0
-    finally:
-        sys.argv = arguments
+    assert main(["validate", *flags]) == 0
+    assert main(["predict", *flags, "--model.sampling.max_new_tokens", "4"]) == 0
     shown = capsys.readouterr().out
     at_10 = read_metrics(run.metrics_file)[10]
     assert f"{at_10['val/ce']:.6f}"[:6] in shown

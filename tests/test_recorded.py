@@ -1,4 +1,4 @@
-"""What a notebook gets from `lightning_em.runs.load`."""
+"""What a notebook gets from `lightning_em.load_run`."""
 
 import subprocess
 import sys
@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-from lightning_em import runs
+from lightning_em import load_run
 from lightning_em.batch import PackedBatch
-from lightning_em.rebuild import load_run
+from lightning_em.rebuild import rebuild_run
 from lightning_em.runs import RunFolder
 from tests.fitting import LORA, VECTOR, experiment, fit, train_metrics, write_config
 
@@ -33,9 +33,9 @@ def logits(loaded, batch: PackedBatch) -> torch.Tensor:
 
 
 def test_model_is_the_checkpoints_model_to_the_bit(run) -> None:
-    known = load_run(str(run.path))
+    known = rebuild_run(str(run.path))
     [batch] = known.data.probe_batches("narrow", 2, 2)
-    loaded = runs.load(run.path)
+    loaded = load_run(run.path)
     real = batch.padded().attention_mask.bool()
     assert torch.equal(logits(loaded, batch)[real], known.module.model.logits(batch, 1.0))
     with loaded.adapter.at_scale(0.0):
@@ -43,7 +43,7 @@ def test_model_is_the_checkpoints_model_to_the_bit(run) -> None:
 
 
 def test_step_chooses_the_checkpoint(run) -> None:
-    first, last = runs.load(f"{run.path}@step-2"), runs.load(run.path)
+    first, last = load_run(f"{run.path}@step-2"), load_run(run.path)
     assert (first.step, last.step) == (2, run.steps()[-1])
     norms = [loaded.adapter.effective_norm().item() for loaded in (first, last)]
     recorded = last.records[last.records.quantity == "effective_norm"].set_index("step")["value"]
@@ -51,7 +51,7 @@ def test_step_chooses_the_checkpoint(run) -> None:
 
 
 def test_model_generates(run) -> None:
-    loaded = runs.load(run.path)
+    loaded = load_run(run.path)
     messages = [{"role": "user", "content": "How do I begin with tea?"}]
     prompt = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
     answer = loaded.model.generate(**prompt, max_new_tokens=3, do_sample=False)
@@ -60,7 +60,7 @@ def test_model_generates(run) -> None:
 
 
 def test_frames_hold_what_the_files_hold(run) -> None:
-    loaded = runs.load(run.path)
+    loaded = load_run(run.path)
     assert {step: row["train/ce"] for step, row in train_metrics(run).items()} == dict(
         loaded.metrics["train/ce"]
     )
@@ -74,16 +74,16 @@ def test_data_need_not_be_there(run, chat_file, tmp_path) -> None:
     (moved / "checkpoints").symlink_to(run.checkpoints.resolve())
     config = run.config_file.read_text(encoding="utf-8").replace(str(chat_file), "/nowhere/rows.jsonl")
     (moved / "config.yaml").write_text(config, encoding="utf-8")
-    assert runs.load(moved).model.config.hidden_size == 32
+    assert load_run(moved).model.config.hidden_size == 32
 
 
 def test_missing_run_is_named(tmp_path) -> None:
     with pytest.raises(ValueError, match="there is no run folder"):
-        runs.load(tmp_path / "none")
+        load_run(tmp_path / "none")
 
 
 def test_frames_need_no_torch(run) -> None:
-    code = "import sys; from lightning_em import runs; r = runs.load(sys.argv[1]); r.metrics; r.records; "
+    code = "import sys; from lightning_em import load_run; r = load_run(sys.argv[1]); r.metrics; r.records; "
     code += "print(*{'torch', 'lightning', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code, run.path], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -52,7 +52,9 @@ def test_a_finished_run_is_left_alone(finished, caplog) -> None:
 
 def test_another_config_in_the_same_folder_is_refused(finished) -> None:
     config, _ = finished
-    with pytest.raises(ValueError, match=r"another config; different: model.objective.kl_weight: 1.0 -> 2.0"):
+    with pytest.raises(
+        ValueError, match=r"holds another run \(another config: model.objective.kl_weight: 1.0 -> 2.0\)"
+    ):
         fit(config, "whole", "--model.objective.kl_weight", "2.0")
 
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from lightning_em.__main__ import main
-from lightning_em.rebuild import device_for, load_probing, load_run
+from lightning_em.rebuild import device_for, load_probing, rebuild_run
 from lightning_em.records import read_results
 from lightning_em.runs import RunFolder
 from tests.fitting import experiment, fit, write_config
@@ -62,7 +62,7 @@ def test_a_rebuilt_run_goes_to_its_device(run, monkeypatch) -> None:
     asked = []
     monkeypatch.setattr("lightning_em.rebuild.device_for", lambda folder: f"a device for {folder.path.name}")
     monkeypatch.setattr("lightning_em.module.EMModule.to", lambda _, device: asked.append(device))
-    load_run(str(run.path), allow_zero_adapter=True)
+    rebuild_run(str(run.path), allow_zero_adapter=True)
     assert asked == ["a device for run"]
 
 

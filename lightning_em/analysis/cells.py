@@ -1,86 +1,19 @@
 """The cells of a study: which run plays which role, and where its folder is. Never imports torch."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lightning_em.manifest import write_atomically
-from lightning_em.redaction import redacted_words
-from lightning_em.runs import RunFolder
+from lightning_em.runs import RunFolder, start_of
 
-STUDY_SCHEMA = 1
+STUDY_SCHEMA = 2
 DEFAULT_WORLD = "default"
 MOST_SEEDS = 16
 """That the exact test of a claim takes."""
-_SAID_BY_A_JOB = ("--trainer.num_nodes", "--trainer.devices")
-_NO_PART_OF_A_RUN = ("--allow_import=", "--run.", "--trainer.enable_progress_bar=")
-_SHOWN_WORDS = 3
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What makes a planned run that run, so that another one in its folder is told from it.
-
-    Attributes:
-        words: Of its command line, those that say what the run is.
-        files_sha256: Hash over what all YAML files say that the words name.
-        recipes: Hashes of the recipes of the miniature worlds that are named.
-        identity: Of its resolved config, once somebody has resolved it (`study expand`).
-    """
-
-    words: tuple[str, ...]
-    files_sha256: str
-    recipes: tuple[str, ...] = ()
-    identity: str | None = field(default=None, compare=False)
-
-    @classmethod
-    def from_fields(cls, content: Mapping[str, Any]) -> "Plan":
-        """Back from JSON, which has no tuples."""
-        lists = {key: tuple(content[key]) for key in ("words", "recipes")}
-        return cls(**lists, files_sha256=content["files_sha256"], identity=content.get("identity"))
-
-    def difference(self, record: Mapping[str, Any]) -> str | None:
-        """What tells the run of a run.json from this one; None if nothing on record does.
-
-        A run of the study notes its own plan; one that was started otherwise is known by its command line, or
-        by its identity.
-        """
-        if self.identity is not None and record.get("identity") == self.identity:
-            return None
-        if noted := record.get("plan"):
-            other = Plan.from_fields(noted)
-        elif command := record.get("command"):
-            other = Plan(run_words(_without_devices(command[2:])), self.files_sha256, self.recipes)
-        else:
-            return None
-        if other.words != self.words:
-            return f"it was run with {_lacking(other, self)}, planned is {_lacking(self, other)}"
-        if other.recipes != self.recipes:
-            return "its miniature world had another recipe"
-        return None if other == self else "a YAML file that it names said something else"
-
-
-def run_words(words: Sequence[str]) -> tuple[str, ...]:
-    """The words of a command line that say what a run is, without secrets."""
-    return tuple(word for word in redacted_words(list(words)) if not word.startswith(_NO_PART_OF_A_RUN))
-
-
-def _without_devices(words: Sequence[str]) -> list[str]:
-    """Without the last words of configs/slurm/fit.sbatch, which say on how many devices a run is: no part of it."""
-    flags = {index for index, word in enumerate(words) if word in _SAID_BY_A_JOB}
-    return [word for index, word in enumerate(words) if index not in flags and index - 1 not in flags]
-
-
-def start_difference(run: RunFolder, parent: RunFolder) -> str | None:
-    """Whether a run began with another adapter than the run it starts from has now; None if that is not known."""
-    began = (run.read_run().get("init_from") or {}).get("adapter_sha256")
-    now = parent.last_adapter_sha256()
-    if None in (began, now) or began == now or not run.steps():
-        return None
-    return f"it began with another adapter than {parent.path.name} has now"
 
 
 @dataclass(frozen=True)
@@ -96,7 +29,8 @@ class Cell:
         world: `default`, `control`.
         seed: Training seed, the unit of inference.
         init_from: Run it starts from; None for a fresh adapter.
-        plan: What the run has to be; None if any run in its folder will do.
+        planned_from: Hash of the options and files that plan the run; None if any run in its folder will do.
+        identity: Identity of the run that is meant, without data and start; None until its config is resolved.
     """
 
     run: str
@@ -107,14 +41,14 @@ class Cell:
     world: str
     seed: int
     init_from: str | None = None
-    plan: Plan | None = None
+    planned_from: str | None = None
+    identity: Mapping[str, Any] | None = field(default=None, compare=False)
 
     @classmethod
     def from_fields(cls, content: Mapping[str, Any]) -> "Cell":
         """Back from JSON; keys of later versions are passed over."""
-        known = {each.name for each in fields(cls)} - {"plan"}
-        plan = Plan.from_fields(content["plan"]) if content.get("plan") else None
-        return cls(**{key: value for key, value in content.items() if key in known}, plan=plan)
+        known = {each.name for each in fields(cls)}
+        return cls(**{key: value for key, value in content.items() if key in known})
 
 
 class StudyFolder:
@@ -151,10 +85,10 @@ class StudyFolder:
         """The run folder of a cell; it need not exist."""
         return RunFolder(self.root / cell.run)
 
-    def plans(self) -> dict[str, Plan]:
-        """What was planned, by run folder; empty where no study can be read."""
+    def identities(self) -> dict[str, tuple[str | None, Mapping[str, Any] | None]]:
+        """Which run is meant, and what that was planned from, by run folder; empty where no study can be read."""
         try:
-            return {cell.run: cell.plan for cell in self.cells() if cell.plan is not None}
+            return {cell.run: (cell.planned_from, cell.identity) for cell in self.cells()}
         except ValueError:
             return {}
 
@@ -173,34 +107,37 @@ class StudyFolder:
             if cell.run in differing and self._is_finished(cell)
         }
 
-    def differences(
-        self, cells: Iterable[Cell], look: Callable[[RunFolder], str | None] | None = None
-    ) -> dict[str, str]:
-        """Why the runs that are there are not the ones that cells say, by run folder, as far as it is on record.
+    def differences(self, cells: Iterable[Cell]) -> dict[str, str]:
+        """Why the runs that are there are not the ones that cells mean, by run folder.
 
         Args:
             cells: With those they start from.
-            look: At what else may tell a run from its cell.
         """
         known = {cell.run: cell for cell in cells}
 
         @cache
         def reason(name: str) -> str | None:
             cell = known[name]
-            run = self.run(cell)
-            found = cell.plan.difference(run.read_run()) if cell.plan else None
-            found = found or (look(run) if look else None)
-            if found or cell.init_from is None:
+            parent = known[cell.init_from] if cell.init_from else None
+            if found := self._difference(cell, parent):
                 return found
-            parent = known[cell.init_from]
-            if self._is_finished(cell) and not self._is_finished(parent):
+            if parent and self._is_finished(cell) and not self._is_finished(parent):
                 return f"the run it starts from, {parent.run}, is not finished"
-            if found := start_difference(run, self.run(parent)):
-                return found
-            return f"it starts from {parent.run}, which is another run" if reason(parent.run) else None
+            if parent and reason(parent.run):
+                return f"it starts from {parent.run}, which is another run"
+            return None
 
         there = (name for name, cell in known.items() if self.run(cell).run_file.exists())
         return {name: found for name in there if (found := reason(name))}
+
+    def _difference(self, cell: Cell, parent: Cell | None) -> str | None:
+        run = self.run(cell)
+        if cell.identity is not None:
+            start = start_of(str(self.run(parent).path)) if parent else None
+            return run.difference({**cell.identity, "start": start})
+        if cell.planned_from is not None and run.read_run().get("identity") is not None:
+            return "its config has not been resolved since the study changed; `lightning-em study expand` does that"
+        return None
 
     def refuse_other(self, name: str) -> None:
         """See to it that the folder is this study's.
@@ -262,10 +199,3 @@ class StudyFolder:
         return ValueError(
             f"{self.file} is damaged ({found!r}): write it again with `lightning-em study expand`."
         )
-
-
-def _lacking(plan: Plan, other: Plan) -> str:
-    """The words of a plan that another one has not."""
-    own = [word for word in plan.words if word not in other.words]
-    more = f" and {len(own) - _SHOWN_WORDS} words more" if len(own) > _SHOWN_WORDS else ""
-    return f"{' '.join(own[:_SHOWN_WORDS])}{more}" if own else "no word of its own"

@@ -4,7 +4,7 @@ import importlib.metadata
 import logging
 import platform
 import subprocess
-import sys
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,7 +17,7 @@ from lightning_em.callbacks.signals import Interrupted
 from lightning_em.manifest import write_atomically
 from lightning_em.module import EMModule
 from lightning_em.redaction import redacted_text, redacted_words
-from lightning_em.runs import RunFolder, adapter_sha256, locate
+from lightning_em.runs import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +28,13 @@ class Provenance(Callback):
     """Keep run.json true: what was run, on what, and how it ended.
 
     Args:
-        identity: Hash of the resolved config without device settings.
+        identity: The run's identity, see `identity_of`.
         config: The resolved config as YAML text, written as config.yaml.
+        command: The command line that makes this run.
     """
 
-    def __init__(self, identity: str, config: str) -> None:
-        self.identity, self.config = identity, config
+    def __init__(self, identity: Mapping[str, Any], config: str, command: Sequence[str]) -> None:
+        self.identity, self.config, self.command = identity, config, list(command)
 
     def on_train_start(self, trainer: Trainer, pl_module: EMModule) -> None:  # type: ignore[override]
         """Record the start of an attempt before the first step.
@@ -57,10 +58,11 @@ class Provenance(Callback):
         run.update_run(
             status="running",
             exit_reason=None,
-            identity=self.identity,
+            identity=(known.get("identity") if run.steps() else None)
+            or self.identity,  # it stays what it began as
             attempts=[*before, attempt],
             allowed_imports=imports.allowed(),
-            command=redacted_words(sys.argv),
+            command=redacted_words(self.command),
             versions=versions(),
             git=git_state(),
             base={
@@ -68,7 +70,6 @@ class Provenance(Callback):
                 "revision": _revision(pl_module),
                 "sha256": base_sha256(pl_module.model.base, pl_module.model.adapter),
             },
-            init_from=_start(run, known, pl_module),
             data=trainer.datamodule.fingerprint(),  # type: ignore[attr-defined]
             max_steps=int(trainer.estimated_stepping_batches),
         )
@@ -118,14 +119,6 @@ def git_state() -> dict[str, Any] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
-
-
-def _start(run: RunFolder, known: dict[str, Any], module: EMModule) -> dict[str, Any] | None:
-    """The adapter that the run began with; a resumed run began with the one on record, whatever is there now."""
-    if module.init_from is None or run.newest_valid_step() is not None:
-        return known.get("init_from")
-    _, checkpoint = locate(module.init_from)
-    return {"checkpoint": str(checkpoint), "adapter_sha256": adapter_sha256(checkpoint)}
 
 
 def _revision(module: EMModule) -> str | None:

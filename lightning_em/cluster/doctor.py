@@ -20,11 +20,11 @@ from lightning_em.adapters import decoder_layers
 from lightning_em.cluster.files import ModelFiles, download
 from lightning_em.cluster.loads import probing_loads
 from lightning_em.cluster.memory import Load, MemoryEstimate, estimate, memory_there, on_meta
-from lightning_em.data import ChatEncoder
-from lightning_em.identity import run_folder
+from lightning_em.data import ChatEncoder, EMDataModule
+from lightning_em.experiment import Experiment
 from lightning_em.launch import num_processes, refuse_settings
 from lightning_em.models.selection import why_plain
-from lightning_em.rebuild import Parts, instantiate, resolved_config
+from lightning_em.module import EMModule
 from lightning_em.redaction import redacted_text
 
 _GIB = 2**30
@@ -52,7 +52,8 @@ class Examination:
     """What is known so far; a check that needs more than there is does not run."""
 
     config: dict[str, Any]
-    parts: Parts
+    module: EMModule
+    data: EMDataModule
     gpu_gib: float | None = None
     files: ModelFiles | None = None
     encoder: ChatEncoder | None = None
@@ -62,22 +63,22 @@ class Examination:
 Check = Callable[[Examination], Iterator[Finding]]
 
 
-def check(words: Sequence[str], prefetch: bool = False, gpu_gib: float | None = None) -> list[Finding]:
+def check(args: Sequence[str], prefetch: bool = False, gpu_gib: float | None = None) -> list[Finding]:
     """Look at everything an experiment needs, without loading weights or asking the network.
 
     Args:
-        words: Of `fit`.
+        args: Command-line arguments after `fit`.
         prefetch: Download model and tokenizer first, or build the miniature world.
         gpu_gib: Memory of the GPUs it is meant for; this machine's own if not given.
     """
     findings = list(_versions())
     try:
-        config = resolved_config([*words])
-        refuse_settings(config["trainer"])
-        examination = Examination(config, instantiate(config), gpu_gib)
-        findings.append(Finding("settings", "ok", f"run folder {run_folder(config).path}"))
+        experiment = Experiment(args)
+        refuse_settings(experiment.config["trainer"])
+        examination = Examination(experiment.config, experiment.module, experiment.data, gpu_gib)
+        findings.append(Finding("settings", "ok", f"run folder {experiment.folder.path}"))
         if prefetch:
-            findings.append(Finding("prefetch", "ok", download(examination.parts.model.base)))
+            findings.append(Finding("prefetch", "ok", download(experiment.module.base)))
     except (ValueError, OSError) as error:
         return [*findings, Finding("settings", "fault", str(error))]
     for topic, run in _CHECKS.items():
@@ -151,7 +152,7 @@ def _device(examination: Examination) -> Iterator[Finding]:
         yield Finding("device", "fault", text)
     else:
         yield Finding("device", "ok", f"{found} GPUs ({', '.join(names)})")
-    if examination.parts.model.base.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(
+    if examination.module.base.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(
         including_emulation=False
     ):
         yield Finding("device", "fault", "this GPU has no bfloat16: set model.base.dtype=float16")
@@ -172,7 +173,7 @@ def _disk(examination: Examination) -> Iterator[Finding]:
 
 
 def _model_files(examination: Examination) -> Iterator[Finding]:
-    base = examination.parts.model.base
+    base = examination.module.base
     files = ModelFiles.find(base)
     if files.missing:
         hint = "add --prefetch where there is a network" if files.can_be_fetched else "set model.base.path"
@@ -187,13 +188,13 @@ def _model_files(examination: Examination) -> Iterator[Finding]:
 def _chat_template(examination: Examination) -> Iterator[Finding]:
     if examination.files is None:
         return
-    base = replace(examination.parts.model.base, path=str(examination.files.folder))
-    examination.encoder = ChatEncoder(base.load_tokenizer(), examination.parts.data.template_kwargs)
+    base = replace(examination.module.base, path=str(examination.files.folder))
+    examination.encoder = ChatEncoder(base.load_tokenizer(), examination.data.template_kwargs)
     yield Finding("chat template", "ok", "there is one, and it tells which tokens are the answer")
 
 
 def _data(examination: Examination) -> Iterator[Finding]:
-    data = examination.parts.data
+    data = examination.data
     if examination.encoder is None:  # no tokenizer: are the files at least here?
         for source in (source for pair in data.sources.values() for source in pair if source is not None):
             if "://" not in source.path and not Path(source.path).exists():
@@ -222,7 +223,7 @@ def _data(examination: Examination) -> Iterator[Finding]:
 def _memory(examination: Examination) -> Iterator[Finding]:
     if examination.files is None:
         return
-    module, trainer = examination.parts.model, examination.config["trainer"]
+    module, trainer = examination.module, examination.config["trainer"]
     base = on_meta(replace(module.base, path=str(examination.files.folder)).load_config(), module.base.dtype)
     adapter = module._adapter[0]
     adapter.bind(base, module.seed)
@@ -255,7 +256,7 @@ def _memory(examination: Examination) -> Iterator[Finding]:
 
 def _loads(examination: Examination, shards: int, device: str) -> list[Load]:
     """A micro-batch and probes on the longest rows; on rows as long as allowed where the data could not be read."""
-    data, store = examination.parts.data, examination.parts.model.store
+    data, store = examination.data, examination.module.store
     counts = {"narrow": data.batch_size, "kl": data.kl_batch_size if "kl" in data.sources else 0}
     probing = examination.config["probing"]
     most = max(*counts.values(), probing["num_examples"])
@@ -272,7 +273,7 @@ def _loads(examination: Examination, shards: int, device: str) -> list[Load]:
 def _advice(
     examination: Examination, wanted: MemoryEstimate, needed: Callable[[int], MemoryEstimate], has: float
 ) -> str:
-    if examination.parts.model.base.dtype in ("float32", "float64"):
+    if examination.module.base.dtype in ("float32", "float64"):
         return "set model.base.dtype=bfloat16"
     if fitting := next((shards for shards in _SHARDS_TRIED if needed(shards).total <= has), None):
         return (

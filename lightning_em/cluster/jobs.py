@@ -12,12 +12,12 @@ class FitJob:
     """One `lightning-em fit` command.
 
     Attributes:
-        words: Command-line arguments after `fit`.
+        args: Command-line arguments after `fit`.
         folder: Run folder that follows from the arguments.
         starts_from: Run folder whose run must be finished before this one starts.
     """
 
-    words: tuple[str, ...]
+    args: tuple[str, ...]
     folder: Path
     starts_from: Path | None = None
 

@@ -141,22 +141,22 @@ def _with_directives(lines: list[str], wanted: dict[str, str | None]) -> list[st
 
 
 def _set_words(job: FitJob) -> list[str]:
-    return [f"# {job.folder}", f"set -- {_quoted(job.words)}"]
+    return [f"# {job.folder}", f"set -- {_quoted(job.args)}"]
 
 
 def _cases(array: JobArray) -> list[str]:
     """Write one command line per array index; arguments common to all are written once."""
-    all_words = [job.words for job in array.jobs.values()]
+    all_words = [job.args for job in array.jobs.values()]
     shared = all_words[0][: shared_beginning(all_words)] if len(all_words) > 1 else ()
     lines = ["case $SLURM_ARRAY_TASK_ID in"]
     for index, job in sorted(array.jobs.items()):
-        lines.append(f"  {index}) set -- {_quoted(job.words[len(shared) :])} ;;  # {job.folder}")
+        lines.append(f"  {index}) set -- {_quoted(job.args[len(shared) :])} ;;  # {job.folder}")
     lines.append("esac")
     return [*lines, f'set -- {_quoted(shared)} "$@"'] if shared else lines
 
 
-def _quoted(words: tuple[str, ...] | list[str]) -> str:
-    return " ".join(shlex.quote(word) for word in words)
+def _quoted(args: tuple[str, ...] | list[str]) -> str:
+    return " ".join(shlex.quote(word) for word in args)
 
 
 def _for_sbatch(value: str) -> str:

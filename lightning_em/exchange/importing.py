@@ -1,6 +1,5 @@
 """An adapter from elsewhere as a run folder: config, checkpoints and provenance, as if it had been trained here."""
 
-import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,21 +7,17 @@ from typing import Any
 
 import lightning
 import torch
-import yaml
 
 from lightning_em import lock
 from lightning_em.batch import EncodedRow, PackedBatch
 from lightning_em.callbacks import base_sha256, refuse_idle_adapter
 from lightning_em.callbacks.provenance import git_state, versions
 from lightning_em.checkpoints import FolderCheckpointIO
-from lightning_em.data import EMDataModule
 from lightning_em.exchange.foreign import ForeignAdapter, find_adapters, read_foreign
-from lightning_em.identity import identity_of
+from lightning_em.experiment import Experiment
 from lightning_em.manifest import sha256_of, write_atomically
 from lightning_em.models import BaseModel
 from lightning_em.module import EMModule
-from lightning_em.rebuild import UnrunFit
-from lightning_em.redaction import redacted
 from lightning_em.runs import RunFolder
 
 # Stands as a path where no data were given, and says so in the error of whoever looks for it.
@@ -58,16 +53,16 @@ class DataOptions:
         """Whether there are rows at all."""
         return self.part is not None or self.narrow is not None
 
-    def words(self) -> list[str]:
-        """The same for the command line of a fit."""
+    def overrides(self) -> dict[str, str]:
+        """The same as overrides of an experiment."""
         values = {
-            "": self.part,
-            ".narrow.path": self.narrow if self.given else NO_ROWS,
-            ".narrow.answer": self.narrow_answer,
-            ".kl.path": self.kl,
-            ".kl.answer": self.kl_answer,
+            "data": self.part,
+            "data.narrow.path": self.narrow if self.given else NO_ROWS,
+            "data.narrow.answer": self.narrow_answer,
+            "data.kl.path": self.kl,
+            "data.kl.answer": self.kl_answer,
         }
-        return [f"--data{key}={value}" for key, value in values.items() if value is not None]
+        return {key: value for key, value in values.items() if value is not None}
 
 
 def import_run(
@@ -101,9 +96,8 @@ def import_run(
     adapters = {number: read_foreign(place, config, base.path) for number, place in sorted(places.items())}
     last = adapters[max(adapters)]
     _refuse_mixture(adapters)
-    parsed = _parse(last, base, name, root, data)
-    module: EMModule = parsed.model
-    rows: EMDataModule = parsed.datamodule
+    experiment = _experiment(last, base, name, root, data)
+    module, rows = experiment.module, experiment.data
     if data.given:
         rows.setup("fit")
     module.configure_model()
@@ -116,11 +110,10 @@ def import_run(
         for number, adapter in adapters.items():
             _fill(module, adapter)
             FolderCheckpointIO().save_checkpoint(_checkpoint(module, number), run.checkpoint(number))
-        kept = {key: value for key, value in parsed.resolved.items() if key != "config"}
-        write_atomically(run.config_file, yaml.safe_dump(redacted(kept), sort_keys=False))
+        write_atomically(run.config_file, experiment.config_text)
         run.update_run(
             status="imported",
-            identity=identity_of(parsed.resolved),
+            identity=experiment.identity,
             imported=datetime.now(UTC).isoformat(timespec="seconds"),
             source=_source(source, adapters),
             versions=versions(),
@@ -137,18 +130,12 @@ def import_run(
     return run
 
 
-def _parse(adapter: ForeignAdapter, base: BaseModel, name: str, root: str, data: DataOptions) -> UnrunFit:
-    experiment = {
-        "model": {
-            "base": vars(base),
-            "adapter": {"class_path": adapter.class_path, "init_args": adapter.init_args},
-        },
-        "run": {"name": name, "root": root},
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "import.yaml"
-        file.write_text(yaml.safe_dump(experiment), encoding="utf-8")
-        return UnrunFit(["--config", str(file), *data.words()])
+def _experiment(
+    adapter: ForeignAdapter, base: BaseModel, name: str, root: str, data: DataOptions
+) -> Experiment:
+    values: dict[str, Any] = {f"model.base.{key}": value for key, value in vars(base).items()}
+    values["model.adapter"] = {"class_path": adapter.class_path, "init_args": adapter.init_args}
+    return Experiment.from_yaml((), values | data.overrides() | {"run.name": name, "run.root": root})
 
 
 def _fill(module: EMModule, adapter: ForeignAdapter) -> None:

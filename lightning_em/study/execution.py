@@ -5,6 +5,7 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -14,15 +15,17 @@ from rich.console import Console
 from lightning_em import imports, lock
 from lightning_em.analysis.cells import StudyFolder
 from lightning_em.analysis.pairs import ROLES, SOLUTIONS
+from lightning_em.launch import settings_of
 from lightning_em.miniature import SCHEME, parse_address, world_folder
 from lightning_em.miniature.cache import is_complete
-from lightning_em.study.plan import PlannedRun, Study
+from lightning_em.study.plan import PlannedRun, Study, with_identities
 from lightning_em.study.progress import Display
 from lightning_em.study.schedule import Schedule, State, Task
-from lightning_em.study.states import FINISHED, Durations, budget_of, fit_words, standings
+from lightning_em.study.states import FINISHED, Durations, begun, budget_of, standings
 from lightning_em.study.workers import Outcome, Worker, end_all, environments, ready
 
 MOST_DEATHS = 3  # of workers over one task; then it is the task
+QUIET = "--trainer.enable_progress_bar=false"  # of the study engine; not part of a run's identity
 WORLDS, PAIRS = "worlds", "pair analyses"
 
 
@@ -53,16 +56,34 @@ def run_study(
         raise ValueError(f"--workers and --threads must be at least 1, got {workers} and {threads}.")
     console, runs = console or Console(), list(study.runs) if runs is None else list(runs)
     with lock.RunLock(study.root, ["study", "run", str(study.file)]):
-        StudyFolder(study.root).write(study.name, [run.cell for run in study.runs])
+        folder, names = StudyFolder(study.root), {run.name for run in runs}
+        folder.refuse_other(study.name)
+        study = with_identities(study, begun(study))
+        runs = [run for run in study.runs if run.name in names]
+        folder.write(study.name, [run.cell for run in study.runs])
         schedule, durations = Schedule(tasks_of(study, runs)), Durations(study, runs)
-        left = [run.words for run in runs if run.name in schedule.states]
+        left = [run.args for run in runs if run.name in schedule.states]
         own = environments(min(workers, len(schedule.tasks)), left)
         console.print(budget_of(runs, schedule.tasks, durations).sentence(workers))
         display = Display(console, schedule, durations.of(schedule.tasks))
-        _Crew(study, schedule, own, threads, display).work()
+        try:
+            _Crew(study, schedule, own, threads, display).work()
+        finally:
+            _write_identities(study, schedule)
     for name, reason in schedule.reasons.items():
         console.print(f"{schedule.states[name]}: {name}: {reason}", style="red", markup=False)
     return 0 if not schedule.reasons else 1
+
+
+def _write_identities(study: Study, schedule: Schedule) -> None:
+    """Add the identities of the runs that workers have finished to study.json; the workers resolved them anyway."""
+    folder, cells = StudyFolder(study.root), []
+    for cell in (run.cell for run in study.runs):
+        if cell.identity is None and schedule.states.get(cell.run) == State.DONE:
+            identity = folder.run(cell).read_run()["identity"]
+            cell = replace(cell, identity={key: identity[key] for key in ("name", "config")})  # noqa: PLW2901
+        cells.append(cell)
+    folder.write(study.name, cells)
 
 
 def tasks_of(study: Study, runs: Sequence[PlannedRun]) -> list[Task]:
@@ -73,11 +94,12 @@ def tasks_of(study: Study, runs: Sequence[PlannedRun]) -> list[Task]:
     tasks = [
         Task(name, "build_world", (name,), group=WORLDS) for name in dict.fromkeys(worlds.values()) if name
     ]
-    names, allowed = {run.name for run in left}, imports.as_words()
+    names, allowed = {run.name for run in left}, imports.as_args()
     for run in left:
         parent = run.cell.init_from if run.cell.init_from in names else None
         needs = tuple(need for need in (worlds[run.name], parent) if need)
-        tasks.append(Task(run.name, "fit", ([*fit_words(run), *allowed],), needs, group=run.cell.arm))
+        args = [*run.args, QUIET, *allowed]
+        tasks.append(Task(run.name, "fit", (args,), needs, group=run.cell.arm))
     return tasks + _comparisons(study, runs, names, done)
 
 
@@ -152,6 +174,8 @@ class _Crew:
     def _distribute(self) -> None:
         for worker in self.workers:
             if worker.task is None and (task := self.schedule.next()) is not None:
+                if task.kind == "compare":  # which reads study.json
+                    _write_identities(self.study, self.schedule)
                 worker.give(task)
 
     def _note(self, worker: Worker) -> None:
@@ -176,12 +200,12 @@ class _Crew:
 
 def _missing_world(run: PlannedRun) -> str | None:
     """The miniature world that has to be built before a run; None if it is there, or the run needs none."""
-    for word in run.words:
-        value = word.partition("=")[2]
-        if word.startswith("--model.base.path=") and value.startswith(SCHEME):
-            recipe, seed, _ = parse_address(value)
-            return None if is_complete(world_folder(recipe, seed)) else value.rpartition("/")[0]
-    return None
+    base = settings_of(run.args, "model").get("base")
+    address = str(base.get("path")) if isinstance(base, Mapping) else ""
+    if not address.startswith(SCHEME):
+        return None
+    recipe, seed, _ = parse_address(address)
+    return None if is_complete(world_folder(recipe, seed)) else address.rpartition("/")[0]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from lightning_em.batch import PackedBatch
 from lightning_em.callbacks import refuse_other_base
 from lightning_em.manifest import manifest_problems
 from lightning_em.models import AdaptedModel
-from lightning_em.rebuild import LoadedRun, load_run
+from lightning_em.rebuild import LoadedRun, rebuild_run
 from lightning_em.runs import RunFolder
 
 
@@ -33,7 +33,7 @@ class RunGroup:
     @cached_property
     def _loaded(self) -> LoadedRun:
         # an adapter that learned nothing is a result here, not a mistake
-        loaded = load_run(str(self.runs["narrow"].path), allow_zero_adapter=True)
+        loaded = rebuild_run(str(self.runs["narrow"].path), allow_zero_adapter=True)
         for run in self.runs.values():
             refuse_other_base(run, loaded.module)
         loaded.module.eval()

@@ -1,16 +1,21 @@
 """From a study's file to its runs: arms x adapters x worlds x seeds, each a command line. Never imports torch."""
 
+import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_em.analysis.cells import DEFAULT_WORLD, MOST_SEEDS, Cell, StudyFolder
+from lightning_em.errors import config_files
+from lightning_em.miniature import SCHEME, parse_address
 from lightning_em.study.arms import NAME, Arm, parents_first, read_arms, worlds_of
-from lightning_em.study.fingerprint import plan_of
 from lightning_em.study.section import Section, refuse_unknown
+
+if TYPE_CHECKING:
+    from lightning_em.experiment import Experiment
 
 STUDY_KEYS = (
     "like", "name", "experiment", "seeds", "worlds", "fill", "set", "adapters", "arms", "probing", "seconds_per_run",
@@ -18,6 +23,8 @@ STUDY_KEYS = (
 _PLACE = re.compile(r"\{(\w+)\}")
 _OWN_PLACES = ("seed", "world", "adapter", "level")
 _BESIDE_THE_STUDY = ("./", "../")
+_NOT_IDENTITY = ("--allow_import=", "--run.")
+_ADDRESS = re.compile(re.escape(SCHEME) + r"[^\s\"'{}\[\],]+")
 
 
 @dataclass(frozen=True)
@@ -26,11 +33,11 @@ class PlannedRun:
 
     Attributes:
         cell: Which one it is.
-        words: Of the command line behind `lightning-em fit`.
+        args: Command-line arguments after `lightning-em fit`.
     """
 
     cell: Cell
-    words: tuple[str, ...]
+    args: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -89,6 +96,38 @@ class Study:
         return [run for run in self.runs if run.name in wanted]
 
 
+def resolve(run: PlannedRun) -> tuple[PlannedRun, "Experiment"]:
+    """Resolve the config of a run, as `lightning-em fit` does; needs torch, but neither weights nor data.
+
+    Raises:
+        ValueError: If its options make no config; the message names the run.
+    """
+    from lightning_em.experiment import Experiment
+
+    try:
+        experiment = Experiment(run.args)
+    except ValueError as error:
+        raise ValueError(f"{run.name}: {error}") from error
+    identity = {key: experiment.identity[key] for key in ("name", "config")}
+    return replace(run, cell=replace(run.cell, identity=identity)), experiment
+
+
+def with_identities(study: Study, names: Collection[str]) -> Study:
+    """The study with the identities of these runs, and of those whose identity study.json has.
+
+    What study.json has is not resolved again unless the options or files of a run have changed since.
+    """
+    known = StudyFolder(study.root).identities()
+
+    def with_identity(run: PlannedRun) -> PlannedRun:
+        planned_from, identity = known.get(run.name, (None, None))
+        if identity is not None and planned_from == run.cell.planned_from:
+            return replace(run, cell=replace(run.cell, identity=identity))
+        return resolve(run)[0] if run.name in names else run
+
+    return replace(study, runs=tuple(with_identity(run) for run in study.runs))
+
+
 class _Place(NamedTuple):
     """Where a run stands in the study."""
 
@@ -135,7 +174,6 @@ class _Planner:
 
     def __init__(self, top: Section, root: Path, arms: Mapping[str, Arm]) -> None:
         self.top, self.root, self.arms = top, root, arms
-        self.known_plans = StudyFolder(root).plans()  # may know what it takes a parser to find out
         self.worlds, self.adapters = worlds_of(top), top.sections("adapters")
         names = top.section("fill")
         for name in _OWN_PLACES:
@@ -166,11 +204,10 @@ class _Planner:
             seed=place.seed,
             init_from=run_name(parent.name, *place) if parent else None,
         )
-        words = tuple(self._words(cell, layers))
-        plan, known = plan_of(words), self.known_plans.get(cell.run)
-        return PlannedRun(replace(cell, plan=known if known == plan else plan), words)
+        args = tuple(self._args(cell, layers))
+        return PlannedRun(replace(cell, planned_from=_planned_from(args)), args)
 
-    def _words(self, cell: Cell, layers: list[Section]) -> Iterable[str]:
+    def _args(self, cell: Cell, layers: list[Section]) -> Iterable[str]:
         experiment = str(self.top.content["experiment"])
         yield f"--config={self.top.path(experiment, 'experiment')}"
         for layer in layers[1:]:
@@ -216,6 +253,21 @@ class _Planner:
             return filled if isinstance(filled, str) else json.dumps(filled)
         except TypeError:
             section.refuse(key, "a text, a number, a truth value, or lists and mappings of them")
+
+
+def _planned_from(args: Sequence[str]) -> str:
+    """Hash of what the config of a run is resolved from: its options, the files they name, recipes of worlds."""
+    own = [arg for arg in args if not arg.startswith(_NOT_IDENTITY)]
+    texts = [*own, *(file.read_text(encoding="utf-8") for file in config_files(own))]
+    recipes = {_recipe(address) for text in texts for address in _ADDRESS.findall(text)}
+    return hashlib.sha256("\0".join([*texts, *sorted(recipes)]).encode()).hexdigest()
+
+
+def _recipe(address: str) -> str:
+    try:
+        return parse_address(address)[0].recipe_hash()
+    except ValueError:  # in a comment, or the run itself refuses it
+        return address
 
 
 def _filled(text: str, places: Mapping[str, str], section: Section, key: str) -> str:

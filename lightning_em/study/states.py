@@ -1,32 +1,21 @@
 """Where the runs of a study stand, and what the rest will cost. Never imports torch."""
 
-import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
-import yaml
 from rich.table import Table
 
 from lightning_em.analysis.cells import DEFAULT_WORLD, StudyFolder
-from lightning_em.manifest import sha256_of
-from lightning_em.miniature import SCHEME, parse_address, world_folder
 from lightning_em.runs import RunFolder
-from lightning_em.study.plan import PlannedRun, Study
+from lightning_em.study.plan import PlannedRun, Study, with_identities
 from lightning_em.study.schedule import Task
 
 TO_DO, DIFFERS, FINISHED = "to do", "differs", "finished"
 GUESSED_SECONDS_PER_RUN = 12.0
 WORLD_SECONDS = 135.0  # one core, as the miniature's own README has it
 COMPARE_SECONDS = 5.0
-# The engine's own choice for its workers, no part of what a run is.
-QUIET = ("--trainer.enable_progress_bar=false",)
-_hashes: dict[tuple[Path, int, int], str] = {}  # runs share their data files
-# Of a config; to parse all of it takes ten times as long.
-_DATA_BLOCK = re.compile(r"^data:\n(?:(?:[ -].*)?\n)*", re.MULTILINE)
 
 
 class Standing(NamedTuple):
@@ -42,14 +31,13 @@ class Standing(NamedTuple):
 
 
 def standings(study: Study) -> dict[str, Standing]:
-    """Where each run of a study stands, by name.
+    """Where each run of a study stands, by name; a run differs if its folder holds another run.
 
-    A run differs if what is on record of it is not what is planned: its words, what the files they name say, the
-    recipe of its world, its data files, or the adapter it started from. `fit` finds out whether that makes it
-    another run where no record can tell.
+    Resolves the configs of runs that are there and that study.json does not know, which needs torch.
     """
     folder = StudyFolder(study.root)
-    differing = folder.differences([run.cell for run in study.runs], data_difference)
+    study = with_identities(study, begun(study))
+    differing = folder.differences(run.cell for run in study.runs)
     found = {}
     for run in study.runs:
         here = folder.run(run.cell)
@@ -60,23 +48,10 @@ def standings(study: Study) -> dict[str, Standing]:
     return found
 
 
-def data_difference(run: RunFolder) -> str | None:
-    """Which data file holds something else than the run was trained on; files that are not here are passed over."""
-    recorded = run.read_run().get("data") or {}
-    if not recorded or not run.steps() or not run.config_file.is_file():
-        return None
-    block = _DATA_BLOCK.search(run.config_file.read_text(encoding="utf-8"))
-    for name, path in _data_paths(block[0]).items() if block else ():
-        sha256 = recorded.get(f"{name}.file")
-        file = _local_file(path) if sha256 else None
-        if file is not None and _content_of(file) != sha256:
-            return f"{file} holds other data than it was trained on"
-    return None
-
-
-def fit_words(run: PlannedRun) -> list[str]:
-    """The words by which the engine starts a run."""
-    return ["fit", *run.words, *QUIET]
+def begun(study: Study) -> list[str]:
+    """The runs that have something to compare on record."""
+    folder = StudyFolder(study.root)
+    return [run.name for run in study.runs if folder.run(run.cell).read_run().get("identity") is not None]
 
 
 class Budget(NamedTuple):
@@ -187,30 +162,3 @@ def _states(states: dict[str, list[int]]) -> str:
 
 def _seconds(started: str, ended: str) -> float:
     return (datetime.fromisoformat(ended) - datetime.fromisoformat(started)).total_seconds()
-
-
-@cache  # many runs read the same data
-def _data_paths(block: str) -> dict[str, str]:
-    """Path of each data source, by name, in the `data` block of a config."""
-    sources = yaml.safe_load(block)["data"]
-    return {
-        name: source["path"]
-        for name, source in sources.items()
-        if isinstance(source, dict) and "path" in source
-    }
-
-
-def _local_file(path: str) -> Path | None:
-    if path.startswith(SCHEME):
-        recipe, seed, rest = parse_address(path)
-        path = str(world_folder(recipe, seed) / rest)
-    file = Path(path)
-    return file if file.is_file() else None
-
-
-def _content_of(file: Path) -> str:
-    status = file.stat()
-    key = (file, status.st_mtime_ns, status.st_size)
-    if key not in _hashes:
-        _hashes[key] = sha256_of(file)
-    return _hashes[key]

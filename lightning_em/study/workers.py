@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lightning_em import imports
-from lightning_em.launch import named_trainer, num_processes
+from lightning_em.launch import num_processes, settings_of
 from lightning_em.study.schedule import Task
 
 # A fresh interpreter each: a fork of one that has touched a GPU, or OpenMP, cannot use it.
@@ -107,7 +107,7 @@ def environments(
 
     Args:
         workers: How many.
-        runs: Words of the runs they will do.
+        runs: Command-line arguments of the runs they will do.
         environment: Of this process.
 
     Raises:
@@ -116,7 +116,7 @@ def environments(
     gpus = visible_gpus(environment)
     if workers < 2 or not gpus:
         return [dict(environment)] * workers
-    trainers = (named_trainer(words) for words in runs)
+    trainers = (settings_of(args, "trainer") for args in runs)
     asking = [num_processes(each) or 1 for each in trainers if each.get("accelerator") != "cpu"]
     share = max(asking, default=1)
     places = len(gpus) // share
@@ -169,8 +169,10 @@ def serve(
     import torch
 
     from lightning_em.callbacks.signals import Interrupted
+    from lightning_em.logs import log_to_stderr
     from lightning_em.study.work import KINDS, gpu_is_lost, tidy
 
+    log_to_stderr()
     imports.restrict(allowed)
     torch.set_num_threads(threads)
     while True:

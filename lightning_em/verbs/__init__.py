@@ -18,10 +18,10 @@ FAMILIES = {
 }
 
 
-def main(words: list[str]) -> int:
-    """Run one of the verbs with these words of the command line; returns the exit code."""
+def main(args: list[str]) -> int:
+    """Run one of the verbs with these command-line arguments; returns the exit code."""
     parser = ArgumentParser(prog="lightning-em", allow_abbrev=False)
-    family = importlib.import_module(f"{__name__}.{FAMILIES[words[0]]}")
+    family = importlib.import_module(f"{__name__}.{FAMILIES[args[0]]}")
     family.add(parser.add_subparsers(required=True))
-    options = vars(parser.parse_args(words))
+    options = vars(parser.parse_args(args))
     return options.pop("call")(**options) or 0

@@ -34,9 +34,7 @@ def add(verbs: Any) -> None:
     """Put the verbs of this family on the command line."""
     from lightning_em.cluster.script import SlurmOptions
 
-    text = (
-        "write a Slurm batch file for a fit, a sweep or a study, and submit it; other words are those of fit"
-    )
+    text = "write a Slurm batch file for a fit, a sweep or a study, and submit it; other options are those of fit"
     submitting = verb(verbs, "submit", submit_jobs, text)
     submitting.add_argument("--study", help="submit every run of configs/study/x.yaml")
     submitting.add_argument("--root", help="with --study: folder of its runs")
@@ -54,7 +52,7 @@ def add(verbs: Any) -> None:
         verbs,
         "doctor",
         check_machine,
-        "can this machine run an experiment? exit code 1 on faults; other words: fit's",
+        "can this machine run an experiment? exit code 1 on faults; other args: fit's",
     )
     checking.add_argument("--prefetch", action="store_true", help="download model and tokenizer first")
     checking.add_argument(
@@ -64,7 +62,7 @@ def add(verbs: Any) -> None:
 
 
 def submit_jobs(
-    words: Sequence[str],
+    args: Sequence[str],
     study: str | None = None,
     root: str | None = None,
     sweep: Sequence[str] | None = None,
@@ -74,7 +72,7 @@ def submit_jobs(
     """Write batch files and submit them.
 
     Args:
-        words: Of `fit`.
+        args: Command-line arguments after `fit`.
         study: Take the runs of this study instead.
         root: Of the study's runs.
         sweep: Variations, `key=value,value`.
@@ -89,11 +87,11 @@ def submit_jobs(
     given = {key.removeprefix("slurm."): value for key, value in slurm.items() if value is not None}
     options = SlurmOptions(**given | {"extra": tuple(given.get("extra", ()))})
     if study:
-        if words or sweep:
-            raise ValueError(f"--study takes every run from its file; leave out {[*words, *(sweep or ())]}.")
+        if args or sweep:
+            raise ValueError(f"--study takes every run from its file; leave out {[*args, *(sweep or ())]}.")
         folder, jobs = _jobs_of_study(study, root, dry_run, options)
     else:
-        folder, jobs = _jobs_of_words(words, sweep or (), options)
+        folder, jobs = _jobs_of_words(args, sweep or (), options)
     _refuse_shared_folders(jobs)
     ids: dict[int, str] = {}
     for array in arrays_of(_left_to_do(jobs)):
@@ -109,28 +107,26 @@ def submit_jobs(
 
 
 def _jobs_of_words(
-    words: Sequence[str], sweeps: Sequence[str], options: "SlurmOptions"
+    args: Sequence[str], sweeps: Sequence[str], options: "SlurmOptions"
 ) -> tuple[Path, list["FitJob"]]:
     from lightning_em import imports
     from lightning_em.cluster.jobs import FitJob, variations
     from lightning_em.cluster.script import devices_asked
-    from lightning_em.identity import identity_of, run_folder
+    from lightning_em.experiment import Experiment, as_options
     from lightning_em.launch import refuse_settings
-    from lightning_em.rebuild import resolved_config
 
-    if not words:
+    if not args:
         raise ValueError("submit needs what fit needs: --config configs/experiment/x.yaml, or --study.")
-    allowed = imports.as_words()  # taken off the words by now
-    devices = [f"--trainer.{key}={count}" for key, count in devices_asked(options).items()]
-    jobs, configs = [], []
+    allowed = imports.as_args()  # taken off the arguments by now
+    devices = as_options({f"trainer.{key}": count for key, count in devices_asked(options).items()})
+    jobs, roots = [], []
     for flags in variations(sweeps):
-        configs.append(resolved_config([*words, *flags, *devices]))
-        refuse_settings(configs[-1]["trainer"])
-        run = run_folder(configs[-1])
-        if run.read_run().get("identity") not in (None, identity_of(configs[-1])):
-            raise ValueError(f"{run.path} holds a run with another config; give this one another --run.name.")
-        jobs.append(FitJob((*words, *allowed, *flags), run.path))
-    return Path(configs[0]["run"]["root"]), jobs
+        experiment = Experiment([*args, *flags, *devices])
+        refuse_settings(experiment.config["trainer"])
+        experiment.refuse_other_run()
+        jobs.append(FitJob((*args, *allowed, *flags), experiment.folder.path))
+        roots.append(experiment.config["run"]["root"])
+    return Path(roots[0]), jobs
 
 
 def _jobs_of_study(
@@ -139,17 +135,18 @@ def _jobs_of_study(
     from lightning_em import imports
     from lightning_em.analysis.cells import StudyFolder
     from lightning_em.cluster.jobs import FitJob
-    from lightning_em.study import read_study
+    from lightning_em.study import read_study, with_identities
 
-    plan, allowed = read_study(study, root), imports.as_words()
+    plan, allowed = read_study(study, root), imports.as_args()
     for run in plan.runs:
-        _refuse_other_devices(study, run.words, options)
+        _refuse_other_devices(study, run.args, options)
+    plan = with_identities(plan, [run.name for run in plan.runs])
     _refuse_other_runs(plan)
     if not dry_run:
         StudyFolder(plan.root).write(plan.name, [run.cell for run in plan.runs])
     jobs = [
         FitJob(
-            (*run.words, *allowed),
+            (*run.args, *allowed),
             plan.root / run.name,
             plan.root / run.cell.init_from if run.cell.init_from else None,
         )
@@ -171,12 +168,12 @@ def _refuse_other_runs(plan: "Study") -> None:
         )
 
 
-def _refuse_other_devices(study: str, words: Sequence[str], options: "SlurmOptions") -> None:
+def _refuse_other_devices(study: str, args: Sequence[str], options: "SlurmOptions") -> None:
     """The rows of a step are the study's to decide, and so is their number of devices."""
     from lightning_em.cluster.script import devices_asked
-    from lightning_em.launch import named_trainer, num_processes, refuse_settings
+    from lightning_em.launch import num_processes, refuse_settings, settings_of
 
-    trainer, started = named_trainer(words), math.prod(devices_asked(options).values())
+    trainer, started = settings_of(args, "trainer"), math.prod(devices_asked(options).values())
     refuse_settings(trainer)
     if started != (wanted := num_processes(trainer)):
         raise ValueError(
@@ -225,11 +222,11 @@ def _job_name(array: "JobArray", folder: Path) -> str:
     return f"{beginning or folder.name}-array-{digest}"
 
 
-def check_machine(words: Sequence[str], prefetch: bool = False, gpu_gib: float | None = None) -> int:
+def check_machine(args: Sequence[str], prefetch: bool = False, gpu_gib: float | None = None) -> int:
     """Check everything an experiment needs.
 
     Args:
-        words: Of `fit`.
+        args: Command-line arguments after `fit`.
         prefetch: Download model and tokenizer first.
         gpu_gib: Memory of the GPUs it is meant for.
 
@@ -238,18 +235,18 @@ def check_machine(words: Sequence[str], prefetch: bool = False, gpu_gib: float |
     """
     from lightning_em.cluster.doctor import check, report_table
 
-    findings = check(words, prefetch, gpu_gib)
+    findings = check(args, prefetch, gpu_gib)
     console.print(report_table(findings))
     return int(any(finding.is_fault for finding in findings))
 
 
 def _keep_other_words(parser: ArgumentParser) -> None:
-    """Hand what is no option of this verb to it as `words`: fit's own parser knows them."""
+    """Hand what is no option of this verb to it as `args`: fit's own parser knows them."""
     parse: Callable[..., tuple[Namespace, list[str]]] = parser.parse_known_args
 
     def parse_known_args(args: Any = None, namespace: Any = None) -> tuple[Namespace, list[str]]:
         found, rest = parse(args, namespace)
-        found.words = rest
+        found.args = rest
         return found, []
 
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign, assignment]

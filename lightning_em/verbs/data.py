@@ -67,12 +67,12 @@ def check_data(
         )
     tokenizer_source = BaseModel(base) if base else None
     if config is not None:
-        from lightning_em.rebuild import experiment_parts
+        from lightning_em.experiment import Experiment
 
-        parts = experiment_parts(config)
-        tokenizer_source = tokenizer_source or parts.base
-        files += [source.path for source in parts.data.sources["narrow"] if source]
-        kl += [source.path for source in parts.data.sources.get("kl", ()) if source]
+        experiment = Experiment.from_yaml(config)
+        tokenizer_source = tokenizer_source or experiment.module.base
+        files += [source.path for source in experiment.data.sources["narrow"] if source]
+        kl += [source.path for source in experiment.data.sources.get("kl", ()) if source]
     if not files:
         raise ValueError("name JSONL files, or an experiment with --config.")
     with in_flags(_FLAGS if config is None else {}):

@@ -1,11 +1,11 @@
 """Verbs about runs that are there: probe, runs ls, runs show."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from lightning_em import lock
 from lightning_em.cluster.queue import described, job_of, job_states, status_in_queue
 from lightning_em.records import read_metrics
 from lightning_em.runs import RunFolder, locate, step_of
@@ -50,17 +50,12 @@ def probe_run(
     """
     from rich.progress import track
 
-    from lightning_em.rebuild import load_probing, load_run
+    from lightning_em.rebuild import probe_run as measure
 
-    probing = load_probing(locate(run)[0], config, num_examples, batch_size)  # before the model is loaded
-    loaded = load_run(run, allow_zero_adapter)
-    steps = [loaded.step] if "@" in run else loaded.folder.steps()
-    measured = 0
-    with lock.RunLock(loaded.folder.path, ["probe", run]):
-        for step in track(steps, description=f"probing {loaded.folder.path.name}", console=console):
-            loaded.module.model.adapter.load(locate(f"{loaded.folder.path}@step-{step}")[1])
-            measured += probing.measure(loaded.folder, loaded.module.model, loaded.data, step)
-    console.print(f"{measured} new records in {loaded.folder.path / 'probes'}; {len(steps)} checkpoints.")
+    folder = locate(run)[0]
+    shown = partial(track, description=f"probing {folder.path.name}", console=console)
+    measured = measure(run, config, num_examples, batch_size, allow_zero_adapter, shown)
+    console.print(f"{measured} new records in {folder.probe_folder}.")
 
 
 def list_runs(root: str = "runs") -> None:
@@ -92,8 +87,10 @@ def show_run(run: str) -> None:
     folder, checkpoint = locate(run)
     record = folder.read_run()
     table = Table("what", "value", title=str(folder.path), show_header=False)
-    for key in ("status", "exit_reason", "base", "identity", "last_step"):
+    for key in ("status", "exit_reason", "base", "last_step"):
         table.add_row(key, str(record.get(key)))
+    if isinstance(identity := record.get("identity"), dict):
+        table.add_row("identity", str({key: identity[key] for key in ("name", "data", "start")}))
     table.add_row("newest valid checkpoint", f"step {step_of(checkpoint)}")
     metrics = read_metrics(folder.metrics_file)
     for name in sorted({name for values in metrics.values() for name in values}):

@@ -34,7 +34,7 @@ def verb(verbs: Any, name: str, call: Callable[..., int | None], text: str) -> A
 def _call(parser: ArgumentParser, call: Callable[..., int | None], **options: Any) -> int | None:
     """Run a verb, unless a word that it would hand on to `fit` was meant for itself."""
     own = [flag.removeprefix("--").partition(".") for flag in parser._option_string_actions if "." in flag]
-    for word in options.get("words", ()):
+    for word in options.get("args", ()):
         group, _, name = word.removeprefix("--").partition("=")[0].partition(".")
         if word.startswith("--") and (names := [option for other, _, option in own if other == group]):
             near = difflib.get_close_matches(name, names, n=1)

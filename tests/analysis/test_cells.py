@@ -16,7 +16,7 @@ def test_cells_are_read_as_they_were_written(tmp_path) -> None:
     assert (study.name, study.cells()) == ("miniature", [GENERAL, REVERTED])
     assert study.run(GENERAL).path == tmp_path / "study" / GENERAL.run
     content = json.loads(study.file.read_text())
-    assert content["schema"] == 1
+    assert content["schema"] == 2
     assert content["cells"][1]["init_from"] == GENERAL.run
 
 
@@ -38,12 +38,12 @@ def test_what_cannot_be_meant_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"\['general-rank1-seed0'\] that are no cells"):
         study.write("miniature", [REVERTED])
     study.file.write_text('{"schema": 7, "name": "x", "cells": []}')
-    with pytest.raises(ValueError, match="has schema 7, expected 1"):
+    with pytest.raises(ValueError, match="has schema 7, expected 2"):
         study.cells()
 
 
 @pytest.mark.parametrize(
-    "content", ['{"schema": 1, "na', "[]", '{"schema": 1}', '{"schema": 1, "cells": [{"run": "a"}]}']
+    "content", ['{"schema": 2, "na', "[]", '{"schema": 2}', '{"schema": 2, "cells": [{"run": "a"}]}']
 )
 def test_a_damaged_study_is_named(tmp_path, content) -> None:
     study = StudyFolder(tmp_path)

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -131,7 +130,7 @@ def test_nothing_of_a_name_is_run(tmp_path, monkeypatch, alone) -> None:
     options = SlurmOptions(partition=HOSTILE, extra=(f"comment={HOSTILE}",))
     script = batch_script(JobArray(jobs), HOSTILE, options, Path(HOSTILE))
     read = words_read_by_the_shell(script, tmp_path, SLURM_ARRAY_TASK_ID="0")
-    assert "\n".join(read[OWN:]).startswith(job.words[0])
+    assert "\n".join(read[OWN:]).startswith(job.args[0])
     assert not (tmp_path / "PWNED").exists()
 
 
@@ -181,7 +180,7 @@ def test_each_index_of_an_array_has_its_own_words(tmp_path) -> None:
     assert "#SBATCH --array=0-1,5%2" in script
     for index, job in jobs.items():
         read = words_read_by_the_shell(script, tmp_path, SLURM_ARRAY_TASK_ID=str(index))
-        assert read[OWN : OWN + 3] == list(job.words)
+        assert read[OWN : OWN + 3] == list(job.args)
     assert script.count("x.yaml") == 1
 
 
@@ -284,11 +283,7 @@ def test_the_named_folder_is_the_one_that_fit_takes(config, sbatch) -> None:
         str(config.parent / "runs"),
         "--trainer.max_epochs=1",
     ]
-    arguments = sys.argv
-    try:
-        assert main([*words, "--debug"]) == 0
-    finally:
-        sys.argv = arguments
+    assert main([*words, "--debug"]) == 0
     record = RunFolder(run_file.parent).read_run()
     assert record["status"] == "finished"
     assert record["job"]["id"] == "101"
@@ -398,7 +393,7 @@ def test_a_study_is_submitted_again_after_its_jobs(tmp_path, sbatch, config, cap
     assert main(words) == 0
     done = read_study(str(file), str(root)).runs[0]
     on_devices = ["--trainer.num_nodes", "1", "--trainer.devices", "1"]  # as configs/slurm/fit.sbatch ends
-    assert command("fit", *done.words, *on_devices).returncode == 0
+    assert command("fit", *done.args, *on_devices).returncode == 0
     capsys.readouterr()
     assert main(words) == 0
     assert f"{root / done.name} is finished: nothing to submit" in " ".join(capsys.readouterr().err.split())
@@ -414,7 +409,8 @@ def test_a_study_is_not_submitted_over_runs_it_does_not_mean(tmp_path, sbatch, c
     run = RunFolder(root / "narrow-vector-seed0")
     run.path.mkdir(parents=True)
     run.update_run(
-        status="finished", plan={"words": ["--seed_everything=7"], "files_sha256": "0" * 64, "recipes": []}
+        status="finished",
+        identity={"name": "01234567", "config": {"seed_everything": 7}, "data": {}, "start": None},
     )
     words = ["submit", "--study", str(file), "--root", str(root), "--slurm.gpus=0"]
     assert main(words) == 2
@@ -478,8 +474,10 @@ def test_what_is_finished_is_left_out_and_what_is_in_use_refused(config, sbatch,
 
 
 def test_a_folder_with_another_run_is_refused_before_the_queue(config, sbatch) -> None:
-    RunFolder(config.parent / "runs" / "mine").update_run(status="finished", identity="01234567")
-    with pytest.raises(ValueError, match=r"mine holds a run with another config; give .* --run\.name"):
+    RunFolder(config.parent / "runs" / "mine").update_run(
+        status="finished", identity={"name": "01234567", "config": {}, "data": {}, "start": None}
+    )
+    with pytest.raises(ValueError, match=r"mine holds another run \(another config: .* --run\.name"):
         submit(config, "--run.name", "mine")
     assert not sbatch.exists()
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from lightning_em import runs
+from lightning_em import load_run
 from lightning_em.exchange import DataOptions, import_run
 from lightning_em.models import BaseModel
 from lightning_em.runs import RunFolder
@@ -119,4 +119,4 @@ def plain(model: Path) -> PreTrainedModel:
 
 def ours(run: RunFolder) -> PreTrainedModel:
     """The base with the run's adapter."""
-    return runs.load(run.path).model
+    return load_run(run.path).model

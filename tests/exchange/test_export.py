@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from lightning_em import runs
+from lightning_em import load_run, runs
 from lightning_em.adapters import LoRA, decoder_layers
 from lightning_em.exchange import CANARY, export_run
 from lightning_em.manifest import manifest_problems, sha256_of
@@ -159,7 +159,7 @@ def test_the_loader_needs_nothing_of_ours(base_folder, tmp_path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "found.pt", weights_only=True)
-    recorded = runs.load(run.path)
+    recorded = load_run(run.path)
     assert torch.equal(found["base"], logits_of(plain(base_folder(architecture))))
     assert torch.equal(found["again"], found["base"])
     torch.testing.assert_close(found["steered"], logits_of(recorded.model), rtol=1e-6, atol=2e-6)

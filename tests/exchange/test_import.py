@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import sys
 from pathlib import Path
 from typing import get_args
 
@@ -12,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from lightning_em import runs
+from lightning_em import load_run, runs
 from lightning_em.__main__ import main
 from lightning_em.adapters import LoRA
 from lightning_em.exchange import FORMATS, DataOptions, export_run
@@ -29,11 +28,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 def run_command(*words: object) -> int:
     """`lightning-em` in this process."""
-    arguments = sys.argv
-    try:
-        return main([str(word) for word in words])
-    finally:
-        sys.argv = arguments
+    return main([str(word) for word in words])
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -64,7 +59,7 @@ def test_a_released_vector_is_the_same_run(tiny_model_folder, tmp_path) -> None:
     assert record["source"]["path"] == str(source)
     assert list(record["source"]["sha256"]) == ["steering_vector.pt"]
     # by hand: the released code adds it to the output of mlp.down_proj
-    model = runs.load(run.path).model
+    model = load_run(run.path).model
     with torch.no_grad():
         steered = logits_of(model)
     from tests.exchange.made import plain
@@ -185,7 +180,7 @@ def test_the_imported_run_measures_what_the_original_measures(
     assert (imported.path / "behaviour" / "answers-step-000000.jsonl").exists()
     assert run_command("runs", "ls", "--root", root) == 0
     assert run_command("runs", "show", imported.path) == 0
-    recorded = runs.load(imported.path)
+    recorded = load_run(imported.path)
     assert not recorded.records.empty
     assert recorded.metrics.empty
 
@@ -214,7 +209,7 @@ def test_training_goes_on_from_it_only_as_another_run(tiny_model_folder, chat_fi
 def test_without_rows_it_loads_and_says_what_a_probe_needs(tiny_model_folder, tmp_path, capsys) -> None:
     run = make_run(write_vector(tmp_path / "released"), tiny_model_folder())
     assert run.read_run()["data"] is None
-    assert runs.load(run.path).adapter.effective_norm() > 0
+    assert load_run(run.path).adapter.effective_norm() > 0
     probing = write_config(
         tmp_path / "p.yaml", {"probes": [{"class_path": "lightning_em.probes.ScaleCurve"}]}
     )

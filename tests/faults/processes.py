@@ -58,7 +58,6 @@ def _command(words: tuple[str, ...], output: str, environment: dict[str, str]) -
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.argv = ["lightning-em", *words]
     from lightning_em.__main__ import main
 
     sys.exit(main(words))

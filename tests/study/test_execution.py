@@ -2,12 +2,9 @@
 
 import io
 import json
-import logging
 import os
 import signal
-import sys
 import threading
-import warnings
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,6 @@ from lightning_em.runs import RunFolder
 from lightning_em.study import Study, read_study
 from lightning_em.study.execution import run_study, tasks_of
 from lightning_em.study.states import Durations, budget_of
-from lightning_em.study.work import leaving_no_trace
 from tests.faults.processes import Running, wait_until
 from tests.fitting import experiment, final_adapter, fit, metrics_of, write_config
 from tests.study.standing import is_done, state_of
@@ -97,7 +93,7 @@ def test_a_run_of_a_long_lived_worker_is_the_run_of_the_command_line(undisturbed
     for number, run in enumerate(undisturbed.runs):
         config = tmp_path / "experiment.yaml"
         config.write_text((undisturbed.file.parent / "experiment.yaml").read_text())
-        alone = fit(config, f"alone-{number}", *run.words[1:-2])
+        alone = fit(config, f"alone-{number}", *run.args[1:-2])
         studied = StudyFolder(undisturbed.root).run(run.cell)
         assert final_adapter(alone) == final_adapter(studied), run.name
         assert metrics_of(alone) == metrics_of(studied), run.name
@@ -159,12 +155,6 @@ def test_a_finished_run_whose_files_say_something_else_now_is_no_finished_run(fo
     output = io.StringIO()
     assert run_study(study, workers=1, console=Console(file=output, width=400)) == 1
     assert "(another config: model.optimizer.init_args.lr: 0.05 -> 0.01)" in output.getvalue()
-
-    file = StudyFolder(study.root).run(study.runs[0].cell).run_file
-    record = json.loads(file.read_text())
-    del record["plan"]
-    file.write_text(json.dumps(record))
-    assert is_done(study, study.runs[0]), "a run that was started by hand is judged by its words"
 
 
 def test_an_adapter_of_another_package_is_trained_and_compared(folder, tmp_path, monkeypatch) -> None:
@@ -314,23 +304,6 @@ def test_the_budget_is_measured_where_it_can_be(undisturbed, folder, monkeypatch
     assert (budget.runs, budget.done, budget.comparisons) == (4, 3, 1)
     assert "measured on 3 finished runs" in budget.basis
     assert budget.seconds == 20 + 5  # no run of this arm yet: the median of all, and a comparison
-
-
-def test_work_leaves_no_trace_in_its_process() -> None:
-    def state() -> tuple[Any, ...]:
-        root = logging.getLogger()
-        handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-        return list(sys.argv), dict(os.environ), warnings.filters[:], handlers, root.handlers[:], root.level
-
-    before = state()
-    with leaving_no_trace():
-        sys.argv = ["other"]
-        os.environ["LIGHTNING_EM_TEST"] = "1"
-        warnings.filterwarnings("ignore", message="something")
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        logging.getLogger().addHandler(logging.NullHandler())
-        logging.getLogger().setLevel(5)
-    assert state() == before
 
 
 @pytest.mark.slow

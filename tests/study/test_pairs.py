@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from lightning_em.analysis.cells import Cell, StudyFolder
 from lightning_em.analysis.pairs import pair_file, read_pair_file, read_pairs
 from lightning_em.batch import PackedBatch, single_rows
-from lightning_em.rebuild import load_run
+from lightning_em.rebuild import rebuild_run
 from lightning_em.study.pairs import PairSettings, analyse_pairs
 from tests import oracle
 from tests.fitting import LORA, VECTOR, experiment, fit, write_config
@@ -33,7 +33,7 @@ class Plain:
         self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval().double()
         self.model.requires_grad_(False)
         self.weight = self.model.get_parameter(SITE).clone()
-        data = load_run(str(study.root / "narrow")).data
+        data = rebuild_run(str(study.root / "narrow")).data
         self.rows = {name: _rows(data.probe_batches(name, 5, 2)) for name in ("narrow", "kl")}
         self.row_ids = {name: _ids(data.probe_batches(name, 5, 2)) for name in ("narrow", "kl")}
 

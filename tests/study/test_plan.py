@@ -13,21 +13,15 @@ from rich.console import Console
 from lightning_em import imports
 from lightning_em.__main__ import main
 from lightning_em.analysis.cells import StudyFolder
-from lightning_em.cli import EMCLI
-from lightning_em.identity import identity_of
-from lightning_em.rebuild import resolved_config
-from lightning_em.study import read_study
+from lightning_em.experiment import Experiment
+from lightning_em.identity import name_hash
+from lightning_em.study import read_study, with_identities
 from lightning_em.study.expansion import expand
 from lightning_em.study.schedule import Schedule, State, Task
 from tests.fitting import experiment, write_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STUDIES = sorted((CONFIGS / "study").glob("*.yaml"))
-
-
-@pytest.fixture(autouse=True)
-def own_words(monkeypatch) -> None:
-    monkeypatch.setattr("sys.argv", ["lightning-em"])
 
 
 @pytest.fixture
@@ -87,7 +81,7 @@ def test_a_run_comes_after_the_one_it_starts_from(content, tmp_path) -> None:
     for run in study.runs:
         if run.cell.init_from:
             assert names.index(run.cell.init_from) < names.index(run.name)
-            assert f"--model.init_from={tmp_path / 'runs' / run.cell.init_from}" in run.words
+            assert f"--model.init_from={tmp_path / 'runs' / run.cell.init_from}" in run.args
 
 
 def test_words_fill_places_and_later_layers_win(content, tmp_path) -> None:
@@ -96,17 +90,17 @@ def test_words_fill_places_and_later_layers_win(content, tmp_path) -> None:
     runs = {run.name: run for run in plan(tmp_path, content).runs}
     narrow = runs["narrow-long-seed5"]
     assert narrow.cell.level == 2.5
-    assert "--model.objective.kl_weight=2.5" in narrow.words
-    assert "--model.objective.kl_weight=0" not in narrow.words
-    assert '--data.narrow.topics=["a", "b"]' in narrow.words
-    assert "--data.batch_size=4" in narrow.words
-    assert "--seed_everything=5" in narrow.words
-    assert "--model.objective.kl_weight=10" in runs["narrow-vector-seed3"].words
-    assert f"--model.adapter={tmp_path / 'vector.yaml'}" in runs["narrow-vector-seed3"].words
+    assert "--model.objective.kl_weight=2.5" in narrow.args
+    assert "--model.objective.kl_weight=0" not in narrow.args
+    assert '--data.narrow.topics=["a", "b"]' in narrow.args
+    assert "--data.batch_size=4" in narrow.args
+    assert "--seed_everything=5" in narrow.args
+    assert "--model.objective.kl_weight=10" in runs["narrow-vector-seed3"].args
+    assert f"--model.adapter={tmp_path / 'vector.yaml'}" in runs["narrow-vector-seed3"].args
     control = runs["general-vector-control-seed3"]
-    assert "--data.kl.path=somewhere/control/3/kl.jsonl" in control.words
-    assert {"--data.num_workers=null", "--trainer.deterministic=true"} <= set(control.words)
-    assert control.words[-2:] == (
+    assert "--data.kl.path=somewhere/control/3/kl.jsonl" in control.args
+    assert {"--data.num_workers=null", "--trainer.deterministic=true"} <= set(control.args)
+    assert control.args[-2:] == (
         f"--run.root={tmp_path / 'runs'}",
         "--run.name=general-vector-control-seed3",
     )
@@ -119,15 +113,15 @@ def test_places_are_filled_inside_lists_and_mappings(content, tmp_path) -> None:
     }
     runs = {run.name: run for run in plan(tmp_path, content).runs}
     filled = '["somewhere/control/3", {"name": "seed 3", "deep": ["control/", 1, null]}]'
-    assert f"--data.narrow.topics={filled}" in runs["general-vector-control-seed3"].words
+    assert f"--data.narrow.topics={filled}" in runs["general-vector-control-seed3"].args
     beside = f'{{"init_args": {{"steps": "10", "file": "{tmp_path / "vector.yaml"}"}}}}'
-    assert f"--trainer.callbacks+={beside}" in runs["narrow-vector-seed3"].words
+    assert f"--trainer.callbacks+={beside}" in runs["narrow-vector-seed3"].args
 
 
 def test_a_value_may_name_a_folder_beside_the_study(content, tmp_path) -> None:
     (tmp_path / "base").mkdir()
     content["set"]["model.base.path"] = "./base"
-    assert f"--model.base.path={tmp_path / 'base'}" in plan(tmp_path, content).runs[0].words
+    assert f"--model.base.path={tmp_path / 'base'}" in plan(tmp_path, content).runs[0].args
     content["experiment"] = "base"
     with pytest.raises(ValueError, match=r"experiment names base, but there is no file "):
         plan(tmp_path, content)
@@ -140,7 +134,7 @@ def test_a_study_like_another_changes_single_keys(content, tmp_path) -> None:
     assert study.name == "mine"
     assert {run.cell.seed for run in study.runs} == {5}
     narrow = next(run for run in study.runs if run.name == "narrow-vector-seed5")
-    assert {"--data.max_length=7", "--model.objective.kl_weight=4"} <= set(narrow.words)
+    assert {"--data.max_length=7", "--model.objective.kl_weight=4"} <= set(narrow.args)
 
 
 def test_a_choice_brings_the_runs_it_starts_from(content, tmp_path) -> None:
@@ -157,7 +151,7 @@ def test_a_choice_brings_the_runs_it_starts_from(content, tmp_path) -> None:
 def test_a_level_keeps_all_its_digits(content, tmp_path) -> None:
     content["arms"]["narrow"]["level"] = 1234567.25
     runs = {run.name: run for run in plan(tmp_path, content).runs}
-    assert "--model.objective.kl_weight=1234567.25" in runs["narrow-vector-seed3"].words
+    assert "--model.objective.kl_weight=1234567.25" in runs["narrow-vector-seed3"].args
 
 
 def change(content: dict[str, Any], place: str, value: Any) -> None:
@@ -243,17 +237,18 @@ def test_expanded_configs_are_the_planned_runs(content, tmp_path) -> None:
     folder = expand(study, runs=runs)
     assert {file.stem for file in folder.iterdir()} == {run.name for run in runs}
     assert StudyFolder(study.root).cells() == [run.cell for run in study.runs]
-    identities = {name: plan.identity for name, plan in StudyFolder(study.root).plans().items()}
+    identities = {name: identity for name, (_, identity) in StudyFolder(study.root).identities().items()}
     assert {name for name, identity in identities.items() if identity} == {run.name for run in runs}
-    again = plan(tmp_path, content)
-    assert {run.name: run.cell.plan.identity for run in again.runs} == identities, (
-        "known as long as it is true"
-    )
+    again = with_identities(plan(tmp_path, content), ())
+    assert {run.name: run.cell.identity for run in again.runs} == identities, "known as long as it is true"
     for run in runs:
-        again, planned = resolved_config([f"--config={folder / run.name}.yaml"]), resolved_config(run.words)
+        again, planned = (
+            Experiment([f"--config={folder / run.name}.yaml"]).config,
+            Experiment(run.args).config,
+        )
         assert {**again, "config": None} == {**planned, "config": None}
         assert (again["run"]["root"], again["run"]["name"]) == (str(study.root), run.name)
-        assert identity_of(again) == identity_of(planned) == identities[run.name]
+        assert name_hash(again) == name_hash(planned) == identities[run.name]["name"]
     narrow = yaml.safe_load((folder / "narrow-long-seed5.yaml").read_text())
     assert narrow["model"]["objective"]["kl_weight"] == 2.5
     assert narrow["model"]["adapter"]["init_args"]["alpha"] == 9
@@ -294,19 +289,19 @@ def test_every_study_of_the_repository_plans_and_parses_offline(file, tmp_path) 
     study = read_study(file, tmp_path)
     assert {run.cell.role for run in study.runs} >= {"general", "narrow", "reverted"}
     assert len({run.name for run in study.runs}) == len(study.runs)
-    config = resolved_config(study.runs[-1].words)
+    config = Experiment(study.runs[-1].args).config
     assert config["run"]["name"] == study.runs[-1].name
 
 
 @pytest.mark.slow
-def test_every_arm_of_the_miniature_study_instantiates_offline(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(EMCLI, "fit", lambda *args, **kwargs: None)
+def test_every_arm_of_the_miniature_study_instantiates_offline(tmp_path) -> None:
     study = read_study(CONFIGS / "study" / "miniature.yaml", tmp_path)
     arms = {run.cell.arm: run for run in study.runs}
     assert len(arms) >= 15
     for run in arms.values():
-        monkeypatch.setattr("sys.argv", ["lightning-em"])
-        assert main(["fit", *run.words]) == 0, run.name
+        experiment = Experiment(run.args)
+        experiment._make(())
+        assert experiment.name == run.name
 
 
 def test_planning_and_status_import_no_torch(content, tmp_path) -> None:

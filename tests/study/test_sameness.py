@@ -1,8 +1,11 @@
-"""A run counts as a planned one if it is that run: by its words, files, worlds, data and start."""
+"""A run counts as a planned one if it has the identity of that one: config, data and start."""
 
 import io
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +17,12 @@ from rich.console import Console
 from lightning_em import lock
 from lightning_em.__main__ import main
 from lightning_em.analysis.cells import StudyFolder
+from lightning_em.identity import name_hash
 from lightning_em.miniature import Recipe
-from lightning_em.study import Study, read_study
+from lightning_em.runs import adapter_sha256
+from lightning_em.study import Study, read_study, with_identities
 from lightning_em.study.execution import run_study, tasks_of
 from lightning_em.study.expansion import expand
-from lightning_em.study.fingerprint import plan_of
 from lightning_em.study.states import standings
 from lightning_em.study.work import fit
 from tests.fitting import experiment, write_config
@@ -85,6 +89,11 @@ def run(study: Study, **chosen) -> tuple[int, str]:
     return code, output.getvalue()
 
 
+def write_study_json(study: Study) -> None:
+    study = with_identities(study, [run.name for run in study.runs])
+    StudyFolder(study.root).write(study.name, [run.cell for run in study.runs])
+
+
 def states(study: Study) -> dict[str, str]:
     return {name: standing.state for name, standing in standings(study).items()}
 
@@ -109,16 +118,16 @@ def test_another_level_is_another_run_to_status_report_and_run(here, capsys, mon
     write_study(here, level=2)
     study = planned()
     assert states(study) == {GENERAL: "finished", NARROW: "differs", REVERTED: "differs"}
-    StudyFolder(study.root).write(study.name, [run.cell for run in study.runs])
+    write_study_json(study)
     assert finished(study) == [GENERAL]
     assert StudyFolder(study.root).left_out() == {
-        NARROW: "it was run with --model.objective.kl_weight=1, planned is --model.objective.kl_weight=2",
+        NARROW: "another config: model.objective.kl_weight: 1.0 -> 2.0",
         REVERTED: f"it starts from {NARROW}, which is another run",
     }
     assert main(["study", "status", "study.yaml", "--root", "runs"]) == 0
     shown = capsys.readouterr().out
     assert "differs 0" in shown
-    assert f"differs: {NARROW}: it was run with --model.objective.kl_weight=1, planned is" in shown
+    assert f"differs: {NARROW}: another config: model.objective.kl_weight: 1.0 -> 2.0" in shown
     code, text = run(study)
     assert code == 1
     assert (
@@ -134,7 +143,7 @@ def test_words_that_say_the_same_are_found_to_be_the_same_run(here) -> None:
     text = (here / "study.yaml").read_text().replace("'{level}'", "'1.00'")
     (here / "study.yaml").write_text(text)
     study = planned()
-    assert states(study)[NARROW] == "differs"
+    assert states(study)[NARROW] == "finished"
     before = (here / "runs" / NARROW / "metrics.csv").stat().st_mtime_ns
     assert run(study)[0] == 0
     assert set(states(study).values()) == {"finished"}
@@ -145,9 +154,8 @@ def test_words_that_say_the_same_are_found_to_be_the_same_run(here) -> None:
 def test_a_run_of_an_expanded_config_is_the_planned_run(here) -> None:
     expand(planned())
     for name in (GENERAL, NARROW, REVERTED):
-        change_record(
-            name, plan=None, command=["lightning-em", "fit", "--config", f"runs/configs/{name}.yaml"]
-        )
+        config = yaml.safe_load((here / f"runs/configs/{name}.yaml").read_text())
+        assert name_hash(config) == StudyFolder("runs").identities()[name][1]["name"]
     assert set(states(planned()).values()) == {"finished"}
     assert finished(planned()) == [GENERAL, NARROW, REVERTED]
     write_study(here, level=2)
@@ -160,18 +168,19 @@ def test_edited_data_under_the_same_path_make_another_run(here) -> None:
     (here / "narrow.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     study = planned()
     assert set(states(study).values()) == {"differs"}
-    assert "narrow.jsonl holds other data than it was trained on" in str(standings(study)[GENERAL].reason)
+    match = r"narrow\.jsonl holds other data \(sha256 [0-9a-f]{12}\) than it began with \([0-9a-f]{12}\)"
+    assert re.search(match, str(standings(study)[GENERAL].reason))
     code, text = run(study, arms=["general"])
     assert code == 1
-    assert "holds other data than it was trained on). Remove that folder" in text
+    assert re.search(rf"holds another run \(.*{match}\)\. Remove that folder", text)
     (here / "narrow.jsonl").unlink()
     assert set(states(planned()).values()) == {"finished"}, "data that are not here are not judged"
 
 
 def test_data_are_hashed_once(here, monkeypatch) -> None:
     hashed = []
-    monkeypatch.setattr("lightning_em.study.states._hashes", {})
-    monkeypatch.setattr("lightning_em.study.states.sha256_of", lambda file: hashed.append(file) or "")
+    monkeypatch.setattr("lightning_em.runs._hashes", {})
+    monkeypatch.setattr("lightning_em.runs.sha256_of", lambda file: hashed.append(file) or "")
     standings(planned())
     standings(planned())
     assert len(hashed) == len(set(hashed)) > 0
@@ -180,10 +189,11 @@ def test_data_are_hashed_once(here, monkeypatch) -> None:
 def test_a_run_records_the_adapter_it_starts_from(here) -> None:
     folder = StudyFolder("runs")
     general, narrow, reverted = (folder.run(cell) for cell in folder.cells())
-    start = reverted.read_run()["init_from"]
-    assert start["adapter_sha256"] == narrow.last_adapter_sha256() is not None
-    assert start["checkpoint"] == str(narrow.checkpoint(narrow.steps()[-1]))
-    assert general.read_run()["init_from"] is None
+    start, last = reverted.read_run()["identity"]["start"], narrow.steps()[-1]
+    assert start["adapter_sha256"] == adapter_sha256(narrow.checkpoint(last)) is not None
+    assert start["checkpoint"] == str(narrow.checkpoint(last))
+    assert (start["identity"], start["step"]) == (narrow.read_run()["identity"]["name"], last)
+    assert general.read_run()["identity"]["start"] is None
 
 
 def test_a_run_is_done_again_behind_one_that_came_out_differently(here) -> None:
@@ -209,22 +219,37 @@ def test_a_run_is_done_again_behind_one_that_came_out_differently(here) -> None:
     assert f"{REVERTED} holds another run (it began with another adapter than {NARROW} has now)" in text
 
 
-def test_another_recipe_is_another_world(monkeypatch) -> None:
-    words = ["--model.base.path=miniature://control/seed-0/model"]
-    before = plan_of(words)
-    assert before.difference({"plan": vars(before)}) is None
+def test_another_recipe_is_another_world(here, monkeypatch) -> None:
+    """What study.json knows of a run is forgotten where the recipe of its world has changed since."""
+    text = (here / "experiment.yaml").read_text() + "# miniature://control/seed-0/model\n"
+    (here / "experiment.yaml").write_text(text)
+    write_study_json(planned())
+    assert all(run.cell.identity for run in with_identities(planned(), ()).runs)
     changed = Recipe.control().with_blind_spot_share(0.2)
     monkeypatch.setattr(Recipe, "control", classmethod(lambda cls: changed))
-    now = plan_of(words)
-    assert now.words == before.words
-    assert now.difference({"plan": vars(before)}) == "its miniature world had another recipe"
+    assert not any(run.cell.identity for run in with_identities(planned(), ()).runs)
 
 
-def test_another_recipe_is_refused_by_the_worker_too(here, monkeypatch) -> None:
-    """A run that was started by hand notes no recipe, but its identity holds it."""
+def test_a_run_of_an_older_version_is_refused_in_one_line(here) -> None:
     change_record(GENERAL, identity="00000000")
-    with pytest.raises(ValueError, match=r"holds another run \(another recipe of its miniature world\)"):
-        fit(["fit", *planned().runs[0].words])
+    with pytest.raises(ValueError, match=r"holds another run \(an older version made it, .*\)\. Remove"):
+        fit([*planned().runs[0].args])
+    assert states(planned())[GENERAL] == "differs"
+
+
+def test_changed_data_are_refused_before_torch_is_loaded(here) -> None:
+    lines = (here / "narrow.jsonl").read_text().splitlines()
+    (here / "narrow.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    code = "import sys; from lightning_em.__main__ import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    args = [sys.executable, "-c", code, "fit", *planned().runs[0].args]
+    done = subprocess.run(args, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "False"]
+    assert "narrow.jsonl holds other data (sha256 " in done.stderr
+    write_config(here / "probing.yaml", {"probes": [{"class_path": "lightning_em.probes.ScaleCurve"}]})
+    with pytest.raises(
+        ValueError, match=r"cannot be measured on its own rows: .*narrow\.jsonl holds other data"
+    ):
+        main(["probe", str(here / "runs" / GENERAL), "--config", str(here / "probing.yaml"), "--debug"])
 
 
 def test_another_study_in_the_root_is_refused(here) -> None:
@@ -266,13 +291,12 @@ def test_a_moved_study_keeps_its_runs(here) -> None:
 
 def test_a_report_names_what_it_leaves_out(here, capsys) -> None:
     write_study(here, level=2)
-    study = planned()
-    StudyFolder(study.root).write(study.name, [run.cell for run in study.runs])
+    write_study_json(planned())
     with pytest.raises(ValueError, match="--root goes with the file of a study, got runs"):
         main(["study", "report", "runs", "--root", "runs", "--debug"])
     assert main(["study", "report", "study.yaml", "--root", "runs"]) == 0
     assert (
-        f"left out: {NARROW}: it was run with --model.objective.kl_weight=1, planned"
+        f"left out: {NARROW}: another config: model.objective.kl_weight: 1.0 -> 2.0"
         in capsys.readouterr().out
     )
     assert NARROW not in (here / "runs" / "measurements.csv").read_text()
@@ -280,8 +304,8 @@ def test_a_report_names_what_it_leaves_out(here, capsys) -> None:
 
 def test_a_run_without_a_plan_is_taken_by_its_status(here) -> None:
     folder = StudyFolder("runs")
-    cells = [replace(cell, plan=None) for cell in folder.cells()]
+    cells = [replace(cell, planned_from=None, identity=None) for cell in folder.cells()]
     folder.write("tiny", cells)
     assert finished(planned()) == [GENERAL, NARROW, REVERTED]
-    assert folder.plans() == {}
+    assert set(folder.identities().values()) == {(None, None)}
     assert state_of(planned(), planned().runs[0]) == "finished"

@@ -1,0 +1,352 @@
+"""One experiment: config files and overrides to a run folder, and what can be done there."""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning import seed_everything
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+
+from lightning_em import imports, launch, lock, runs, slurm
+from lightning_em.callbacks import Health, LoadingCheck, MetricsFile, Provenance, Signals, follow_parent
+from lightning_em.checkpoints import FolderCheckpointIO
+from lightning_em.data import EMDataModule
+from lightning_em.errors import ConfigError, explain_misconfiguration
+from lightning_em.identity import identity_of, run_folder
+from lightning_em.logs import console_log, hush
+from lightning_em.manifest import remove_leftovers, write_atomically
+from lightning_em.module import EMModule
+from lightning_em.parsing import ExperimentParser, Made, Subcommand
+from lightning_em.probes import Probe
+from lightning_em.progress import LogProgress
+from lightning_em.rebuild import Parts, instantiate, probe_run
+from lightning_em.recorded import RecordedRun
+from lightning_em.redaction import redacted
+
+logger = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Experiment:
+    """A run, from the config files and options that describe it.
+
+    The command line, studies and notebooks all start here, so that the same description gives the same folder, name,
+    config.yaml and bits. Making an experiment resolves its config; nothing is loaded or written before one of its
+    methods is called.
+
+    Args:
+        args: Command-line arguments after the subcommand.
+        subcommand: The subcommand that the arguments belong to.
+
+    Attributes:
+        args: The arguments.
+        config: The resolved config as plain values.
+        folder: Folder of the run; it need not exist yet.
+        trainer: The trainer of the last `fit`, `validate`, `test` or `predict`; None before.
+
+    Raises:
+        ValueError: If an argument or a config file cannot be used; the message names the key.
+    """
+
+    def __init__(self, args: Sequence[str], subcommand: Subcommand = "fit") -> None:
+        names, rest = imports.split(args)
+        imports.restrict([*imports.allowed(), *names])
+        hush()
+        self.args, self.subcommand = list(args), subcommand
+        self._parser = ExperimentParser(subcommand, rest)
+        self.config = self._parser.resolved
+        self.folder = run_folder(self.config)
+        self.trainer: Trainer | None = None
+
+    @classmethod
+    def from_yaml(
+        cls,
+        files: str | Path | Sequence[str | Path],
+        overrides: Mapping[str, Any] | None = None,
+        allow_import: Sequence[str] = (),
+    ) -> "Experiment":
+        """An experiment from YAML files and overrides, as `lightning-em fit --config FILE --KEY VALUE` has it.
+
+        Args:
+            files: Config files; later ones win. References in a file are relative to that file.
+            overrides: Values by dotted key, such as `{"model.objective.kl_weight": 3}`. A string is read as on the
+                command line, where it may name a YAML file.
+            allow_import: Packages, besides this one, whose classes the config may name.
+
+        Raises:
+            ValueError: If a file or an override cannot be used.
+        """
+        names = [files] if isinstance(files, str | Path) else files
+        args = [f"--config={file}" for file in names]
+        args += as_options(overrides or {})
+        return cls([*args, *(f"--allow_import={name}" for name in allow_import)])
+
+    def __repr__(self) -> str:
+        return f"Experiment({str(self.folder.path)!r})"
+
+    @property
+    def name(self) -> str:
+        """Name of the run, which is that of its folder."""
+        return self.folder.path.name
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the run is: see `identity_of`."""
+        return identity_of(self.config)
+
+    @property
+    def config_text(self) -> str:
+        """The resolved config as YAML without secrets, as in the run's config.yaml."""
+        kept = {key: value for key, value in self.config.items() if key != "config"}
+        return yaml.safe_dump(redacted(kept), sort_keys=False)
+
+    @cached_property
+    def _parts(self) -> Parts:
+        return instantiate(self.config)
+
+    @property
+    def module(self) -> EMModule:
+        """The LightningModule, with weights once it has been trained or evaluated."""
+        return self._parts.model
+
+    @property
+    def data(self) -> EMDataModule:
+        """The data module."""
+        return self._parts.data
+
+    @property
+    def command(self) -> list[str]:
+        """The command line that does the same."""
+        return ["lightning-em", self.subcommand, *self.args]
+
+    def fit(self) -> RecordedRun:
+        """Start the run, or continue it from its newest valid checkpoint; a finished run is left alone.
+
+        Raises:
+            ValueError: If a setting cannot work, or the folder is in use or holds another run.
+        """
+        self._refuse_settings()
+        slurm.note_requeue_signal()
+        with contextlib.ExitStack() as held:
+            held.enter_context(self._in_this_process())
+            if lock.is_first_rank():
+                held.enter_context(lock.RunLock(self.folder.path, self.command))
+                for folder in (self.folder.path, self.folder.checkpoints):
+                    remove_leftovers(folder)
+                held.enter_context(console_log(self.folder.console_log))
+            self.refuse_other_run()
+            self._fit()
+        return RecordedRun(self.folder, self.folder.newest_valid_step())
+
+    def refuse_other_run(self) -> None:
+        """Compare the run in the folder, if there is one, with this one.
+
+        Raises:
+            ValueError: If it is another run; the message names what differs.
+        """
+        if self.folder.run_file.exists():
+            self.folder.refuse_other(self.folder.difference(self.identity))
+
+    def validate(self, checkpoint: str | None = None, allow_zero_adapter: bool = False) -> dict[str, float]:
+        """Measure CE and KL on held-out rows.
+
+        Args:
+            checkpoint: `runs/x` or `runs/x@step-40`; the newest one of this run if not given.
+            allow_zero_adapter: Whether an adapter that changes no logit is let through.
+
+        Returns:
+            Metrics by name, in nats per token.
+
+        Raises:
+            ValueError: If there is no such checkpoint, or it belongs to another base model.
+        """
+        return self.evaluate("validate", checkpoint or str(self.folder.path), allow_zero_adapter)
+
+    def test(self, checkpoint: str | None = None, allow_zero_adapter: bool = False) -> dict[str, float]:
+        """Measure CE and KL on test rows; see `validate`."""
+        return self.evaluate("test", checkpoint or str(self.folder.path), allow_zero_adapter)
+
+    def evaluate(
+        self, stage: Subcommand, checkpoint: str | None, allow_zero_adapter: bool = False
+    ) -> dict[str, float]:
+        """Run `validate` or `test` on a checkpoint, or on the untrained adapter if there is none given."""
+        with self._in_this_process():
+            made, path = self._make_evaluation(checkpoint, allow_zero_adapter)
+            run = made.trainer.validate if stage == "validate" else made.trainer.test
+            run(made.module, datamodule=made.data, ckpt_path=path, verbose=False)
+        return {name: value.item() for name, value in made.trainer.callback_metrics.items()}
+
+    def predict(self, checkpoint: str | None, allow_zero_adapter: bool = False) -> Path:
+        """Sample answers and write them beside the run they come from.
+
+        Args:
+            checkpoint: `runs/x` or `runs/x@step-40`; None for the untrained adapter.
+            allow_zero_adapter: Whether an adapter that changes no logit is let through.
+
+        Returns:
+            The JSONL file.
+        """
+        with self._in_this_process():
+            made, path = self._make_evaluation(checkpoint, allow_zero_adapter)
+            if made.trainer.world_size > 1:
+                raise ValueError(
+                    "predict runs in one process: set trainer.devices and trainer.num_nodes to 1."
+                )
+            answers = made.trainer.predict(made.module, made.data, return_predictions=True, ckpt_path=path)
+        folder = Path(path).parent.parent if path else self.folder.path
+        target = folder / "behaviour" / f"answers-{Path(path).name if path else 'untrained'}.jsonl"
+        rows = [json.dumps(row, ensure_ascii=False) for batch in answers or [] for row in batch]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, "".join(f"{row}\n" for row in rows))
+        logger.info("%d prompts answered: %s", len(rows), target)
+        return target
+
+    def probe(
+        self,
+        probes: Sequence[Probe] | str | Path | None = None,
+        num_examples: int | None = None,
+        batch_size: int | None = None,
+        allow_zero_adapter: bool = False,
+    ) -> int:
+        """Measure what is not on record yet at every checkpoint of the run.
+
+        Args:
+            probes: Probes, or a YAML file with `probes:`; those of the run's config if not given.
+            num_examples: Training rows of each stream to measure on.
+            batch_size: Rows in one forward pass.
+            allow_zero_adapter: Whether an adapter that changes no logit is let through.
+
+        Returns:
+            Number of new records.
+        """
+        self.refuse_other_run()
+        return probe_run(str(self.folder.path), probes, num_examples, batch_size, allow_zero_adapter)
+
+    def _refuse_settings(self) -> None:
+        launch.refuse_settings(self.config["trainer"])
+        launch.refuse_task_count(self.config["trainer"])
+
+    def _fit(self) -> None:
+        resume = self.config["run"]["resume"]
+        record, step, path = self.folder.read_run(), self.folder.newest_valid_step(), self.folder.path
+        if record.get("status") == "finished" and resume != "never":
+            logger.warning("%s is finished (step %s): nothing to do.", path, record.get("last_step"))
+            return
+        if record.get("status") == "imported":
+            raise ValueError(
+                f"{path} was imported: there is no training to continue. Start another run from its adapter "
+                f"with --model.init_from {path}."
+            )
+        if resume == "must" and step is None:
+            raise ValueError(f"--run.resume must, but {path} has no valid checkpoint to continue from.")
+        if resume == "never" and (step is not None or record.get("attempts")):  # a queued job is no attempt
+            raise ValueError(f"--run.resume never, but {path} has a run already; give another --run.name.")
+        if step is None:
+            _refuse_missing_start(self.config["model"]["init_from"])
+        else:
+            logger.info("continuing %s from step %d", path, step)
+        metrics = MetricsFile(self.folder.metrics_file)
+        first = [
+            Provenance(self.identity, self.config_text, self.command),
+            Health(),
+            Signals(),
+            LogProgress(),
+        ]
+        made = self._make(first, [metrics], str(path))
+        metrics.rewind(step or 0)
+        checkpoint = None if step is None else str(self.folder.checkpoint(step))
+        made.trainer.fit(made.module, datamodule=made.data, ckpt_path=checkpoint)
+
+    def _make_evaluation(self, checkpoint: str | None, allow_zero_adapter: bool) -> tuple[Made, str | None]:
+        self._refuse_settings()
+        path = runs.locate(checkpoint)[1] if checkpoint else None
+        made = self._make([LoadingCheck(path, allow_zero_adapter)] if path else [])
+        return made, str(path) if path else None
+
+    def _make(
+        self, first_callbacks: Sequence[Callback], loggers: Sequence[Logger] = (), root: str | None = None
+    ) -> Made:
+        if (seed := self.config["seed_everything"]) is not False:
+            seed_everything(seed, workers=True)
+        made = self._parser.make(first_callbacks, loggers, [*slurm_environment(), FolderCheckpointIO()], root)
+        self.trainer, self._parts = made.trainer, Parts(made.module, made.data)
+        return made
+
+    @contextlib.contextmanager
+    def _in_this_process(self) -> Iterator[None]:
+        """Run Lightning here: let it start the other ranks by this experiment's command line, put back what it changes.
+
+        For each further rank of DDP, Lightning 2.6 runs the program of this process again, with `sys.argv`; in a
+        notebook that has to be our command instead. It also says in the environment which rank this process is, and
+        a second fit would take itself for a rank of the first.
+        """
+        if not lock.is_first_rank():
+            follow_parent()
+        main, environment = sys.modules["__main__"], dict(os.environ)
+        argv, spec = sys.argv, getattr(main, "__spec__", None)
+        handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        if Path(argv[0]).name == "lightning-em" or getattr(spec, "name", "") == "lightning_em.__main__":
+            sys.argv = [argv[0], *self.command[1:]]  # this process is the command
+        else:
+            sys.argv, main.__spec__ = self.command, find_spec("lightning_em.__main__")
+        try:
+            yield
+        except MisconfigurationException as error:
+            raise ConfigError(explain_misconfiguration(str(error), self.args)) from error
+        finally:
+            sys.argv, main.__spec__ = argv, spec
+            os.environ.clear()
+            os.environ.update(environment)
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+
+
+def as_options(overrides: Mapping[str, Any]) -> list[str]:
+    """Overrides by dotted key as options of the command line.
+
+    Raises:
+        ValueError: If a value cannot be written there.
+    """
+    options = []
+    for key, value in overrides.items():
+        try:
+            text = str(value) if isinstance(value, str | Path) else json.dumps(value)
+        except TypeError:
+            raise ValueError(
+                f"{key} must be a string, a number, a truth value, or lists and mappings of them, got {value!r}."
+            ) from None
+        options.append(f"--{key}={text}")
+    return options
+
+
+def slurm_environment() -> list[SLURMEnvironment]:
+    """Lightning's own Slurm environment without its signal handlers: ours save and requeue."""
+    by_srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+    return [SLURMEnvironment(auto_requeue=False)] if by_srun else []
+
+
+def _refuse_missing_start(init_from: str | None) -> None:
+    """Look for the run that another starts from before data and base are read."""
+    try:
+        if init_from is not None:
+            runs.locate(init_from)
+    except ValueError as error:
+        raise ValueError(
+            f"model.init_from is {init_from}, but {error} Fit that run first, or name another: lightning-em runs ls."
+        ) from None

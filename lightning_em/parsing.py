@@ -1,0 +1,184 @@
+"""The parser of an experiment: config files and options to a resolved config, and from there to objects."""
+
+import os
+from argparse import ArgumentError
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import yaml
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+
+from lightning_em.callbacks import AdapterCheckpoint, Probing
+from lightning_em.data import EMDataModule
+from lightning_em.errors import EVERYWHERE, ConfigError, explain_parsing
+from lightning_em.module import EMModule
+
+Subcommand = Literal["fit", "validate", "test", "predict"]
+
+TRAINER_DEFAULTS = {
+    "devices": 1,
+    "use_distributed_sampler": False,  # our sampler knows ranks and position
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 1,
+    "enable_model_summary": False,
+    "logger": False,  # metrics.csv is always written; name a logger to have it beside
+}
+
+DESCRIPTIONS: Mapping[Subcommand, str] = {
+    "fit": "Train an adapter with CE on narrow data + KL on parallel data; the same command continues an "
+    "unfinished run. An experiment file says what to run; flags and further --config files vary it, e.g. "
+    "--model.objective.kl_weight 3, --data.narrow.limit 100, --trainer configs/trainer/gpu1.yaml. Everything about "
+    "the run ends up in its folder under --run.root.",
+    "validate": "Measure CE on held-out narrow rows and KL on held-out parallel rows: "
+    "--config runs/x/config.yaml --ckpt_path runs/x (or runs/x@step-40).",
+    "test": "The same as validate, logged as test/ce and test/kl.",
+    "predict": "Answer held-out questions with a run's adapter: --config runs/x/config.yaml --ckpt_path runs/x.",
+}
+# Arguments of the trainer's methods that the user does not give.
+_NOT_OPTIONS = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule", "weights_only"}
+_NOT_OPTIONS |= {"verbose", "return_predictions"}
+
+
+@dataclass
+class RunOptions:
+    """Where a run lives and what to do if it is there already.
+
+    Attributes:
+        name: Folder name; the first config's name and eight characters of the config's hash if not given.
+        root: Folder of all runs.
+        resume: `auto` continues an unfinished run, `must` refuses to start a new one, `never` to continue one.
+    """
+
+    name: str | None = None
+    root: str = "runs"
+    resume: Literal["auto", "never", "must"] = "auto"
+
+
+class Made(NamedTuple):
+    """Module, data and trainer of a config, ready to run."""
+
+    module: EMModule
+    data: EMDataModule
+    trainer: Trainer
+
+
+class ExperimentParser(LightningCLI):
+    """LightningCLI's parser for one subcommand. It parses, and makes and runs nothing by itself.
+
+    Args:
+        subcommand: The subcommand whose options are parsed.
+        args: Command-line arguments after the subcommand, without `--allow_import`.
+
+    Attributes:
+        resolved: The whole config as plain values.
+
+    Raises:
+        ConfigError: If an argument or a config file cannot be used.
+        SystemExit: After `--help` and `--print_config`.
+    """
+
+    def __init__(self, subcommand: Subcommand, args: Sequence[str]) -> None:
+        self._only = subcommand
+        usage = {
+            "usage": f"lightning-em {subcommand} --config FILE [--config FILE ...] [--KEY VALUE ...]",
+            "description": f"{DESCRIPTIONS[subcommand]} {EVERYWHERE}",
+        }
+        options = {"exit_on_error": False, "allow_abbrev": False}
+        try:
+            super().__init__(
+                EMModule,
+                EMDataModule,
+                args=[subcommand, *args],
+                save_config_callback=None,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                parser_kwargs={subcommand: usage | options, "prog": "lightning-em", **options},
+            )
+        except ArgumentError as error:
+            parser = self._subcommand_parsers[subcommand]
+            keys = list(parser.get_defaults().keys())
+            raise ConfigError(explain_parsing(str(error), args, keys)) from error
+        chosen = self.config[subcommand]
+        text = self._parser(subcommand).dump(chosen, skip_link_targets=True, skip_none=False, format="yaml")
+        self.resolved: dict[str, Any] = yaml.safe_load(text)
+        self.resolved["config"] = [str(path) for path in chosen.get("config") or []]
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one subcommand that was asked for: making the parsers of the others takes most of the time."""
+        return {self._only: _NOT_OPTIONS | ({"ckpt_path"} if self._only == "fit" else set())}
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what a run is first and how it is computed last; links keep one fact in one key."""
+        parser.add_lightning_class_args(EMModule, "model")
+        parser.add_lightning_class_args(EMDataModule, "data")
+        link_shared_keys(parser)
+        parser.add_class_arguments(RunOptions, "run")
+        parser.add_lightning_class_args(AdapterCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Probing, "probing")
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
+
+    def make(
+        self,
+        first_callbacks: Sequence[Callback],
+        loggers: Sequence[Logger],
+        plugins: Sequence[Any],
+        root: str | None,
+    ) -> Made:
+        """Make module, data and trainer.
+
+        Args:
+            first_callbacks: Callbacks that run before those of the config.
+            loggers: Loggers besides those of the config.
+            plugins: Plugins of the trainer besides those of the config.
+            root: Default root folder of the trainer; the config's if not given.
+        """
+        self.config_init = self.parser.instantiate_classes(self.config)
+        given = self._get(self.config_init, "trainer", default={})
+        own = given.get("logger") or []
+        own = list(own) if isinstance(own, list | tuple) else [own]
+        trainer = self.instantiate_trainer(
+            logger=[*own, *loggers] or False,
+            plugins=[*(given.get("plugins") or []), *plugins],
+            default_root_dir=root or given.get("default_root_dir"),
+        )
+        trainer.callbacks[:0] = first_callbacks  # type: ignore[attr-defined]
+        return Made(self._get(self.config_init, "model"), self._get(self.config_init, "data"), trainer)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse these arguments, whatever the command line of this process says (LightningCLI warns about both)."""
+        self.config = parser.parse_args(args)
+
+    def instantiate_classes(self) -> None:
+        """Make nothing yet; `make` does."""
+
+    def _parse_ckpt_path(self) -> None:
+        # LightningCLI 2.6 lets hyper-parameters in a checkpoint override the user's config without a word.
+        pass
+
+    def _set_seed(self) -> None:
+        # `Experiment` seeds before a run. `true` stands for this number, as in Lightning 2.6's seed_everything(None).
+        if self._get(self.config, "seed_everything") is True:
+            self.config[self._only]["seed_everything"] = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand != "fit":
+            text = "Evaluate an adapter that changes nothing."
+            parser.add_argument("--allow_zero_adapter", type=bool, default=False, help=text)
+        return parser
+
+
+def link_shared_keys(parser: LightningArgumentParser) -> None:
+    """One fact, one key: the tokenizer is the base's, every seed is `seed_everything`."""
+    parser.link_arguments("model.base", "data.base", apply_on="instantiate")
+    parser.link_arguments("seed_everything", "model.seed")
+    parser.link_arguments("seed_everything", "data.seed")
