@@ -30,7 +30,7 @@ class CellReading(NamedTuple):
 
 
 def trajectory_readings(study: StudyFolder, cells: Sequence[Cell]) -> Iterator[CellReading]:
-    """Numbers from checkpoints; the log names runs without a valid one, and adapters that are no vector or LoRA.
+    """Numbers from checkpoints; the log names runs without a valid one, and adapters without low-rank parts.
 
     `effective_norm` at each checkpoint.
     `rotation/peak` of a general or narrow run: the largest local cosine of its trajectory, `rotation/peak_step`
