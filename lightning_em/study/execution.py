@@ -5,6 +5,7 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -53,7 +54,7 @@ def run_study(
         raise ValueError(f"--workers and --threads must be at least 1, got {workers} and {threads}.")
     console, runs = console or Console(), list(study.runs) if runs is None else list(runs)
     with lock.RunLock(study.root, ["study", "run", str(study.file)]):
-        StudyFolder(study.root).write(study.name, [run.cell for run in study.runs])
+        StudyFolder(study.root).write(study.name, [run.cell for run in study.runs], asdict(study.rules))
         schedule, durations = Schedule(tasks_of(study, runs)), Durations(study, runs)
         left = [run.words for run in runs if run.name in schedule.states]
         own = environments(min(workers, len(schedule.tasks)), left)

@@ -1,7 +1,7 @@
 """A study as one whole config a run: nothing left to look up, each runs by itself."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def expand(study: Study, output: Path | None = None, runs: Sequence[PlannedRun] 
             # a run of this config has other words on record than those that are planned
             assert run.cell.plan is not None
             cells[run.name] = replace(run.cell, plan=replace(run.cell.plan, identity=identity_of(config)))
-        here.write(study.name, cells.values())
+        here.write(study.name, cells.values(), asdict(study.rules))
     return folder
 
 

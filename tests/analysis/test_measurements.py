@@ -243,7 +243,7 @@ def test_runs_of_two_worlds_are_not_compared(tmp_path) -> None:
         for role, level in levels.items()
         for seed in range(5)
     ]
-    study.write("two worlds", cells)
+    study.write("two worlds", cells, {"rise": 0.1, "narrow": 0.05})
     for cell in cells:
         run = study.run(cell)
         run.update_run(status="finished")
