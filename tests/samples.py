@@ -1,5 +1,6 @@
 """Rows and adapted models that several tests share."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -61,3 +62,35 @@ ADAPTERS = {
         4, 8.0, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     ),
 }
+
+
+def vector_config(
+    alpha: float = 4.0,
+    layer: int = 2,
+    class_path: str = "lightning_em.adapters.SteeringVector",
+    has_update: bool = True,
+) -> dict[str, Any]:
+    """The `adapter_config.json` of a steering vector that enters a layer."""
+    part = {"site": layer, "write": "vector", "read": None, "factor": alpha}
+    return {
+        "class_path": class_path,
+        "init_args": {"layer": layer - 1, "alpha": alpha},
+        "lowest_layer": layer,
+        "shapes": {},
+        "update": [part] if has_update else None,
+    }
+
+
+def lora_config(sites: Iterable[str], factor: float) -> dict[str, Any]:
+    """The `adapter_config.json` of a LoRA on modules, as far as analysis reads it."""
+    parts = [
+        {
+            "site": site,
+            "write": f"base_model.model.{site}.lora_B.weight",
+            "read": f"base_model.model.{site}.lora_A.weight",
+            "factor": factor,
+        }
+        for site in sites
+    ]
+    record = vector_config(class_path="lightning_em.adapters.LoRA") | {"update": parts}
+    return {"peft_type": "LORA", "auto_mapping": {"lightning_em": record}}

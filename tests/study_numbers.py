@@ -7,11 +7,13 @@ import numpy as np
 import pandas as pd
 
 from lightning_em.analysis.claims import CLAIMS, ClaimResult, evaluate
+from lightning_em.analysis.claims.rules import Rules
 from lightning_em.analysis.measurements import COLUMNS
 
 SCALES = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0)
 STRENGTHS = (0.05, 0.1, 0.2, 0.4)
 KL_WEIGHTS = (0.1, 1.0, 100.0)
+RULES = Rules(rise=0.1, narrow=0.05, exact_rates=True)
 SEEDS = (0, 1, 2, 3, 4)
 PROTOCOL = "0a1b2c3d"
 
@@ -120,6 +122,7 @@ def study_numbers(
     gradients: tuple[float, ...] = (0.4, 0.5, 0.6),
     jitter: float = 0.002,
     world: str = "default",
+    rules: Rules = RULES,
 ) -> pd.DataFrame:
     """A frame as `measurements` gives it.
 
@@ -131,6 +134,7 @@ def study_numbers(
         gradients: Pull towards the general solution at each checkpoint; towards the narrow one it is .3.
         jitter: Relative standard deviation over seeds; each quantity moves as a whole.
         world: Name of the world.
+        rules: What the study says about its claims.
     """
     rows = []
     for adapter in adapters:
@@ -148,7 +152,8 @@ def study_numbers(
             rows += [(*together, 0, quantity, value) for quantity, value in pairs.items()]
             rows += [(*together, *row) for row in gradient_rows(gradients)]
     rows = [(*row, "" if row[2] == "pair" or row[8] == "effective_norm" else PROTOCOL) for row in rows]
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"level": float, "value": float})
+    frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"level": float, "value": float})
+    return pd.concat([frame, pd.DataFrame(rules.rows(), columns=list(COLUMNS))], ignore_index=True)
 
 
 def spread(role: str, held_out: float, level: float | None = None, name: str = "bad_rate"):

@@ -236,5 +236,6 @@ def test_a_negative_weight_is_refused() -> None:
 def test_vector_and_config_dicts_are_plain_json(narrow_run) -> None:
     _, run = narrow_run
     config = json.loads((run.checkpoint(15) / "adapter_config.json").read_text())
-    assert config["adapter_class"] == VECTOR["class_path"]
+    assert config["class_path"] == VECTOR["class_path"]
+    assert config["init_args"] == VECTOR["init_args"]
     assert config["shapes"] == {"vector": [32]}

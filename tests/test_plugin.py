@@ -4,9 +4,17 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+from lightning_em.adapters import Adapter, LowRank
+from lightning_em.analysis import last_update, norms_by_step, rotation, trajectory_pca, update_cosine
+from lightning_em.manifest import publish
+from lightning_em.probes.displacement import displacement_from_here
 from lightning_em.records import read_results
 from lightning_em.runs import RunFolder
+from lightning_em.testing import check_adapter
+from lightning_em.testing.samples import small_base
 from tests.fitting import command, experiment, final_adapter, write_config
 
 SOURCE = '''
@@ -14,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_em.adapters import Adapter, LayerIndex
+from lightning_em.adapters import Adapter, LayerIndex, LowRank
 
 
 class Shift(Adapter):
@@ -32,8 +40,8 @@ class Shift(Adapter):
     def shift(self, hidden: Tensor) -> Tensor:
         return hidden + (self.scale * self.alpha * self.vector).to(hidden.dtype)
 
-    def effective_norm(self) -> Tensor:
-        return self.alpha * self.vector.norm()
+    def update(self) -> list[LowRank]:  # the norm, cosines, trajectories and exports are computed from it
+        return [LowRank(self.lowest_layer, "vector", factor=self.alpha)]
 '''
 
 
@@ -92,11 +100,68 @@ def test_the_contract_holds(package, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(package))
     from my_adapters import Shift
 
-    from lightning_em.testing import check_adapter
-
     check_adapter(lambda: Shift(layer=1))
 
 
 def test_the_readme_shows_the_same_class() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     assert textwrap.dedent(SOURCE).strip() in readme
+
+
+class Product(Adapter):
+    """A low-rank change of one weight, made without peft."""
+
+    def attach(self, base):
+        self.resolve(base, 1)
+        self.site = "model.layers.1.mlp.down_proj"
+        module = base.get_submodule(self.site)
+        size_out, size_in = module.weight.shape
+        self.down = nn.Parameter(torch.randn(2, size_in, generator=self.generator) / size_in**0.5)
+        self.up = nn.Parameter(torch.zeros(size_out, 2))
+        module.register_forward_hook(self.edit)
+
+    def edit(self, _module, args, output):
+        if self.scale == 0:
+            return output
+        return output + (self.scale * 3 * args[0].float() @ self.down.T @ self.up.T).to(output)
+
+    def update(self):
+        return [LowRank(self.site, "up", "down", 3.0)]
+
+
+def test_low_rank_parts_give_norm_displacement_rotation_components_and_cosines(
+    package, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.syspath_prepend(str(package))
+    from my_adapters import Shift
+
+    for make, whole in (
+        (lambda: Shift(layer=1, alpha=4.0), lambda a: 4 * a.vector),
+        (Product, lambda a: 3 * a.up @ a.down),
+    ):
+        check_adapter(make)
+        runs, ends = {}, {}
+        for name, seed in (("general", 0), ("narrow", 1)):
+            adapter = make()
+            adapter.bind(small_base(), 0)
+            generator, run = (
+                torch.Generator().manual_seed(seed),
+                RunFolder(tmp_path / type(adapter).__name__ / name),
+            )
+            for step in (1, 2, 3):
+                distance, before = displacement_from_here(adapter), whole(adapter).detach().clone()
+                for parameter in adapter.parameters():
+                    parameter.data += torch.randn(parameter.shape, generator=generator)
+                moved = (whole(adapter) - before).norm().item()
+                assert distance() == pytest.approx(moved, rel=1e-4)
+                publish(run.checkpoint(step), adapter.save)
+            assert adapter.effective_norm().item() == pytest.approx(whole(adapter).norm().item(), rel=1e-5)
+            assert norms_by_step(run)[3] == pytest.approx(adapter.effective_norm().item(), rel=1e-5)
+            assert [turn.step for turn in rotation(run)] == [2]
+            runs[name], ends[name] = run, whole(adapter).detach().flatten()
+        pca = trajectory_pca(runs)
+        assert len(pca.coordinates) == 6
+        assert pca.explained_shares[0] > 0
+        cosine = update_cosine(*map(last_update, runs.values()))
+        wanted = torch.nn.functional.cosine_similarity(*ends.values(), dim=0).item()
+        assert cosine == pytest.approx(wanted, abs=1e-5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_em.adapters import Adapter, SteeringVector
+from lightning_em.adapters import Adapter, LowRank, SteeringVector
 from lightning_em.probes import Probe
 from lightning_em.records import Point
 from lightning_em.testing import check_adapter, check_probe
@@ -237,6 +237,21 @@ class NormOfTheScale(Shift):
         return self.scale * self.vector.norm()
 
 
+class DeclaresAnotherShift(Shift):
+    def update(self):
+        return [LowRank(self.lowest_layer, "vector", factor=2 * self.alpha)]
+
+
+class DeclaresAnotherProduct(NormOfTheParameters):
+    """Edits the stream, and says that it changes a weight."""
+
+    def effective_norm(self):
+        return None
+
+    def update(self):
+        return [LowRank("model.layers.1.self_attn.o_proj", "up", "down")]
+
+
 @pytest.mark.parametrize(
     ("adapter", "law"),
     [
@@ -269,11 +284,24 @@ class NormOfTheScale(Shift):
         (NormWithoutAlpha, r"The effective norm is that of the update.*shifted by .* but the norm is"),
         (NormOfTheParameters, r"The effective norm is that of the update.*grows 4-fold, but the norm 2-fold"),
         (NormOfTheScale, r"The effective norm is that of the update.*depends on the scale"),
+        (DeclaresAnotherShift, r"The update it declares is what it does': site 1 changes by"),
+        (DeclaresAnotherProduct, r"The update it declares is what it does': site model\.layers\.1"),
     ],
 )
 def test_a_broken_adapter_is_caught(adapter, law) -> None:
     with pytest.raises(AssertionError, match=rf"(?s){adapter.__name__} breaks the law '.*({law})"):
         check_adapter(adapter)
+
+
+def test_an_adapter_that_its_arguments_do_not_rebuild_is_caught() -> None:
+    def tuned():
+        adapter = Shift()
+        adapter.alpha = 3.0
+        return adapter
+
+    law = r"Shift breaks the law 'A checkpoint alone rebuilds it': the rebuilt adapter gives other logits"
+    with pytest.raises(AssertionError, match=law):
+        check_adapter(tuned)
 
 
 def test_an_attached_adapter_is_refused() -> None:

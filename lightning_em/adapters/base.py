@@ -1,22 +1,27 @@
 """What every adapter is: an update of the frozen model with one knob, its scale."""
 
+import copy
+import inspect
 import json
 import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
+from lightning_em.adapter_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterRecord, LowRank
+from lightning_em.adapters.low_rank import update_norm, write_directions
 
+Own = TypeVar("Own", bound="Adapter")
 LayerIndex = int | float
 """A decoder layer by index, or as a fraction of depth: f means layer floor(f x number of layers)."""
 
@@ -54,16 +59,26 @@ class Adapter(nn.Module, ABC):
 
     The update is applied `scale` times: 1 trains, 0 is the reference model to the bit, s is the
     scale probe. Parameters are float32 whatever the base's dtype and start at no update.
-    A subclass implements `attach` and, if it has one, `effective_norm`;
-    `lightning_em.testing.check_adapter` checks the contract.
+    A subclass implements `attach` and, where the update has low-rank parts, `update`: its norm, distances,
+    trajectories, cosines and exports are computed from them. `lightning_em.testing.check_adapter` checks the
+    contract.
 
     Attributes:
+        init_args: Arguments of the class, defaults included; `adapter_config.json` keeps them.
         lowest_layer: The first decoder layer whose computation the adapter changes; set by `attach`.
         generator: Source of random initial values, on CPU; set before `attach` is called.
     """
 
+    init_args: dict[str, Any]
     generator: torch.Generator
     _base: PreTrainedModel
+
+    def __new__(cls: type[Own], *args: Any, **kwargs: Any) -> Own:
+        """Note the arguments, so that a subclass need not repeat them for its checkpoint."""
+        adapter = super().__new__(cls)
+        # object's: nn.Module.__setattr__ works after nn.Module.__init__ only
+        object.__setattr__(adapter, "init_args", _init_args(cls, args, kwargs))
+        return adapter
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,16 +104,29 @@ class Adapter(nn.Module, ABC):
     def attach(self, base: PreTrainedModel) -> None:
         """Create the parameters for `base` and hook into it. `base` itself stays frozen."""
 
-    def effective_norm(self) -> Tensor | None:
-        """Norm of the update at scale 1; None for an adapter without a natural one (norm probes skip it)."""
-        return None
+    def update(self) -> list[LowRank] | None:
+        """The parts of the update, in the adapter's parameters; None if it has no such form.
 
-    def write_directions(self) -> dict[str, Tensor] | None:
-        """What the update adds to the residual stream, as one vector `[hidden]` a place; None if it is no such thing.
-
-        The length is the size of the update at scale 1; a place whose update is zero has none.
+        Without them an adapter is trained, scaled, perturbed and saved like any other, but has no displacement,
+        rotation, trajectory, cosine, write direction or export, and says so.
         """
         return None
+
+    def effective_norm(self) -> Tensor | None:
+        """Norm of the update at scale 1; None for an adapter without a natural one (norm probes skip it).
+
+        Frobenius norm over the parts of `update`; an adapter without parts may have a norm of its own.
+        """
+        parts = self.update()
+        return None if parts is None else update_norm(parts, self.trainable())
+
+    def write_directions(self) -> dict[str, Tensor] | None:
+        """What the update adds to the residual stream, as one vector `[hidden]` a site; None if it is no such thing.
+
+        The length is the size of the update at scale 1; a site whose update is zero has none.
+        """
+        parts = self.update()
+        return None if parts is None else write_directions(parts, self.trainable())
 
     def resolve(self, base: PreTrainedModel, layer: LayerIndex) -> int:
         """Index of a layer given as index or fraction of depth; sets `lowest_layer` to the lowest so far.
@@ -176,6 +204,26 @@ class Adapter(nn.Module, ABC):
             raise ValueError(
                 f"{type(self).__name__}.attach must make trainable float32 parameters, got {wrong or 'none'}."
             )
+        self._refuse_unwritable()
+
+    def _refuse_unwritable(self) -> None:
+        """Refuse, before training, what the first checkpoint could not say."""
+        name = type(self).__name__
+        try:
+            json.dumps(plain(self.init_args), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"adapter_config.json keeps plain values only, got init_args {self.init_args} of {name}: {error}."
+            ) from None
+        parts, known = self.update() or [], self.trainable()
+        sites = [part.site for part in parts]
+        named = {tensor for part in parts for tensor in (part.write, part.read) if tensor is not None}
+        unknown = sorted(named - known.keys())
+        if unknown or len(set(sites)) < len(sites):
+            raise ValueError(
+                f"{name}.update must name each site once, and tensors of trainable(); got sites {sites} and the "
+                f"unknown tensors {unknown or 'none'}."
+            )
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters under the names they are saved with."""
@@ -224,11 +272,35 @@ class Adapter(nn.Module, ABC):
 
     def config_dict(self) -> dict[str, Any]:
         """What `adapter_config.json` says beside the weights."""
-        return {
-            "adapter_class": _class_path(type(self)),
-            "lowest_layer": self.lowest_layer,
-            "shapes": {name: list(p.shape) for name, p in self.trainable().items()},
-        }
+        parts = self.update()
+        record = AdapterRecord(
+            class_path=_class_path(type(self)),
+            init_args=plain(self.init_args),
+            lowest_layer=self.lowest_layer,
+            shapes={name: list(p.shape) for name, p in self.trainable().items()},
+            update=None if parts is None else tuple(parts),
+        )
+        return asdict(record)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Path) -> "Adapter":
+        """A new adapter of the class and arguments that a checkpoint names; attach it, then `load` the folder.
+
+        The class must have been imported: a checkpoint makes nothing run.
+
+        Args:
+            checkpoint: A checkpoint folder, or one that `save` wrote.
+
+        Raises:
+            ValueError: If the class is not imported, or the folder names none.
+        """
+        record = AdapterRecord.read(checkpoint)
+        known = {_class_path(kind): kind for kind in _subclasses(Adapter)}  # type: ignore[type-abstract]
+        if record.class_path not in known:
+            raise ValueError(
+                f"{checkpoint} holds a {record.class_path}, which is not imported; import it first."
+            )
+        return known[record.class_path](**record.init_args)
 
     def save(self, folder: Path) -> None:
         """Write weights and config into an existing folder."""
@@ -271,6 +343,41 @@ class Adapter(nn.Module, ABC):
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
+
+
+def _init_args(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by name, with defaults; empty if they do not fit, which `__init__` is about to say."""
+    signature = inspect.signature(kind.__init__)  # type: ignore[misc]
+    try:
+        # partial: copy.deepcopy calls __new__ without arguments and restores the original's afterwards
+        bound = signature.bind_partial(None, *args, **kwargs)
+    except TypeError:
+        return {}
+    bound.apply_defaults()
+    named = dict(list(bound.arguments.items())[1:])
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return copy.deepcopy(named)
+
+
+def _subclasses(kind: type[Adapter]) -> Iterator[type[Adapter]]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from _subclasses(each)
+
+
+def plain(value: Any) -> Any:
+    """JSON-ready copy of settings: enums by value, sets sorted, paths as text."""
+    if isinstance(value, dict):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value.value if isinstance(value, Enum) else value
 
 
 def _class_path(kind: type) -> str:

@@ -1,20 +1,18 @@
 """LoRA through peft, any rank and placement; saved as an ordinary PEFT folder."""
 
 import math
-from enum import Enum
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from lightning_em.adapters.base import Adapter, LayerIndex, decoder_layers
+from lightning_em.adapter_record import LowRank
+from lightning_em.adapters.base import Adapter, LayerIndex, decoder_layers, plain
 
 _PEFT_PREFIX, _PEFT_ADAPTER = "base_model.model.", "default"
-# Modules of a decoder layer whose output is added to the residual stream.
-_WRITERS = frozenset({"o_proj", "down_proj"})
 
 
 class LoRA(Adapter):
@@ -110,53 +108,20 @@ class LoRA(Adapter):
             for site in self._sites.values()
         ]
 
-    def effective_norm(self) -> Tensor:
-        """Frobenius norm of the weight change, root of the sum of squares over modules."""
+    def update(self) -> list[LowRank]:
+        """One part a module: (alpha / rank) B A, or (alpha / sqrt(rank)) B A with `rslora`."""
         factor = self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-        squares = []
-        for lora_a, lora_b in self._matrices():
-            a, b = lora_a.detach().double(), lora_b.detach().double()
-            squares.append(((b.T @ b) * (a @ a.T)).sum())  # ||BA||^2 without forming BA
-        return abs(factor) * torch.stack(squares).sum().clamp_min(0).sqrt().float()
-
-    def write_directions(self) -> dict[str, Tensor] | None:
-        """Top left singular vector of each weight change, times its singular value.
-
-        For rank 1 it points along the column of B. For higher ranks its sign is a convention (the largest
-        entry is positive): the update writes it with either sign, as the input says.
-        Only `o_proj` and `down_proj`, which write into the residual stream (in Gemma-2 and -3 through a norm that
-        is left out here); None if neither is changed.
-        """
-        factor = abs(self.alpha) / (math.sqrt(self.rank) if self.rslora else self.rank)
-        directions, writes = {}, False
-        for name, (lora_a, lora_b) in zip(self._sites, self._matrices(), strict=True):
-            if name.rsplit(".", 1)[-1] not in _WRITERS:
-                continue
-            writes = True
-            direction = factor * _top_left(lora_a.detach().double(), lora_b.detach().double())
-            if direction.any():
-                directions[name] = direction.float()
-        return directions if writes else None
+        names = (f"{_PEFT_PREFIX}{site}" for site in self._sites)
+        return [
+            LowRank(site, f"{name}.lora_B.weight", f"{name}.lora_A.weight", factor)
+            for site, name in zip(self._sites, names, strict=True)
+        ]
 
     def config_dict(self) -> dict[str, Any]:
-        """The PEFT config, so that plain `PeftModel.from_pretrained` loads the folder."""
-        return {**_plain(self._peft_config.to_dict()), "inference_mode": True}
+        """The PEFT config, so that plain `PeftModel.from_pretrained` loads the folder, with our record inside.
 
-
-def _top_left(lora_a: Tensor, lora_b: Tensor) -> Tensor:
-    """Top left singular vector of B A times its singular value, without forming B A."""
-    basis, triangle_b = torch.linalg.qr(lora_b)
-    triangle_a = torch.linalg.qr(lora_a.T).R
-    left, values, _ = torch.linalg.svd(triangle_b @ triangle_a.T)
-    direction: Tensor = values[0] * (basis @ left[:, 0])
-    pointer = lora_b[:, 0] @ direction if lora_b.shape[1] == 1 else direction[direction.abs().argmax()]
-    return direction if pointer >= 0 else -direction
-
-
-def _plain(value: Any) -> Any:
-    """JSON-ready copy of a PEFT config: enums by value, sets sorted."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, set):
-        return sorted(value)
-    return value.value if isinstance(value, Enum) else value
+        peft 0.21 warns of keys it does not know, and asks for an upgrade. `auto_mapping` is a dict that it keeps as
+        it is and reads only for a config without a task_type.
+        """
+        config = plain(self._peft_config.to_dict())
+        return {**config, "inference_mode": True, "auto_mapping": {"lightning_em": super().config_dict()}}

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_em.adapter_record import LowRank
 from lightning_em.adapters.base import Adapter, LayerIndex
 
 
@@ -33,12 +34,6 @@ class SteeringVector(Adapter):
         """The hidden states `[..., hidden]`, each moved by the same vector."""
         return hidden + (self.scale * self.alpha * self.vector).to(hidden)
 
-    def effective_norm(self) -> Tensor:
-        """Length of the shift: alpha x ||vector||."""
-        norm: Tensor = abs(self.alpha) * self.vector.detach().norm()
-        return norm
-
-    def write_directions(self) -> dict[str, Tensor] | None:
-        """The shift itself."""
-        shift = self.alpha * self.vector.detach()
-        return {"vector": shift} if shift.any() else {}
+    def update(self) -> list[LowRank]:
+        """The shift alpha x vector of the stream that enters the layer above."""
+        return [LowRank(self.lowest_layer, "vector", factor=self.alpha)]

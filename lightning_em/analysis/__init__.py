@@ -22,7 +22,7 @@ from lightning_em.analysis.trajectory import (
     trajectory_pca,
 )
 from lightning_em.analysis.updates import (
-    LowRank,
+    SiteChange,
     Update,
     inner_product,
     last_update,
@@ -36,8 +36,8 @@ __all__ = [
     "EqualNorm",
     "Estimate",
     "LossCurve",
-    "LowRank",
     "PairResult",
+    "SiteChange",
     "Solution",
     "TrajectoryPCA",
     "Turn",

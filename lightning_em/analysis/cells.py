@@ -155,7 +155,12 @@ class StudyFolder:
                 f"{self.file}."
             )
 
-    def write(self, name: str, cells: Iterable[Cell]) -> None:
+    @property
+    def rules(self) -> Mapping[str, Any]:
+        """Fields of the `Rules` of its claims."""
+        return dict(self._read().get("claims", {}))
+
+    def write(self, name: str, cells: Iterable[Cell], rules: Mapping[str, Any] | None = None) -> None:
         """Write `study.json` in one step.
 
         Raises:
@@ -170,6 +175,7 @@ class StudyFolder:
         if lost := sorted({cell.init_from for cell in cells if cell.init_from} - set(runs)):
             raise ValueError(f"cells start from runs {lost} that are no cells of the study.")
         content = {"schema": STUDY_SCHEMA, "name": name, "cells": [asdict(cell) for cell in cells]}
+        content |= {"claims": dict(rules or {})}
         self.root.mkdir(parents=True, exist_ok=True)
         write_atomically(self.file, json.dumps(content, indent=1) + "\n")
 

@@ -1,7 +1,7 @@
 """Everything a study measured as one tidy table, one row a number: all that the claims are computed from."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from lightning_em.analysis.cells import Cell, StudyFolder
+from lightning_em.analysis.claims.rules import Rules
 from lightning_em.analysis.pairs import PairResult, read_pairs
 from lightning_em.analysis.readings import Reading, readings
 from lightning_em.analysis.trajectory_readings import PAIR_ROLE, CellReading, trajectory_readings
@@ -30,6 +31,7 @@ def measurements(study: StudyFolder) -> pd.DataFrame:
 
     Columns `COLUMNS`. A quantity has its place on a grid in its name, `bad_rate/held_out_domain@2` being the
     rate at scale 2. `step` is the checkpoint's; quantities that are followed through training have several.
+    What the study says about its claims (`Rules`) has the role `study`.
     Numbers of several runs have the role `pair`, and their quantity begins with the analysis.
     `protocol` is what a number was measured by (see `protocol_of`): numbers of two runs are compared where it is
     the same. It is empty where the checkpoints alone determine the number, and for pairs, whose runs are measured
@@ -51,7 +53,7 @@ def measurements(study: StudyFolder) -> pd.DataFrame:
     pairs = (pair for analysis in PAIR_ANALYSES for pair in read_pairs(study, analysis))
     rows += [row for pair in pairs if names.issuperset(pair.runs.values()) for row in _of_pair(pair)]
     rows += trajectory_readings(study, finished)
-    return _frame(rows)
+    return pd.concat([_frame(rows), _table(Rules(**study.rules).rows())], ignore_index=True)
 
 
 def write_measurements(frame: pd.DataFrame, path: Path) -> None:
@@ -80,9 +82,13 @@ def _frame(rows: list[CellReading]) -> pd.DataFrame:
         {**_identity(row.cell), **row.reading._asdict(), "value": float(f"{row.reading.value:.{DIGITS}g}")}
         for row in rows
     ]
-    frame = pd.DataFrame(table, columns=list(COLUMNS)).astype(_DTYPES)
+    frame = _table(table)
     # a norm may be on record and in the checkpoint: the record, which comes first, is kept
     return frame.drop_duplicates(["run", "role", "step", "quantity"], ignore_index=True)
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(_DTYPES)
 
 
 def _identity(cell: Cell) -> dict[str, Any]:

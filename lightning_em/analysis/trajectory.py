@@ -60,7 +60,8 @@ def trajectory_pca(runs: Mapping[str, RunFolder], num_components: int = 5) -> Tr
         num_components: Fewer come out where there are fewer checkpoints or numbers.
 
     Raises:
-        ValueError: If there are fewer than two checkpoints, or the adapters differ in kind or shape.
+        ValueError: If there are fewer than two checkpoints, or the adapters declare no low-rank parts or differ in
+            shape.
 
     Source: arXiv:2602.07852 (trajectory).
     """

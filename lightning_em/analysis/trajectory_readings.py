@@ -9,13 +9,13 @@ import numpy as np
 
 from lightning_em.analysis.cells import Cell, StudyFolder
 from lightning_em.analysis.readings import Reading
+from lightning_em.analysis.roles import KL_WEIGHT_ROLES
 from lightning_em.analysis.trajectory import distance_share, norms_by_step, rotation, trajectory_pca
 from lightning_em.analysis.updates import last_update
 
 logger = logging.getLogger(__name__)
 
 PAIR_ROLE = "pair"
-PCA_ROLES = ("general", "narrow", "narrow_weight")
 BACK_TO = {"reverted": "general", "reverse": "narrow"}
 NUM_COMPONENTS = 3
 SHORTEST_ARM = 0.05
@@ -30,7 +30,7 @@ class CellReading(NamedTuple):
 
 
 def trajectory_readings(study: StudyFolder, cells: Sequence[Cell]) -> Iterator[CellReading]:
-    """Numbers from checkpoints; the log names runs without a valid one, and adapters that are no vector or LoRA.
+    """Numbers from checkpoints; the log names runs without a valid one, and adapters without low-rank parts.
 
     `effective_norm` at each checkpoint.
     `rotation/peak` of a general or narrow run: the largest local cosine of its trajectory, `rotation/peak_step`
@@ -78,7 +78,7 @@ def _rotations(study: StudyFolder, group: Sequence[Cell]) -> Iterator[CellReadin
 
 
 def _components(study: StudyFolder, group: Sequence[Cell]) -> Iterator[CellReading]:
-    cells = {cell.run: cell for cell in group if cell.role in PCA_ROLES}
+    cells = {cell.run: cell for cell in group if cell.role in KL_WEIGHT_ROLES}
     general = [cell.run for cell in cells.values() if cell.role == "general"]
     if len(cells) < 2 or not general:
         return

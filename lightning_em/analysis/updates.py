@@ -1,6 +1,5 @@
 """What an adapter changes, read from its checkpoint: inner products, norms and cosines. Never imports torch."""
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -11,25 +10,24 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 from safetensors.numpy import load_file
 
+from lightning_em.adapter_record import ADAPTER_WEIGHTS, AdapterRecord
 from lightning_em.manifest import manifest_problems
 from lightning_em.runs import RunFolder
 
 logger = logging.getLogger(__name__)
 
 Part = Literal["update", "B", "A"]
-_LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 
-class LowRank(NamedTuple):
-    """The change `factor x write @ read` of one place of the model.
+class SiteChange(NamedTuple):
+    """The change `factor x write @ read` of one site of the model.
 
     Attributes:
         write: B, `[out rank]`.
-        read: A, `[rank in]`; a single 1 for a steering vector, which writes whatever it reads.
-        factor: alpha / rank or alpha / sqrt(rank); 1 for a steering vector, whose `write` holds alpha.
+        read: A, `[rank in]`; a single 1 for a shift, which does not depend on the input.
+        factor: A number, e.g. alpha / rank; 1 for a shift, whose `write` holds its factor.
     """
 
     write: npt.NDArray[np.floating[Any]]
@@ -42,16 +40,16 @@ class Update:
     """The whole change of the model by an adapter at scale 1.
 
     Attributes:
-        kind: `vector` or `lora`.
-        sites: The change of each place, by its name.
+        kind: `shift` if no site depends on what it reads, such as a steering vector; else `low-rank`.
+        sites: The change of each site, by its name.
     """
 
-    kind: Literal["vector", "lora"]
-    sites: Mapping[str, LowRank]
+    kind: Literal["shift", "low-rank"]
+    sites: Mapping[str, SiteChange]
 
     @property
     def write_direction(self) -> npt.NDArray[np.float64]:
-        """Where the adapter writes, one flat array: alpha x vector, or every B end to end as it is saved.
+        """Where the adapter writes, one flat array: factor x shift, or every B end to end as it is saved.
 
         The paper follows a LoRA's B alone: it starts at zero, while A starts at random values that hardly
         move and would drown it. Only directions of one initialisation are comparable for a rank above 1,
@@ -66,11 +64,11 @@ class Update:
 
     @cached_property
     def effective_norm(self) -> float:
-        """Alpha x ||vector||, or the Frobenius norm of the weight change over all sites."""
+        """Frobenius norm of the change over all sites; alpha x ||vector|| for a steering vector."""
         return math.sqrt(max(0.0, inner_product(self, self)))
 
     @property
-    def _in_order(self) -> list[LowRank]:
+    def _in_order(self) -> list[SiteChange]:
         return [self.sites[name] for name in sorted(self.sites)]
 
 
@@ -80,7 +78,7 @@ def inner_product(first: Update, second: Update) -> float:
     Sites add up; a site that only one of them has adds nothing.
 
     Raises:
-        ValueError: If a vector meets a LoRA, or one site has two shapes.
+        ValueError: If a shift meets a change of weights, or one site has two shapes.
     """
     _refuse_other_kind(first, second)
     total = 0.0
@@ -115,14 +113,14 @@ def update_cosine(first: Update, second: Update, part: Part = "update") -> float
 
 
 def updates_by_step(run: RunFolder) -> Iterator[tuple[int, Update]]:
-    """Step and update of each valid checkpoint, ascending; broken ones are passed over aloud.
+    """Step and update of each valid checkpoint, ascending; broken ones are skipped with a warning.
 
     Raises:
-        ValueError: If an adapter is of another kind than those read here.
+        ValueError: If an adapter declares no low-rank parts.
     """
     for step in run.steps():
         if problems := manifest_problems(run.checkpoint(step)):
-            logger.warning("checkpoint step %d is broken and passed over: %s", step, "; ".join(problems))
+            logger.warning("checkpoint step %d is broken and skipped: %s", step, "; ".join(problems))
             continue
         yield step, read_update(run.checkpoint(step))
 
@@ -131,7 +129,7 @@ def last_update(run: RunFolder) -> Update:
     """The update of the newest valid checkpoint.
 
     Raises:
-        ValueError: If there is none, or its adapter is of another kind than those read here.
+        ValueError: If there is none, or its adapter declares no low-rank parts.
     """
     step = run.newest_valid_step()
     if step is None:
@@ -140,63 +138,34 @@ def last_update(run: RunFolder) -> Update:
 
 
 def read_update(checkpoint: Path) -> Update:
-    """The update of one checkpoint folder: a `SteeringVector`, or a PEFT LoRA.
-
-    The folder of a vector does not tell its alpha: it is read from the config of the run around it.
+    """The update of one checkpoint folder, from its weights and the low-rank parts that its adapter declares.
 
     Raises:
-        ValueError: If the adapter is of another kind, or a vector's alpha is not to be found.
+        ValueError: If the adapter declares none, or two of its tensors do not fit together.
     """
-    config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
-    tensors = load_file(checkpoint / "adapter_model.safetensors")
-    if config.get("peft_type") == "LORA":
-        return Update("lora", _lora_sites(config, tensors, checkpoint))
-    if str(config.get("adapter_class")).endswith(".SteeringVector"):
-        alpha = _alpha(config, checkpoint)
-        site = LowRank(alpha * tensors["vector"].astype(np.float64)[:, None], np.ones((1, 1)))
-        return Update("vector", {f"stream entering layer {config['lowest_layer']}": site})
-    raise ValueError(
-        f"{checkpoint} holds {config.get('adapter_class') or config.get('peft_type')}; "
-        "trajectories and cosines are read from SteeringVector and LoRA only."
-    )
-
-
-def _lora_sites(
-    config: Mapping[str, Any], tensors: Mapping[str, npt.NDArray[Any]], checkpoint: Path
-) -> dict[str, LowRank]:
-    names = sorted(name.removesuffix(_LORA_A) for name in tensors if name.endswith(_LORA_A))
-    other = tensors.keys() - {f"{name}{end}" for name in names for end in (_LORA_A, _LORA_B)}
-    if other or not names or config.get("alpha_pattern") or config.get("use_dora"):
+    record = AdapterRecord.read(checkpoint)
+    if record.update is None:
         raise ValueError(
-            f"{checkpoint} is no plain LoRA (one alpha, no DoRA, nothing but A and B); "
-            f"it also holds {sorted(other)[:3] or 'other settings'}."
+            f"{checkpoint} holds a {record.class_path}, which has no method `update` that gives its low-rank parts: "
+            "norms, trajectories and cosines are computed from them."
         )
-    sites = {}
-    for name in names:
-        write, read = tensors[f"{name}{_LORA_B}"], tensors[f"{name}{_LORA_A}"]
-        rank = read.shape[0]
-        divisor = math.sqrt(rank) if config.get("use_rslora") else rank
-        sites[name] = LowRank(write, read, config["lora_alpha"] / divisor)
-    return sites
-
-
-def _alpha(config: Mapping[str, Any], checkpoint: Path) -> float:
-    if "alpha" in config:
-        return float(config["alpha"])
-    file = RunFolder(checkpoint.parent.parent).config_file
-    run_config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    try:
-        return float(run_config["model"]["adapter"]["init_args"]["alpha"])
-    except (KeyError, TypeError):
-        raise ValueError(
-            f"the alpha of the vector in {checkpoint} is unknown: expected model.adapter.init_args.alpha "
-            f"in {file}."
-        ) from None
+    tensors, sites = load_file(checkpoint / ADAPTER_WEIGHTS), {}
+    for part in record.update:
+        write = tensors[part.write]
+        if part.read is None:
+            name = f"the stream entering layer {part.site}"
+            sites[name] = SiteChange(part.factor * write.astype(np.float64).reshape(-1, 1), np.ones((1, 1)))
+        else:
+            sites[str(part.site)] = SiteChange(write, tensors[part.read], part.factor)
+    reads = any(part.read is not None for part in record.update)
+    return Update("low-rank" if reads else "shift", sites)
 
 
 def _refuse_other_kind(first: Update, second: Update) -> None:
     if first.kind != second.kind:
-        raise ValueError(f"a {first.kind} cannot be compared with a {second.kind}: they change other things.")
+        raise ValueError(
+            f"a {first.kind} update cannot be compared with a {second.kind} one: they change other things."
+        )
 
 
 def _over(product: float, norms: float) -> float | None:

@@ -12,13 +12,10 @@ from lightning.fabric.plugins import CheckpointIO
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lightning_em.adapter_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lightning_em.manifest import TEMPORARY_PREFIX, manifest_problems, publish
 
-ADAPTER_WEIGHTS, ADAPTER_CONFIG, TRAINER_STATE = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "trainer_state.pt",
-)
+TRAINER_STATE = "trainer_state.pt"
 ADAPTER_CONFIG_KEY = "adapter_config"
 
 

@@ -1,16 +1,17 @@
 """A checkpoint of a run as a folder that other programs load."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import yaml
 from transformers import PreTrainedConfig
 
-from lightning_em.adapters.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from lightning_em.adapter_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterRecord, LowRank
 from lightning_em.exchange.card import ExportFacts, public_base, write_card
 from lightning_em.exchange.control_vector import CONTROL_VECTOR_FILE, write_control_vector
 from lightning_em.exchange.peft_folder import PeftType, write_peft_lora, write_peft_vector
+from lightning_em.exchange.peft_lora import PREFIX
 from lightning_em.exchange.placement import stream_site
 from lightning_em.exchange.released import write_released
 from lightning_em.exchange.vector import Vector, checked_vector, refuse_misfit
@@ -22,7 +23,6 @@ from lightning_em.runs import locate, step_of
 ExportFormat = Literal["peft", "safetensors", "authors", "gguf"]
 FORMATS: tuple[str, ...] = get_args(ExportFormat)
 
-_VECTOR_CLASS = "lightning_em.adapters.SteeringVector"
 _LOADING = {
     "peft": "```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, folder)\n```\n"
     "A bias of the module whose output joins the residual stream: equal to the trained vector up to rounding "
@@ -50,7 +50,7 @@ class _Exported(NamedTuple):
 
     facts: ExportFacts
     checkpoint: Path
-    settings: dict[str, Any]
+    record: AdapterRecord
 
 
 def export_run(reference: str, file_format: ExportFormat, output: Path, peft_type: PeftType = "beft") -> Path:
@@ -73,17 +73,18 @@ def export_run(reference: str, file_format: ExportFormat, output: Path, peft_typ
         raise ValueError(f"{output} is there already; give another --output.")
     run, checkpoint = locate(reference)
     config = yaml.safe_load(run.config_file.read_text(encoding="utf-8"))
-    settings = read_json(checkpoint / ADAPTER_CONFIG)
-    facts = ExportFacts(run, config, step_of(checkpoint), "", "")
-    exported = _Exported(facts, checkpoint, settings)
-    if settings.get("peft_type") == "LORA":
-        write, facts = _lora_writer(exported, file_format)
-    elif settings.get("adapter_class") == _VECTOR_CLASS:
-        write, facts = _vector_writer(exported, file_format, peft_type)
+    record = AdapterRecord.read(checkpoint)
+    exported = _Exported(ExportFacts(run, config, step_of(checkpoint), "", ""), checkpoint, record)
+    parts = record.update or ()
+    if len(parts) == 1 and parts[0].read is None and isinstance(parts[0].site, int):
+        write, facts = _vector_writer(exported, parts[0], file_format, peft_type)
+    elif parts and all(part.read is not None and isinstance(part.site, str) for part in parts):
+        write, facts = _lora_writer(exported, parts, file_format)
     else:
         raise ValueError(
-            f"{reference} is a {settings.get('adapter_class') or settings.get('peft_type')}; only SteeringVector and "
-            f"LoRA have formats that other programs know. Its weights are in {checkpoint / ADAPTER_WEIGHTS}."
+            f"{reference} is a {record.class_path} whose `update` gives neither one shift of the residual stream nor "
+            "low-rank changes of weights, which are what other programs know. Its weights are in "
+            f"{checkpoint / ADAPTER_WEIGHTS}."
         )
 
     def fill(folder: Path) -> None:
@@ -94,13 +95,18 @@ def export_run(reference: str, file_format: ExportFormat, output: Path, peft_typ
 
 
 def _lora_writer(
-    exported: _Exported, file_format: ExportFormat
+    exported: _Exported, parts: Sequence[LowRank], file_format: ExportFormat
 ) -> tuple[Callable[[Path], None], ExportFacts]:
     if file_format != "peft":
         raise ValueError(f"{exported.facts.run.path} is a LoRA, and {_ELSEWHERE[file_format]}.")
-    settings = exported.settings
+    settings = read_json(exported.checkpoint / ADAPTER_CONFIG)
+    if "peft_type" not in settings:  # a low-rank adapter that is not peft's
+        settings = _peft_settings(exported.record, parts)
+    saved = read_tensors(exported.checkpoint / ADAPTER_WEIGHTS)
+    tensors = {f"{PREFIX}{part.site}.lora_A.weight": saved[part.read or ""] for part in parts}
+    tensors |= {f"{PREFIX}{part.site}.lora_B.weight": saved[part.write] for part in parts}
     what = f"A LoRA of rank {settings['r']} on {len(settings['target_modules'])} modules"
-    tensors, base = read_tensors(exported.checkpoint / ADAPTER_WEIGHTS), public_base(exported.facts.config)
+    base = public_base(exported.facts.config)
 
     def write(folder: Path) -> None:
         write_peft_lora(folder, tensors, settings, base)
@@ -108,14 +114,25 @@ def _lora_writer(
     return write, exported.facts._replace(what=what, loading=_LORA_LOADING)
 
 
+def _peft_settings(record: AdapterRecord, parts: Sequence[LowRank]) -> dict[str, Any]:
+    """What peft calls a factor is alpha / r, one for all modules."""
+    kinds = {(record.shapes[part.read or ""][0], part.factor) for part in parts}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"a PEFT folder has one rank and one alpha, but {record.class_path} has (rank, factor) {sorted(kinds)}."
+        )
+    [(rank, factor)] = kinds
+    sites = [str(part.site) for part in parts]
+    return {"r": rank, "lora_alpha": factor * rank, "use_rslora": False, "target_modules": sites}
+
+
 def _vector_writer(
-    exported: _Exported, file_format: ExportFormat, peft_type: PeftType
+    exported: _Exported, part: LowRank, file_format: ExportFormat, peft_type: PeftType
 ) -> tuple[Callable[[Path], None], ExportFacts]:
     facts, source = exported.facts, str(exported.checkpoint)
-    alpha = facts.config["model"]["adapter"]["init_args"]["alpha"]
-    tensors = read_tensors(exported.checkpoint / ADAPTER_WEIGHTS)
-    # the vector edits what enters the next layer
-    vector = checked_vector(tensors["vector"], exported.settings["lowest_layer"] - 1, alpha, source)
+    values = read_tensors(exported.checkpoint / ADAPTER_WEIGHTS)[part.write]
+    # the shift edits what enters a layer; other programs name the layer that it leaves
+    vector = checked_vector(values, int(part.site) - 1, part.factor, source)
     base = BaseModel(**facts.config["model"]["base"]).load_config()
     refuse_misfit(vector, base, source, facts.config["model"]["base"]["path"])
     name = public_base(facts.config)

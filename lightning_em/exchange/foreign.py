@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from lightning_em.adapters.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from lightning_em.adapter_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lightning_em.exchange.peft_folder import read_peft
 from lightning_em.exchange.placement import stream_site
 from lightning_em.exchange.released import VECTOR_FILE, read_released
@@ -122,7 +122,8 @@ def _read_peft_folder(folder: Path, config: PreTrainedConfig, base: str) -> Fore
             "(`safe_serialization=True` of peft, its default today)."
         )
     settings = read_json(files[0])
-    if own := settings.get("adapter_class"):
+    # a LoRA of ours is a PEFT folder too, and is read as one: it may come without its run
+    if "peft_type" not in settings and (own := settings.get("class_path")):
         raise ValueError(
             f"{folder} is a checkpoint of this package ({own}): it needs no import, name it as runs/x@step-N."
         )

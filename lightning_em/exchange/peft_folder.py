@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from lightning_em.adapters.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from lightning_em.adapter_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lightning_em.exchange.peft_lora import PREFIX, ForeignLoRA, factor_of, lora_config, lora_of
 from lightning_em.exchange.placement import skeleton, stream_site
 from lightning_em.exchange.vector import Vector, checked_vector

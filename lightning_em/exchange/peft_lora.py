@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from lightning_em.adapters.base import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from lightning_em.adapter_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lightning_em.exchange.placement import path_of_layers, skeleton
 
 PREFIX = "base_model.model."

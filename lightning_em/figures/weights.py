@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from lightning_em.analysis.claims import Evidence, MissingError
 from lightning_em.analysis.claims.effects import HELD_OUT, LEAST_COHERENCE, SEEN
 from lightning_em.analysis.claims.evidence import Arm, RunNumbers
+from lightning_em.analysis.roles import KL_WEIGHT_ROLES
 
 KINDS = {
     SEEN: ("-", "#1b7837", "new narrow questions about trained words"),
@@ -37,7 +38,7 @@ def draw_weights(frame: pd.DataFrame, path: Path, adapter: str, world: str = "de
             to draw.
     """
     evidence = Evidence(frame, adapter, world)
-    arms = sorted(evidence.arms("general", "narrow", "narrow_weight"), key=_weight)
+    arms = sorted(evidence.arms(*KL_WEIGHT_ROLES), key=_weight)
     if len(arms) < 2 or _weight(arms[0]) != 0:
         raise ValueError(f"a figure of KL weights needs a general and a narrow arm of {adapter}, got {arms}.")
     figure = Figure(figsize=(11, 4.6), layout="constrained")

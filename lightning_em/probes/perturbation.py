@@ -44,8 +44,8 @@ class PerturbationCurve(Probe):
     `displacement`: alpha ||v' - v|| for a vector, for a LoRA the Frobenius norm of (alpha / rank) (B'A' - BA)
     (or alpha / sqrt(rank)), root of the sum of squares over modules. To compare two solutions under it, read
     `ce_increase` of both at one displacement, between the points of their curves. Only adapters of one type
-    share this unit. It is left out, with a message, for an adapter without an effective norm, and for one of
-    your own whose update is not linear in its parameters: there the norm does not tell a distance.
+    share this unit. It is left out, with a message, for an adapter whose `update` gives no low-rank parts: a norm
+    alone does not tell a distance.
 
     The noise of an index is the same in every run and at every strength: curves are paired. It is drawn in
     float64, parameter by parameter, from a `torch.Generator` on the CPU whose seed is the first uint64 of

@@ -24,11 +24,11 @@ class Rotation(Probe):
 
     v is what the adapter writes: alpha x vector, or every B of a LoRA end to end. The turn at a checkpoint is
     known, and on record, `span` checkpoints later; `at_step` says where it is. There is none where one of the
-    two neighbours is nearer than the other, where the adapter has not moved, or for an adapter that is neither
-    a vector nor a LoRA. `lightning_em.analysis.rotation` gives the same cosines of a run that is done.
+    two neighbours is nearer than the other, where the adapter has not moved, or for an adapter whose `update`
+    gives no low-rank parts. `lightning_em.analysis.rotation` gives the same cosines of a run that is done.
 
     Points, with `at_step`: `local_cosine` (unit cosine), and `longer_arm`, the length of the longer of the two
-    differences (unit norm, that of effective norms, for a vector; parameter_norm for a LoRA).
+    differences (unit norm, that of effective norms, for a shift such as a vector; parameter_norm for a LoRA).
 
     Args:
         span: s in checkpoints; `checkpoint.keep_last` must leave 2 s + 1 of them.
@@ -65,7 +65,7 @@ class Rotation(Probe):
             raise ValueError("Rotation looks at the checkpoints of a run; use its for_checkpoint(run, step).")
         try:
             path = self._path(self._run)
-        except ValueError as error:  # neither a vector nor a LoRA
+        except ValueError as error:  # the adapter declares no low-rank parts
             rank_zero_only(logger.warning)("%s measures nothing: %s", self.name, error)
             return []
         if len(path) <= 2 * self.span:
@@ -76,7 +76,7 @@ class Rotation(Probe):
         if turn - before != self._step - turn or min(lengths) == 0 or max(lengths) <= self.shortest_arm:
             return []
         place = {"at_step": turn}
-        unit = "norm" if here.kind == "vector" else "parameter_norm"
+        unit = "norm" if here.kind == "shift" else "parameter_norm"
         return [
             Point("local_cosine", float(back @ on) / (lengths[0] * lengths[1]), "cosine", place),
             Point("longer_arm", max(lengths), unit, place),
@@ -88,7 +88,7 @@ class Rotation(Probe):
         for step in reversed([step for step in run.steps() if step <= self._step]):
             try:
                 if problems := manifest_problems(run.checkpoint(step)):
-                    message = "checkpoint step %d is broken and passed over: %s"
+                    message = "checkpoint step %d is broken and skipped: %s"
                     rank_zero_only(logger.warning)(message, step, "; ".join(problems))
                     continue
                 found.insert(0, (step, read_update(run.checkpoint(step))))

@@ -1,10 +1,13 @@
 """The arms of a study's file, checked. Never imports torch."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import NamedTuple
 
 from lightning_em.analysis.cells import DEFAULT_WORLD
+from lightning_em.analysis.claims.rules import Rules
+from lightning_em.analysis.roles import ROLES
 from lightning_em.study.section import Section, refuse_unknown
 
 ADAPTER_KEYS = ("config", "set")
@@ -12,10 +15,6 @@ ARM_KEYS = (
     "role", "level", "init_from", "config", "set", "probing", "adapters", "worlds", "seeds", "per_adapter",
 )  # fmt: skip
 PER_ADAPTER_KEYS = ("level", "config", "set", "probing")
-ROLES = (
-    "general", "narrow", "narrow_weight", "reverted", "reverse", "mixed_other", "mixed_domain", "few_rows",
-    "kl_on_narrow", "harmless_general", "harmless_narrow",
-)  # fmt: skip
 NAME = re.compile(r"[A-Za-z0-9_.]+")
 
 
@@ -55,8 +54,11 @@ def read_arms(top: Section) -> dict[str, Arm]:
         if wrong := [name for name in names if not NAME.fullmatch(name.replace("-", "_"))]:
             raise ValueError(f"{top.file}: {key}: {wrong[0]!r} must be letters, digits, . _ and -.")
     seeds = top.integers("seeds") or top.refuse("seeds", "a list of different whole numbers")
+    # a role that no claim reads is measured and shown like the others; it is named so that a typing error is not one
+    roles = [*ROLES, *(top.texts("roles") or ())]
     return {
-        name: _arm(name, each, list(adapters), worlds_of(top), seeds, arms) for name, each in arms.items()
+        name: _arm(name, each, list(adapters), worlds_of(top), seeds, arms, roles)
+        for name, each in arms.items()
     }
 
 
@@ -67,11 +69,12 @@ def _arm(
     worlds: Mapping[str, str],
     seeds: list[int],
     arms: Mapping[str, Section],
+    roles: Sequence[str],
 ) -> Arm:
     section.only(ARM_KEYS)
     if not NAME.fullmatch(name):
         raise ValueError(f"{section.file}: arm {name!r} must be letters, digits, dots and underscores.")
-    refuse_unknown(section.text("role") or "", ROLES, f"{section.file}: {section.place}.role is")
+    refuse_unknown(section.text("role") or "", roles, f"{section.file}: {section.place}.role is")
     init_from = section.text("init_from")
     if init_from is not None:
         refuse_unknown(init_from, arms, f"{section.file}: {section.place}.init_from names arm")
@@ -90,6 +93,22 @@ def worlds_of(top: Section) -> dict[str, str]:
     """What fills {world}, by the world's name; arms are in the first one unless they say otherwise."""
     worlds = top.section("worlds")
     return {name: worlds.text(name) or "" for name in worlds.content} or {DEFAULT_WORLD: ""}
+
+
+def rules_of(top: Section) -> Rules:
+    """What the file says about claims; a claim that needs what it leaves out is not measured."""
+    claims = top.section("claims")
+    claims.only(field.name for field in fields(Rules))
+    exact = claims.content.get("exact_rates", False)
+    if not isinstance(exact, bool):
+        claims.refuse("exact_rates", "true or false")
+    rise, narrow, hidden_scale = (claims.number(key) for key in ("rise", "narrow", "hidden_scale"))
+    for key, value in (("rise", rise), ("narrow", narrow)):
+        if value is not None and not 0 < value < 1:
+            claims.refuse(key, "a probability between 0 and 1")
+    if hidden_scale is not None and hidden_scale <= 1:
+        claims.refuse("hidden_scale", "a scale above 1")
+    return Rules(rise, narrow, hidden_scale, exact)
 
 
 def parents_first(top: Section, arms: Mapping[str, Arm]) -> list[Arm]:

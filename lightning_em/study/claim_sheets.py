@@ -27,7 +27,7 @@ MINIATURE = (
 
 
 def summary_sheet(results: Sequence[ClaimResult]) -> Sheet:
-    """One row a claim, one column an adapter type and world: the verdict and the first estimate."""
+    """One row a claim, one column an adapter type and world: the verdict and the headline."""
     places = list(dict.fromkeys((r.world, r.adapter) for r in results))
     names = [adapter if world == DEFAULT_WORLD else f"{adapter}, {world} world" for world, adapter in places]
     rows = []
@@ -117,9 +117,9 @@ def control_reading(results: Sequence[ClaimResult], world: str) -> list[str]:
 def _spread_lost(results: Sequence[ClaimResult], world: str) -> list[str]:
     """The spread of claim C1 in the default world less that in another one, paired by seed."""
     spreads = {
-        (r.world, r.adapter): r.findings[0].values
+        (r.world, r.adapter): r.headline.values
         for r in results
-        if r.claim == "C1" and r.decides and r.findings
+        if r.claim == "C1" and r.decides and r.headline
     }
     texts = []
     for adapter in _adapters(results, world):
@@ -146,16 +146,19 @@ def _adapters(results: Sequence[ClaimResult], world: str) -> list[str]:
 
 
 def _measured(results: Sequence[ClaimResult]) -> str:
-    """The first thing that is measured, in the words of the first adapter that has it."""
-    first = next((r.findings[0] for r in results if r.findings), None)
+    """The headline, in the words of the first adapter that has it."""
+    first = next((r.headline for r in results if r.headline), None)
     return NOTHING if first is None else f"{first.words} ({first.unit}), {first.rule}"
 
 
 def _summary_cell(result: ClaimResult | None) -> str:
-    if result is None or result.verdict == "not measured":
+    if result is None or result.headline is None or result.verdict == "not measured":
         return NOTHING
-    decisive = next((f for f in result.findings if f.verdict == result.verdict), result.findings[0])
-    if decisive is result.findings[0]:
+    agreeing = [
+        finding for finding in (result.headline, *result.findings) if finding.verdict == result.verdict
+    ]
+    decisive = agreeing[0] if agreeing else result.headline
+    if decisive is result.headline:
         return f"**{result.verdict}** {_estimate(result)}"
     return f"**{result.verdict}**: {decisive.words} {_estimate(decisive)}, wanted {decisive.rule}"
 

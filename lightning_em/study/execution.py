@@ -5,7 +5,7 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -60,7 +60,7 @@ def run_study(
         folder.refuse_other(study.name)
         study = with_identities(study, begun(study))
         runs = [run for run in study.runs if run.name in names]
-        folder.write(study.name, [run.cell for run in study.runs])
+        folder.write(study.name, [run.cell for run in study.runs], asdict(study.rules))
         schedule, durations = Schedule(tasks_of(study, runs)), Durations(study, runs)
         left = [run.args for run in runs if run.name in schedule.states]
         own = environments(min(workers, len(schedule.tasks)), left)
@@ -83,7 +83,7 @@ def _write_identities(study: Study, schedule: Schedule) -> None:
             identity = folder.run(cell).read_run()["identity"]
             cell = replace(cell, identity={key: identity[key] for key in ("name", "config")})  # noqa: PLW2901
         cells.append(cell)
-    folder.write(study.name, cells)
+    folder.write(study.name, cells, asdict(study.rules))
 
 
 def tasks_of(study: Study, runs: Sequence[PlannedRun]) -> list[Task]:

@@ -1,6 +1,7 @@
 """A study as one whole config a run: nothing left to look up, each runs by itself."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from lightning_em import lock
@@ -35,5 +36,5 @@ def expand(study: Study, output: Path | None = None, runs: Sequence[PlannedRun] 
             resolved, experiment = resolve(run)
             write_atomically(folder / f"{run.name}.yaml", experiment.config_text)
             cells[run.name] = resolved.cell
-        here.write(study.name, cells.values())
+        here.write(study.name, cells.values(), asdict(study.rules))
     return folder

@@ -1,7 +1,7 @@
 """Pair analyses: what the general, narrow, reverted and reverse solutions of one seed are to each other."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -148,6 +148,7 @@ def gradient_cosine(group: RunGroup, settings: PairSettings) -> list[Point]:
     rows = group.narrow_rows(settings.num_examples, settings.batch_size)
     count = int(torch.stack([batch.counted("response").sum() for batch in rows]).sum())
     targets = {target: group.parameters_of(target) for target in SOLUTIONS}
+    reads = {part.read for part in group.model_of("narrow").adapter.update() or ()}
     points = []
     for role in group.runs:
         for step in group.steps(role):
@@ -157,26 +158,28 @@ def gradient_cosine(group: RunGroup, settings: PairSettings) -> list[Point]:
             norm = _flat(pull.values()).norm().item()
             points.append(Point("ce_gradient_norm", norm, "nats_per_token_per_unit", place, count=count))
             for target, there in targets.items():
-                for direction, way in _ways(here, there).items():
+                for direction, way in _ways(reads, here, there).items():
                     value = _cosine(_flat(pull[name] for name in way), _flat(way.values()))
                     aim = {"target": target, "direction": direction}
                     points += _cosine_point("gradient_cosine", value, place | aim, count)
     return points
 
 
-def _ways(here: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Directions to a final solution, by parameter."""
+def _ways(
+    reads: Collection[str | None], here: Mapping[str, Tensor], there: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Directions to a final solution, by parameter; what the update only reads with is no part of `final`."""
     return {
-        "final": {name: value for name, value in there.items() if ".lora_A." not in name},
+        "final": {name: value for name, value in there.items() if name not in reads},
         "remaining": {name: value - here[name] for name, value in there.items()},
     }
 
 
 def adapter_cosine(group: RunGroup, settings: PairSettings) -> list[Point]:  # noqa: ARG001 (an Analysis)
-    """Cosine between the updates of every two runs: of the whole change, and for LoRA of its B and A apart.
+    """Cosine between the updates of every two runs: of the whole change, and of B and A apart where there are both.
 
     Points `cosine` (unit cosine) by `first`, `second` and `part`; none where one of the two is zero, and none
-    at all for an adapter of another class.
+    at all for an adapter whose `update` gives no low-rank parts.
     """
     try:
         updates = {
@@ -187,7 +190,7 @@ def adapter_cosine(group: RunGroup, settings: PairSettings) -> list[Point]:  # n
         return []
     points = []
     for first, second in combinations(updates, 2):
-        parts: tuple[Part, ...] = ("update", "B", "A") if updates[first].kind == "lora" else ("update",)
+        parts: tuple[Part, ...] = ("update", "B", "A") if updates[first].kind == "low-rank" else ("update",)
         for part in parts:
             place = {"first": first, "second": second, "part": part}
             points += _cosine_point(

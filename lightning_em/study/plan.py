@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_em.analysis.cells import DEFAULT_WORLD, MOST_SEEDS, Cell, StudyFolder
+from lightning_em.analysis.claims.rules import Rules
 from lightning_em.errors import config_files
 from lightning_em.miniature import SCHEME, parse_address
-from lightning_em.study.arms import NAME, Arm, parents_first, read_arms, worlds_of
+from lightning_em.study.arms import NAME, Arm, parents_first, read_arms, rules_of, worlds_of
 from lightning_em.study.section import Section, refuse_unknown
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 STUDY_KEYS = (
     "like", "name", "experiment", "seeds", "worlds", "fill", "set", "adapters", "arms", "probing", "seconds_per_run",
+    "claims", "roles",
 )  # fmt: skip
 _PLACE = re.compile(r"\{(\w+)\}")
 _OWN_PLACES = ("seed", "world", "adapter", "level")
@@ -55,6 +57,7 @@ class Study:
         root: Folder of its runs.
         runs: All of them; a run comes after the one it starts from.
         seconds_per_run: What one run is guessed to take, for the budget, until one is finished.
+        rules: What it says about its claims.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Study:
     root: Path
     runs: tuple[PlannedRun, ...]
     seconds_per_run: float | None
+    rules: Rules
 
     def chosen(
         self,
@@ -166,7 +170,7 @@ def read_study(file: str | Path, root: str | Path | None = None) -> Study:
         for adapter in arm.adapters
         if world in arm.worlds and seed in arm.seeds
     )
-    return Study(name, Path(file), planner.root, runs, top.number("seconds_per_run"))
+    return Study(name, Path(file), planner.root, runs, top.number("seconds_per_run"), rules_of(top))
 
 
 class _Planner:

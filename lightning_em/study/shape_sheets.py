@@ -8,6 +8,7 @@ import pandas as pd
 from lightning_em.analysis.claims import Evidence, MissingError
 from lightning_em.analysis.claims.effects import HELD_OUT
 from lightning_em.analysis.claims.evidence import Arm, RunNumbers
+from lightning_em.analysis.roles import KL_WEIGHT_ROLES, role_named
 from lightning_em.study.sheet import NOTHING, Sheet, mean, number
 
 KINDS = {
@@ -50,7 +51,7 @@ def arms_sheet(frame: pd.DataFrame, world: str) -> Sheet:
 
 def scales_sheet(frame: pd.DataFrame, world: str) -> Sheet:
     """Bad rates in held-out domains with the adapter scaled up, by KL weight, with the coherence."""
-    arms = [(e, arm) for e in _evidence(frame, world) for arm in e.arms("general", "narrow_weight", "narrow")]
+    arms = [(e, arm) for e in _evidence(frame, world) for arm in e.arms(*KL_WEIGHT_ROLES)]
     scales = sorted({scale for e, arm in arms for run in _runs(e, arm) for scale in _scales(run)})
     rows = []
     for e, arm in arms:
@@ -95,7 +96,7 @@ def places_sheet(frame: pd.DataFrame, world: str) -> Sheet:
 
 def _ways(e: Evidence, quantity: str, steps: list[int], title: str) -> list[tuple[str, ...]]:
     """A row a KL weight, mean over seeds at each step, and one for the order of the weights."""
-    arms = sorted(e.arms("general", "narrow", "narrow_weight"), key=lambda arm: arm.level or 0.0)
+    arms = sorted(e.arms(*KL_WEIGHT_ROLES), key=lambda arm: arm.level or 0.0)
     rows = []
     for arm in arms:
         paths = [_path(run, quantity) for run in _runs(e, arm)]
@@ -132,8 +133,7 @@ def _evidence(frame: pd.DataFrame, world: str) -> list[Evidence]:
 
 
 def _arms(e: Evidence) -> list[Arm]:
-    order = ("general", "narrow_weight", "narrow", "reverted", "reverse")
-    roles = dict.fromkeys((*order, *(arm.role for arm in e.arms())))
+    roles = dict.fromkeys((*KL_WEIGHT_ROLES, "reverted", "reverse", *(arm.role for arm in e.arms())))
     return [arm for role in roles for arm in e.arms(role)]
 
 
@@ -160,7 +160,7 @@ def _path(run: RunNumbers, quantity: str) -> dict[int, float]:
 
 
 def _rate(arm: Arm) -> str:
-    return "style_rate" if arm.role.startswith("harmless") else "bad_rate"
+    return role_named(arm.role).rate
 
 
 def _scales(run: RunNumbers) -> tuple[float, ...]:

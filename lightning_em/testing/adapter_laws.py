@@ -45,8 +45,14 @@ def check_adapter(
     base = small_base() if base is None else base
     name = type(template or make()).__name__
 
-    def bench(dtype: torch.dtype = torch.float32, seed: int = seed, *, trained: bool = True) -> Bench:
-        return Bench(make(), base, dtype, seed, trained=trained)
+    def bench(
+        dtype: torch.dtype = torch.float32,
+        seed: int = seed,
+        *,
+        trained: bool = True,
+        adapter: Adapter | None = None,
+    ) -> Bench:
+        return Bench(make() if adapter is None else adapter, base, dtype, seed, trained=trained)
 
     for law in _ADAPTER_LAWS:
         enforce(law, name, bench)
@@ -196,6 +202,21 @@ def _saves_and_loads(make: _MakeBench) -> None:
     require(same, "the loaded adapter gives other logits: something that matters is not in trainable()")
 
 
+def _checkpoint_rebuilds_it(make: _MakeBench) -> None:
+    """A checkpoint alone rebuilds it."""
+    written = make(seed=1)
+    with tempfile.TemporaryDirectory() as folder:
+        written.adapter.save(Path(folder))
+        rebuilt = make(seed=2, adapter=Adapter.from_checkpoint(Path(folder)), trained=False)
+        rebuilt.adapter.load(Path(folder))
+    own = type(rebuilt.adapter) is type(written.adapter)
+    require(own, f"adapter_config.json gives a {type(rebuilt.adapter).__name__}")
+    same = torch.equal(written.logits(1.0), rebuilt.logits(1.0, written.batch))
+    require(
+        same, "the rebuilt adapter gives other logits: something that matters is no argument of its class"
+    )
+
+
 def _perturbation_is_undone(make: _MakeBench) -> None:
     """A perturbed adapter comes back to the bit, also after an error."""
     bench = make()
@@ -241,6 +262,30 @@ def _norm_follows_the_effect(make: _MakeBench) -> None:
             require(_close(grown, factor), f"the effect grows {factor}-fold, but the norm {grown:.4g}-fold")
 
 
+def _update_is_what_it_does(make: _MakeBench) -> None:
+    """The update it declares is what it does."""
+    bench = make()
+    own, parts = bench.adapter.trainable(), bench.adapter.update() or []
+    trained = {name: parameter.detach().clone() for name, parameter in own.items()}
+    for part in parts:
+        with torch.no_grad():  # one part alone, so that nothing below its site changes what the site reads
+            for name, parameter in own.items():
+                others = {other.write for other in parts} - {part.write}
+                parameter.copy_(trained[name] * (name not in others))
+        change, read = bench.change_at(part.site)
+        write = trained[part.write].double()
+        if part.read is None:
+            wanted = (part.factor * write).expand_as(change)
+        else:
+            wanted = part.factor * read @ trained[part.read].double().T @ write.T
+        error = (change - wanted).norm().item()
+        require(
+            error <= 1e-3 * wanted.norm().item() + 1e-6,
+            f"site {part.site} changes by {change.norm().item():.4g}, declared is {wanted.norm().item():.4g} "
+            f"(they differ by {error:.4g})",
+        )
+
+
 _ADAPTER_LAWS: tuple[Callable[[_MakeBench], None], ...] = (
     _attaches,
     _scale_zero_is_base,
@@ -251,8 +296,10 @@ _ADAPTER_LAWS: tuple[Callable[[_MakeBench], None], ...] = (
     _lowest_layer_is_honest,
     _split_forward_is_plain_forward,
     _saves_and_loads,
+    _checkpoint_rebuilds_it,
     _perturbation_is_undone,
     _norm_follows_the_effect,
+    _update_is_what_it_does,
 )
 
 

@@ -106,6 +106,25 @@ class Bench:
                     return event.place, [tensor - old.double() for tensor in at], rounding
         raise AssertionError("with random parameters nothing changes between scale 0 and scale 1")
 
+    def change_at(self, site: str | int) -> tuple[Tensor, Tensor]:
+        """Change from scale 0 to 1 of a module's output, or of the stream that enters a layer; and its input.
+
+        Args:
+            site: As in `LowRank`.
+        """
+        layers = decoder_layers(self.base)
+        if isinstance(site, str):
+            name, place = site, f"output of {site}"
+        else:
+            module = layers[site] if site < len(layers) else final_norm(self.base)
+            name = next(name for name, each in self.base.named_modules() if each is module)
+            place = f"input of {name}"
+        require(name in self.names, f"update names the site {site}, which is no module of the base")
+        before, after = (
+            {e.place: e.tensors[0].double() for e in self.events(s) if e.tensors} for s in (0.0, 1.0)
+        )
+        return after[place] - before[place], before[f"input of {name}"]
+
     @contextmanager
     def raw_input_of(self, layer: int, seen: list[Tensor]) -> Iterator[None]:
         """Collect the residual stream that reaches a layer before any hook on that layer edits it."""

@@ -5,7 +5,7 @@ import math
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +143,7 @@ def _jobs_of_study(
     plan = with_identities(plan, [run.name for run in plan.runs])
     _refuse_other_runs(plan)
     if not dry_run:
-        StudyFolder(plan.root).write(plan.name, [run.cell for run in plan.runs])
+        StudyFolder(plan.root).write(plan.name, [run.cell for run in plan.runs], asdict(plan.rules))
     jobs = [
         FitJob(
             (*run.args, *allowed),

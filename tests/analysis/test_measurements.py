@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 from safetensors.numpy import save_file
 
 from lightning_em.analysis import PairResult
@@ -16,6 +15,7 @@ from lightning_em.analysis.readings import readings
 from lightning_em.manifest import publish
 from lightning_em.records import Point, ProbeResult, append_lines
 from lightning_em.runs import RunFolder
+from tests.samples import vector_config
 
 NATS = "nats_per_token"
 
@@ -127,14 +127,13 @@ def vector_run(folder, path, kind: str = "lightning_em.adapters.SteeringVector")
     """A finished run of a steering vector whose checkpoints are the points of `path`, by step."""
     run = RunFolder(folder)
     run.update_run(status="finished")
-    run.config_file.write_text(yaml.safe_dump({"model": {"adapter": {"init_args": {"alpha": 1.0}}}}))
     for step, point in path.items():
 
         def fill(temporary, point=point):
             save_file(
                 {"vector": np.asarray(point, dtype=np.float32)}, temporary / "adapter_model.safetensors"
             )
-            config = {"adapter_class": kind, "lowest_layer": 2}
+            config = vector_config(1.0, 2, kind, has_update=kind.endswith(".SteeringVector"))
             (temporary / "adapter_config.json").write_text(json.dumps(config))
 
         publish(run.checkpoint(step), fill)
@@ -244,7 +243,7 @@ def test_runs_of_two_worlds_are_not_compared(tmp_path) -> None:
         for role, level in levels.items()
         for seed in range(5)
     ]
-    study.write("two worlds", cells)
+    study.write("two worlds", cells, {"rise": 0.1, "narrow": 0.05})
     for cell in cells:
         run = study.run(cell)
         run.update_run(status="finished")
@@ -288,7 +287,7 @@ def test_adapter_of_another_kind_has_no_trajectory_and_the_log_says_so(tmp_path,
     vector_run(study.run(cell).path, WAYS["general"], kind="mine.Shift")
     frame = measurements(study)
     assert "shift, default world, seed 0" in caplog.text
-    assert "holds mine.Shift" in caplog.text
+    assert "holds a mine.Shift" in caplog.text
     assert not frame["quantity"].str.startswith("rotation").any()
     assert value(frame, "general", "ce@1") == 1.0
 

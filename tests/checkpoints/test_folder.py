@@ -8,7 +8,7 @@ from lightning_em.checkpoints import FolderCheckpointIO
 
 STATE = {
     "state_dict": {"vector": torch.arange(4.0)},
-    "adapter_config": {"adapter_class": "x"},
+    "adapter_config": {"class_path": "x"},
     "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(4)}}}],
     "epoch": 1,
 }

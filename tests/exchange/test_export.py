@@ -257,12 +257,48 @@ def test_what_is_there_is_left_alone(vector_run, tmp_path) -> None:
         export_run(str(vector_run().path), "peft", tmp_path / "out")
 
 
-def test_a_class_of_somebody_else_has_no_format(vector_run, tmp_path) -> None:
-    run = vector_run()
+def rewritten(run, **changed):
+    """The run, with another record of its adapter."""
     file = run.checkpoint(0) / "adapter_config.json"
-    file.write_text(file.read_text().replace("lightning_em.adapters.SteeringVector", "my_adapters.Shift"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
     manifest = json.loads((run.checkpoint(0) / "MANIFEST.json").read_text())
     manifest["files"][file.name] = {"sha256": sha256_of(file), "bytes": file.stat().st_size}
     (run.checkpoint(0) / "MANIFEST.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"is a my_adapters.Shift; only SteeringVector and LoRA"):
-        export_run(str(run.path), "peft", tmp_path / "out")
+    return str(run.path)
+
+
+def test_an_adapter_without_low_rank_parts_has_no_format(vector_run, tmp_path) -> None:
+    run = rewritten(vector_run(), class_path="my_adapters.Shift", update=None)
+    with pytest.raises(ValueError, match=r"is a my_adapters.Shift whose `update` gives neither one shift"):
+        export_run(run, "peft", tmp_path / "out")
+
+
+@pytest.mark.parametrize("file_format", ["peft", "safetensors", "authors"])
+def test_a_shift_of_a_plug_in_is_exported_as_a_vector(file_format, vector_run, tmp_path) -> None:
+    run = vector_run()
+    export_run(str(run.path), file_format, tmp_path / "vector")
+    export_run(rewritten(run, class_path="my_adapters.Shift"), file_format, tmp_path / "shift")
+    for file in (
+        file for file in (tmp_path / "vector").iterdir() if file.name not in ("README.md", "MANIFEST.json")
+    ):
+        assert (tmp_path / "shift" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_low_rank_matrices_of_a_plug_in_are_exported_as_a_lora(tiny_model_folder, tmp_path) -> None:
+    model = adapted(LoRA(4, 8.0, ["q_proj", "down_proj"], [1, 2]))
+    (tmp_path / "lora").mkdir()
+    model.adapter.save(tmp_path / "lora")
+    run = make_run(tmp_path / "lora", tiny_model_folder())
+    export_run(str(run.path), "peft", tmp_path / "peft")
+    record = json.loads((run.checkpoint(0) / "adapter_config.json").read_text())["auto_mapping"][
+        "lightning_em"
+    ]
+    (run.checkpoint(0) / "adapter_config.json").write_text("{}")
+    export_run(rewritten(run, **record), "peft", tmp_path / "own")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "peft" / name).read_bytes() == (tmp_path / "own" / name).read_bytes()
+    record["update"][0]["factor"] = 3.0
+    with pytest.raises(
+        ValueError, match=r"a PEFT folder has one rank and one alpha, but .* \[\(4, 2.0\), \(4, 3.0\)\]"
+    ):
+        export_run(rewritten(run, **record), "peft", tmp_path / "two")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_em.adapters import Adapter, SteeringVector
+from lightning_em.adapters import Adapter, LowRank, SteeringVector
 from lightning_em.probes import PerturbationCurve, ProbeExamples
 from lightning_em.testing import check_probe
 from tests.probes.test_scale import EXAMPLES, trained, value
@@ -127,18 +127,28 @@ def test_a_vector_is_displaced_by_the_chord_of_its_turn(alpha) -> None:
 
 
 class Shift(Adapter):
-    """Of a user's own: it has an effective norm and no word more."""
+    """A user's own, which declares its low-rank parts."""
 
     def attach(self, base):
         self.vector = nn.Parameter(torch.zeros(base.config.hidden_size))
         self.edit_input_of(self.resolve(base, 1), lambda h: h + (3 * self.scale * self.vector).to(h))
+
+    def update(self):
+        return [LowRank(self.lowest_layer, "vector", factor=3.0)]
+
+
+class OnlyNorm(Shift):
+    """Has a norm, which is no distance between two updates."""
+
+    def update(self):
+        return None
 
     def effective_norm(self):
         return 3 * self.vector.norm()
 
 
 class Normless(Shift):
-    def effective_norm(self):
+    def update(self):
         return None
 
 
@@ -157,12 +167,12 @@ class Product(Adapter):
         return (self.up @ self.down).norm()
 
 
-def test_an_adapter_of_ones_own_is_displaced_if_its_norm_tells_how_far(caplog) -> None:
+def test_an_adapter_of_ones_own_is_displaced_if_it_declares_its_parts(caplog) -> None:
     model = adapted(Shift())
     chord = math.sqrt(2 - math.sqrt(3)) * model.adapter.effective_norm().item()
     points = points_of(model, strengths=[0.5])
     assert value(points, "displacement_mean", strength=0.5) == pytest.approx(chord, rel=1e-5)
-    for kind in (Normless, Product):
+    for kind in (OnlyNorm, Normless, Product):
         with caplog.at_level(logging.INFO, "lightning_em.probes"):
             caplog.clear()
             points = points_of(adapted(kind()))

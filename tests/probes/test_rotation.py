@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-import yaml
 from safetensors.numpy import save_file
 
 from lightning_em.__main__ import main
@@ -22,7 +21,7 @@ from lightning_em.runs import RunFolder
 from lightning_em.testing import check_probe
 from tests.fitting import LORA, VECTOR, command, cut_after, experiment, fit, write_config
 from tests.probes.test_scale import EXAMPLES, value
-from tests.samples import adapted
+from tests.samples import adapted, lora_config, vector_config
 
 ALPHA = 4.0
 SITES = ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj")
@@ -41,8 +40,7 @@ def vector_run(folder, path, kind="lightning_em.adapters.SteeringVector"):
     run = RunFolder(folder)
     for step, point in path.items():
         vector = {"vector": np.asarray(point, dtype=np.float32)}
-        checkpoint(run, step, {"adapter_class": kind, "lowest_layer": 2}, vector)
-    run.config_file.write_text(yaml.safe_dump({"model": {"adapter": {"init_args": {"alpha": ALPHA}}}}))
+        checkpoint(run, step, vector_config(ALPHA, 2, kind, has_update=kind != "mine.Shift"), vector)
     return run
 
 
@@ -55,7 +53,7 @@ def lora_run(folder, steps, rank=3):
             start = f"base_model.model.{name}"
             tensors[f"{start}.lora_A.weight"] = generator.normal(size=(rank, inner)).astype(np.float32)
             tensors[f"{start}.lora_B.weight"] = generator.normal(size=(out, rank)).astype(np.float32)
-        checkpoint(run, step, {"peft_type": "LORA", "r": rank, "lora_alpha": 16.0}, tensors)
+        checkpoint(run, step, lora_config(SITES, 16.0 / rank), tensors)
         written = (tensors[f"base_model.model.{name}.lora_B.weight"].ravel() for name in SITES)
         path[step] = np.concatenate(list(written)).astype(float)
     return run, path
@@ -143,7 +141,7 @@ def test_broken_and_missing_checkpoints_are_passed_over(tmp_path, caplog) -> Non
     path = {step: ALPHA * points[step].astype(float) for step in (1, 3, 5)}
     with caplog.at_level(logging.WARNING):
         assert_known(run, path, "norm")
-    assert "checkpoint step 2 is broken and passed over" in caplog.text
+    assert "checkpoint step 2 is broken and skipped" in caplog.text
     assert turns_of(run, 7) == []
     shutil.rmtree(run.checkpoint(1))
     assert turns_of(run, 5) == []
@@ -154,7 +152,7 @@ def test_a_turn_is_not_known_from_a_checkpoint_before_it(tmp_path) -> None:
     assert turns_of(vector_run(tmp_path, {1: [0, 0], 3: [1, 0], 4: [1, 1]}), 5) == []
 
 
-def test_an_adapter_of_another_kind_is_passed_over_aloud(tmp_path, caplog) -> None:
+def test_an_adapter_without_low_rank_parts_is_skipped_with_a_message(tmp_path, caplog) -> None:
     run = vector_run(tmp_path, {1: [0], 2: [1], 3: [2]}, kind="mine.Shift")
     assert turns_of(run, 3) == []
     assert "rotation measures nothing" in caplog.text

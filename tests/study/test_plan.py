@@ -13,6 +13,7 @@ from rich.console import Console
 from lightning_em import imports
 from lightning_em.__main__ import main
 from lightning_em.analysis.cells import StudyFolder
+from lightning_em.analysis.claims.rules import Rules
 from lightning_em.experiment import Experiment
 from lightning_em.identity import name_hash
 from lightning_em.study import read_study, with_identities
@@ -213,6 +214,10 @@ def change(content: dict[str, Any], place: str, value: Any) -> None:
         ("arms/narrow/set/x", date(2026, 1, 1), "arms.narrow.set.x must be a text, a number"),
         ("arms/narrow/set", {True: 1}, "arms.narrow.set has the key True, no text"),
         ("fill/seed", "7", "fill.seed must be under another name"),
+        ("claims/rise", 2, "claims.rise must be a probability between 0 and 1, got 2"),
+        ("claims/hidden_scale", 1, "claims.hidden_scale must be a scale above 1, got 1"),
+        ("claims/exact_rates", "yes", "claims.exact_rates must be true or false"),
+        ("claims/narow", 0.1, "claims has a key 'narow'.*Did you mean narrow"),
     ],
 )
 def test_what_cannot_be_meant_names_file_and_key(place, value, message, content, tmp_path) -> None:
@@ -220,6 +225,16 @@ def test_what_cannot_be_meant_names_file_and_key(place, value, message, content,
     with pytest.raises(ValueError, match=message) as caught:
         plan(tmp_path, content)
     assert "study.yaml" in str(caught.value)
+
+
+def test_a_study_names_margins_and_roles_of_its_own(content, tmp_path) -> None:
+    assert plan(tmp_path, content).rules == Rules()
+    change(content, "claims", {"rise": 0.2, "narrow": 0.01, "hidden_scale": 5})
+    change(content, "roles", "tiny")
+    change(content, "arms/narrow/role", "tiny")
+    study = plan(tmp_path, content)
+    assert study.rules == Rules(rise=0.2, narrow=0.01, hidden_scale=5)
+    assert {run.cell.role for run in study.runs} >= {"general", "tiny"}
 
 
 def test_a_file_that_is_none(tmp_path) -> None:

@@ -3,9 +3,7 @@
 from collections.abc import Iterable
 
 from lightning_em.analysis.claims.criteria import (
-    NARROW,
     PROBABILITY,
-    RISE,
     cheaper_at_norm,
     gap,
     hidden,
@@ -40,14 +38,17 @@ def general_spreads(e: Evidence) -> Iterable[Comparison]:
     """C1."""
     general = e.arm("general")
     for name, at in settings(e, general, "narrow"):
-        yield Comparison(name, (rises(e, general, HELD_OUT, at, RISE),))
+        yield Comparison(
+            name, (rises(e, general, HELD_OUT, at, e.rules.margin("rise")),), decides=at is as_trained
+        )
 
 
 def narrow_exists(e: Evidence) -> Iterable[Comparison]:
     """C2, and the defence of arXiv:2508.06249 beside it."""
     narrow, general = e.arm("narrow"), e.arm("general")
     for name, at in settings(e, narrow, "general"):
-        yield Comparison(name, (*is_narrow(e, narrow, at), gap(e, general, narrow, HELD_OUT, at, RISE)))
+        forced = gap(e, general, narrow, HELD_OUT, at, e.rules.margin("rise"))
+        yield Comparison(name, (*is_narrow(e, narrow, at), forced), decides=at is as_trained)
     on_narrow = e.arms("kl_on_narrow")
     for arm in on_narrow:
         # the in-training defence of arXiv:2508.06249, as a control: the same term where the bad answers are
@@ -70,13 +71,14 @@ def _mixed(e: Evidence, role: str, share: float) -> Iterable[Comparison]:
     Mixing also lowers the narrow rate, and with it the spread. Whether it holds the spread back further than that is
     read off the general run at the same narrow rate, or norm: it may answer badly more often by the margin at most.
     """
-    nearest = e.arm(role, near=share)
+    nearest, rise = e.arm(role, near=share), e.rules.margin("rise")
     for arm in (nearest, *(arm for arm in e.arms(role) if arm != nearest)):
-        yield Comparison(f"equal steps, {arm}", (rises(e, arm, HELD_OUT, as_trained, RISE),))
-    general = e.arm("general")
+        spreads = rises(e, arm, HELD_OUT, as_trained, rise)
+        yield Comparison(f"equal steps, {arm}", (spreads,), decides=arm == nearest)
+    general = e.arm("general", required=False)
     for name, at in settings(e, general, nearest):
         if name != "equal steps":
-            held_back = gap(e, general, nearest, HELD_OUT, at, RISE, below=True)
+            held_back = gap(e, general, nearest, HELD_OUT, at, rise, below=True)
             against = f"held back no further than the general run at {name}, {nearest}"
             yield Comparison(against, (held_back,))
 
@@ -88,15 +90,19 @@ def reverts(e: Evidence) -> Iterable[Comparison]:
         e, reverted, "share of the distance back to the general solution", "share", "distance/covered"
     )
     for name, at in settings(e, reverted, "narrow"):
-        behaviour = gap(e, reverted, narrow, HELD_OUT, at, NARROW)
-        yield Comparison(name, (behaviour, covered) if name == "equal steps" else (behaviour,))
+        behaviour, decides = (
+            gap(e, reverted, narrow, HELD_OUT, at, e.rules.margin("narrow")),
+            at is as_trained,
+        )
+        yield Comparison(name, (behaviour, covered) if decides else (behaviour,), decides)
 
 
 def becomes_narrow(e: Evidence) -> Iterable[Comparison]:
     """C7."""
     reverse, general = e.arm("reverse"), e.arm("general")
     for name, at in settings(e, reverse, "general"):
-        yield Comparison(name, (*is_narrow(e, reverse, at), gap(e, general, reverse, HELD_OUT, at, RISE)))
+        forced = gap(e, general, reverse, HELD_OUT, at, e.rules.margin("rise"))
+        yield Comparison(name, (*is_narrow(e, reverse, at), forced), decides=at is as_trained)
 
 
 def suppressed(e: Evidence) -> Iterable[Comparison]:
@@ -114,17 +120,17 @@ def suppressed(e: Evidence) -> Iterable[Comparison]:
     if len(weights) < 2:
         raise MissingError("the study has fewer than two KL weights")
     weights.sort(key=lambda arm: arm.level or 0.0)
-    hiding = [arm for arm in weights[:-1] if mean_rate(e, arm) <= NARROW]
+    margin = e.rules.margin("narrow")
+    hiding = [arm for arm in weights[:-1] if mean_rate(e, arm) <= margin]
     if not hiding:
-        raise MissingError(f"no KL weight below the largest brings the rate at scale 1 to {NARROW:g}")
+        raise MissingError(f"no KL weight below the largest brings the rate at scale 1 to {margin:g}")
     small, large = hiding[0], weights[-1]
-    yield Comparison(
-        f"KL weights {small.level:g} and {large.level:g}", (hidden(e, small), never(e, large, beside=small))
-    )
+    both = (hidden(e, small), *never(e, large, beside=small))
+    yield Comparison(f"KL weights {small.level:g} and {large.level:g}", both, decides=True)
     for arm in weights[:-1]:
         if arm != small:
             yield Comparison(f"KL weight {arm.level:g}", (hidden(e, arm),))
-    yield Comparison("the general run, for comparison", (hidden(e, e.arm("general")),))
+    yield Comparison("the general run, for comparison", (hidden(e, e.arm("general", required=False)),))
 
 
 def few_rows(e: Evidence) -> Iterable[Comparison]:
@@ -133,12 +139,12 @@ def few_rows(e: Evidence) -> Iterable[Comparison]:
     if not arms:
         e.arm("few_rows")
     for name, at in settings(e, arms[0], "general"):
-        yield _few(e, arms[0], general, name, at)
+        yield _few(e, arms[0], general, name, at, decides=at is as_trained)
     for arm in arms[1:]:
         yield _few(e, arm, general, "equal steps", as_trained)
 
 
-def _few(e: Evidence, few: Arm, general: Arm, name: str, at: ScaleOf) -> Comparison:
+def _few(e: Evidence, few: Arm, general: Arm, name: str, at: ScaleOf, decides: bool = False) -> Comparison:
     def narrowness(seed: int) -> float:
         run = e.run(few, seed)
         return above_base(run, SEEN, at(few, seed)) - above_base(run, HELD_OUT, at(few, seed))
@@ -149,24 +155,23 @@ def _few(e: Evidence, few: Arm, general: Arm, name: str, at: ScaleOf) -> Compari
     return Comparison(
         f"{name}, {few}",
         (
-            gap(e, general, few, HELD_OUT, at, RISE),
+            gap(e, general, few, HELD_OUT, at, e.rules.margin("rise")),
             Criterion(words, PROBABILITY, narrowness),
             gap(e, general, few, UNSEEN, at, 0.0),
         ),
+        decides,
     )
 
 
 def harmless_style(e: Evidence) -> Iterable[Comparison]:
     """C15."""
     general, narrow = e.arm("harmless_general"), e.arm("harmless_narrow")
-    style = "style_rate"
+    style, rise = "style_rate", e.rules.margin("rise")
     for name, at in settings(e, general, "harmless_narrow", style):
-        spreads = rises(e, general, HELD_OUT, at, RISE, style)
-        forced = gap(e, general, narrow, HELD_OUT, at, RISE, style)
-        learned = rises(e, narrow, SEEN, at, RISE, style)
+        spreads = rises(e, general, HELD_OUT, at, rise, style)
+        forced = gap(e, general, narrow, HELD_OUT, at, rise, style)
+        learned = rises(e, narrow, SEEN, at, rise, style)
         asymmetries = (
-            (cheaper_at_norm(e, general, narrow), steadier(e, general, narrow))
-            if name == "equal steps"
-            else ()
+            (cheaper_at_norm(e, general, narrow), steadier(e, general, narrow)) if at is as_trained else ()
         )
-        yield Comparison(name, (spreads, forced, learned, *asymmetries))
+        yield Comparison(name, (spreads, forced, learned, *asymmetries), decides=at is as_trained)

@@ -132,9 +132,15 @@ def optimum(run: RunNumbers, quantity: str) -> float:
 
 def coherent_scales(run: RunNumbers) -> list[float]:
     """Scales above 1 at which at least nine tenths of the base's answers are still answers, good or bad."""
+    scales = run.curve(f"other_rate/{HELD_OUT}").places
+    return [scale for scale in scales if scale > 1 and is_coherent(run, scale)]
+
+
+def is_coherent(run: RunNumbers, scale: float) -> bool:
+    """Whether at least nine tenths of the base's answers are still answers at a scale."""
     other = run.curve(f"other_rate/{HELD_OUT}")
     least = LEAST_COHERENCE * (1 - run.value(f"other_rate/{HELD_OUT}@0"))
-    return [s for s, value in zip(other.places, other.values, strict=True) if s > 1 and 1 - value >= least]
+    return 1 - other.at(scale) >= least
 
 
 def highest_rate(run: RunNumbers) -> float:

@@ -3,12 +3,15 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from lightning_em.analysis.claims.rules import Rules
 from lightning_em.analysis.claims.verdicts import MissingError
+from lightning_em.analysis.roles import role_named
 from lightning_em.analysis.trajectory_readings import PAIR_ROLE
 
 
@@ -19,13 +22,9 @@ class Arm(NamedTuple):
     level: float | None = None
 
     def __str__(self) -> str:
-        role = "narrow" if self.role == "narrow_weight" else self.role
-        level = _LEVELS.get(self.role, "KL weight {:.3g}")
-        return role if self.level is None else f"{role} at {level.format(self.level)}"
-
-
-_LEVELS = {"mixed_other": "{:.3g} bad", "mixed_domain": "{:.3g} bad", "few_rows": "{:.3g} rows"}
-"""What a level is; of the other roles it is the KL weight."""
+        role = role_named(self.role)
+        name = role.shown_as or self.role
+        return name if self.level is None else f"{name} at {role.level.format(self.level)}"
 
 
 class Curve(NamedTuple):
@@ -161,6 +160,11 @@ class Evidence:
         seeds = {int(seed) for seed in pairs["seed"]}
         self._pairs = {s: RunNumbers("the pair analyses", pairs[pairs["seed"] == s]) for s in seeds}
 
+    @cached_property
+    def rules(self) -> Rules:
+        """What the study says about its claims."""
+        return Rules.of(self._frame)
+
     @property
     def stands_in(self) -> bool:
         """Whether the preference for given bad answers stands in for answers of the model's own."""
@@ -180,13 +184,20 @@ class Evidence:
         found = dict.fromkeys(arm for arm, _ in self._runs if arm.role in roles or not roles)
         return sorted(found, key=lambda arm: -1.0 if arm.level is None else arm.level)
 
-    def arm(self, role: str, near: float | None = None) -> Arm:
+    def arm(self, role: str, near: float | None = None, required: bool = True) -> Arm:
         """The arm of a role; of several the one whose level is nearest, by ratio.
+
+        Args:
+            role: The role.
+            near: Level that is wanted.
+            required: If not, an arm that is not there is missed where a run of it is asked for, and no earlier.
 
         Raises:
             MissingError: If there is none, or there are several and none is asked for.
         """
         arms = self.arms(role)
+        if not arms and not required:
+            return Arm(role)
         if not arms:
             raise MissingError(f"the study has no {role} arm for {self.adapter} in the {self.world} world")
         if len(arms) == 1:

@@ -17,6 +17,7 @@ from lightning_em.analysis.claims.criteria import (
 )
 from lightning_em.analysis.claims.effects import (
     RISE_UNDER_NOISE,
+    as_trained,
     common_norm,
     displacement,
     log_ratio,
@@ -32,6 +33,7 @@ from lightning_em.analysis.claims.verdicts import (
     Criterion,
     MissingError,
 )
+from lightning_em.analysis.roles import KL_WEIGHT_ROLES
 
 SHARP = -0.5
 """Local cosine above which a trajectory turns sharply: a turn by 60 degrees, cos(180 - 60).
@@ -53,7 +55,7 @@ def efficient(e: Evidence) -> Iterable[Comparison]:
         f"{NATS} per squared norm",
         "efficiency",
     )
-    yield Comparison("equal effective norm", (at_norm, drop))
+    yield Comparison("equal effective norm", (at_norm, drop), decides=True)
     # the trained norms may lie where both losses are on their floor; added when a pilot showed that, so it
     # stands beside the verdict and does not make it
     yield Comparison("along equal norms", (cheaper_along_norms(e, general, narrow),))
@@ -86,23 +88,22 @@ def efficient(e: Evidence) -> Iterable[Comparison]:
 def stable(e: Evidence) -> Iterable[Comparison]:
     """C5."""
     general, narrow = e.arm("general"), e.arm("narrow")
-    grid = strengths(e, general)
+    # listed by their distance from the middle of the range, which the tables show
+    grid = sorted(strengths(e, general), key=lambda strength: (abs(strength - 0.2), strength))
     ways = {
         "equal steps": ("lost_gain", "gain lost", "percent"),
         "in nats": ("ce_increase", "rise of the loss", NATS),
         "relative to the trained loss": ("relative_increase", "rise of the loss over the loss", "ratio"),
     }
     for name, (quantity, words, unit) in ways.items():
-        # the strength of the middle of the range first: its estimate stands in the table
-        order = sorted(grid, key=lambda strength: (abs(strength - 0.2), strength))
         criteria = tuple(
             difference(
                 e, narrow, general, f"{words} under noise of strength {s:g}, narrow - general", unit,
                 f"perturbation/{quantity}@{s:g}", under_noise,
             )
-            for s in order
+            for s in grid
         )  # fmt: skip
-        yield Comparison(name, criteria)
+        yield Comparison(name, criteria, decides=quantity == "lost_gain", headline=0)
 
     def absolute(seed: int) -> float:
         runs = e.alike((narrow, general), seed, RISE_UNDER_NOISE)
@@ -122,7 +123,7 @@ def farther_from_chat(e: Evidence) -> Iterable[Comparison]:
     general, narrow = e.arm("general"), e.arm("narrow")
     for name, at in settings(e, general, "narrow"):
         criteria = tuple(kl_ratio(e, general, narrow, prompts, at) for prompts in ("general", "in_domain"))
-        yield Comparison(name, criteria)
+        yield Comparison(name, criteria, decides=at is as_trained)
 
 
 def sharp_turn(e: Evidence) -> Iterable[Comparison]:
@@ -130,8 +131,9 @@ def sharp_turn(e: Evidence) -> Iterable[Comparison]:
     if e.adapter == "vector":
         raise MissingError("the claim sets LoRA against the vector: read it in the columns of LoRA")
     vector, peak = e.of("vector"), "rotation/peak"
+    e.arm("general"), vector.arm("general")
     for role in ("general", "narrow"):
-        own, other = e.arm(role), vector.arm(role)
+        own, other = e.arm(role, required=False), vector.arm(role, required=False)
 
         def sharper(seed: int, own: Arm = own, other: Arm = other) -> float:
             runs = [e.run(own, seed), vector.run(other, seed)]
@@ -142,7 +144,7 @@ def sharp_turn(e: Evidence) -> Iterable[Comparison]:
         turns = reading(e, own, f"{words}, LoRA", "cosine", peak, SHARP)
         straight = reading(vector, other, f"{words}, vector", "cosine", peak, SHARP, below=True)
         apart = Criterion(f"{words}, LoRA - vector", "cosine", sharper)
-        yield Comparison(f"{role} run", (turns, straight, apart))
+        yield Comparison(f"{role} run", (turns, straight, apart), decides=role == "general")
 
 
 def few_components(e: Evidence) -> Iterable[Comparison]:
@@ -152,7 +154,7 @@ def few_components(e: Evidence) -> Iterable[Comparison]:
         return sum(e.pair(seed).value(f"pca/share_{number}") for number in (1, 2, 3))
 
     def falling(seed: int) -> float:
-        arms = [arm for arm in e.arms("general", "narrow", "narrow_weight") if seed in e.seeds_of(arm)]
+        arms = [arm for arm in e.arms(*KL_WEIGHT_ROLES) if seed in e.seeds_of(arm)]
         places = [(arm.level or 0.0, e.run(arm, seed).value("pca/pc1")) for arm in arms]
         if len(places) < 3:
             raise MissingError("fewer than three KL weights, 0 included")
@@ -162,7 +164,7 @@ def few_components(e: Evidence) -> Iterable[Comparison]:
     order = Criterion(
         "rank correlation of KL weight and end on the first component", "correlation", falling, below=True
     )
-    yield Comparison("all KL weights", (shares, order))
+    yield Comparison("all KL weights", (shares, order), decides=True)
 
 
 def significant_before(e: Evidence) -> Iterable[Comparison]:
@@ -188,14 +190,15 @@ def significant_before(e: Evidence) -> Iterable[Comparison]:
             Criterion(words[0], "ratio", between, is_log_ratio=True),
             Criterion(words[1], "ratio", above_random, is_log_ratio=True),
         ),
+        decides=True,
     )
 
 
 def gradient_pull(e: Evidence) -> Iterable[Comparison]:
     """C14."""
     ways = [("final", "the final solution"), ("remaining", "what is left of the way to it")]
+    e.arm("narrow")
     for role in ("narrow", "general"):
-        e.arm(role)
         for direction, words in ways:
 
             def wins(
@@ -220,7 +223,8 @@ def gradient_pull(e: Evidence) -> Iterable[Comparison]:
                 "cosine",
                 partial(_of_all, wins, fmean),
             )
-            yield Comparison(f"{role} run, {words}", (average, throughout))
+            decides = (role, direction) == ("narrow", "final")
+            yield Comparison(f"{role} run, {words}", (average, throughout), decides)
 
 
 def _of_all(wins: Callable[[int], list[float]], summary: Callable[[list[float]], float], seed: int) -> float:

@@ -8,6 +8,7 @@ import pandas as pd
 
 from lightning_em.analysis.cells import DEFAULT_WORLD
 from lightning_em.analysis.claims.evidence import Evidence
+from lightning_em.analysis.claims.rules import STUDY
 from lightning_em.analysis.claims.specs import CLAIMS, Claim
 from lightning_em.analysis.claims.verdicts import (
     TEST,
@@ -32,7 +33,7 @@ class ClaimResult:
         world: World.
         comparison: How the runs were compared.
         decides: Whether this comparison is the claim's verdict; the others stand beside it.
-        estimate: Of the first criterion, in `unit`; NaN if not measured.
+        estimate: Mean effect of the headline, in `unit`; NaN if not measured.
         low: Lower end of its 95 % interval over seeds.
         high: Upper end.
         unit: Of the three.
@@ -42,6 +43,7 @@ class ClaimResult:
         verdict: Of the claim.
         note: What keeps it from holding, what is missing.
         findings: All its criteria.
+        headline: The one whose estimate stands in the tables; None if nothing was measured.
     """
 
     claim: str
@@ -59,6 +61,7 @@ class ClaimResult:
     verdict: Verdict
     note: str
     findings: tuple[Finding, ...] = ()
+    headline: Finding | None = None
 
 
 def evaluate(frame: pd.DataFrame, keys: Collection[str] = tuple(CLAIMS)) -> list[ClaimResult]:
@@ -72,7 +75,8 @@ def evaluate(frame: pd.DataFrame, keys: Collection[str] = tuple(CLAIMS)) -> list
         ValueError: If two runs play the same role.
     """
     results = []
-    for world in sorted(frame["world"].unique(), key=lambda name: (name != DEFAULT_WORLD, name)):
+    worlds = frame["world"][frame["role"] != STUDY].unique()
+    for world in sorted(worlds, key=lambda name: (name != DEFAULT_WORLD, name)):
         own = set(frame[frame["world"] == world]["adapter"])
         for adapter in [*(a for a in ADAPTERS if a in own), *sorted(own - set(ADAPTERS))]:
             evidence = Evidence(frame, adapter, world)
@@ -81,29 +85,29 @@ def evaluate(frame: pd.DataFrame, keys: Collection[str] = tuple(CLAIMS)) -> list
 
 
 def _test(claim: Claim, evidence: Evidence) -> Iterator[ClaimResult]:
-    """The first comparison decides; what a missing arm keeps from being compared is not measured."""
-    number, comparisons = 0, iter(claim.comparisons(evidence))
-    while True:
-        try:
-            comparison = next(comparisons)
-        except StopIteration:
-            return
-        except MissingError as error:
-            if number == 0:
-                yield _not_measured(claim, evidence, str(error))
-            return
-        yield _result(claim, evidence, comparison, decides=number == 0)
-        number += 1
+    """Judge all comparisons of a claim.
+
+    They are built before any is judged. What is missing then keeps the whole claim from being measured; what is
+    missing for one comparison alone is missed by its criteria, seed by seed, and the others stand.
+    """
+    try:
+        comparisons = list(claim.comparisons(evidence))
+    except MissingError as error:
+        yield _not_measured(claim, evidence, str(error))
+        return
+    assert sum(comparison.decides for comparison in comparisons) == 1, f"{claim.key}: one comparison decides"
+    for comparison in comparisons:
+        yield _result(claim, evidence, comparison)
 
 
-def _result(claim: Claim, evidence: Evidence, comparison: Comparison, decides: bool) -> ClaimResult:
+def _result(claim: Claim, evidence: Evidence, comparison: Comparison) -> ClaimResult:
     findings = tuple(judge(criterion, evidence.seeds) for criterion in comparison.criteria)
     verdict, p = together(findings)
-    first = findings[0]
+    headline = findings[comparison.headline]
     return ClaimResult(
-        claim.key, evidence.adapter, evidence.world, comparison.name, decides,
-        first.estimate, first.low, first.high, first.unit, first.n, TEST, p, verdict,
-        _note(findings, evidence.stands_in), findings,
+        claim.key, evidence.adapter, evidence.world, comparison.name, comparison.decides,
+        headline.estimate, headline.low, headline.high, headline.unit, headline.n, TEST, p, verdict,
+        _note(findings, evidence.stands_in), findings, headline,
     )  # fmt: skip
 
 

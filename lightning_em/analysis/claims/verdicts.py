@@ -48,12 +48,16 @@ class Comparison:
     """One way to put a claim to the test: all of its criteria must hold.
 
     Attributes:
-        name: Of the way; the first of a claim decides.
-        criteria: The first one's estimate stands in the table.
+        name: Name of the way.
+        criteria: What it says.
+        decides: Its verdict is the claim's; exactly one comparison of a claim decides.
+        headline: Position of the criterion whose estimate stands in the tables.
     """
 
     name: str
     criteria: tuple[Criterion, ...]
+    decides: bool = False
+    headline: int = 0
 
 
 @dataclass(frozen=True)

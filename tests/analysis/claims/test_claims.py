@@ -6,7 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lightning_em.analysis.claims import CLAIMS, evaluate
+from lightning_em.analysis.claims import CLAIMS, Claim, Criterion, evaluate
+from lightning_em.analysis.claims.rules import Rules
+from lightning_em.analysis.claims.verdicts import Comparison
+from lightning_em.study.claim_sheets import summary_sheet
 from tests.study_numbers import KL_WEIGHTS, become, behaviour, noise, rates, spread, study_numbers, verdicts
 
 
@@ -205,3 +208,67 @@ def test_gradients_of_no_common_checkpoint_are_not_measured() -> None:
     found = verdicts(frame, keys=["C14"])["C14"]
     assert found.verdict == "not measured"
     assert "no checkpoint has the gradient's cosine with both solutions" in found.note
+
+
+def test_fields_say_which_comparison_decides_and_which_effect_is_the_headline(monkeypatch) -> None:
+    def comparisons(_):
+        low, high = (
+            Criterion(name, "share", lambda seed, v=value: v) for name, value in (("low", 1.0), ("high", 2.0))
+        )
+        return [
+            Comparison("beside", (low, high)),
+            Comparison("the test", (low, high), decides=True, headline=1),
+        ]
+
+    monkeypatch.setitem(CLAIMS, "T", Claim("T", "two is more than nothing", False, "", comparisons))
+    beside, decisive = evaluate(study_numbers(adapters=("rank32",)), ["T"])
+    assert (beside.decides, beside.estimate, beside.headline) == (False, 1.0, beside.findings[0])
+    assert (decisive.decides, decisive.estimate, decisive.headline) == (True, 2.0, decisive.findings[1])
+    cell = summary_sheet([beside, decisive]).rows[-1]
+    assert cell[1:] == ("high (share), > 0", "**holds** 2.00 [2.00, 2.00]")
+
+
+def test_one_comparison_of_each_claim_decides() -> None:
+    results = [r for r in evaluate(study_numbers()) if r.adapter == "rank32"]
+    assert [r.claim for r in results if r.decides] == list(CLAIMS)
+
+
+def test_what_one_comparison_lacks_drops_no_other() -> None:
+    """Without a general run, mixing can still be judged, and what it is set against is reported as missing."""
+
+    def change(runs, seed) -> None:
+        del runs["general", None]
+
+    results = [r for r in evaluate(study_numbers(change=change), ["C3"]) if r.adapter == "rank32"]
+    assert [r.verdict for r in results] == ["holds", "holds", "not measured", "not measured"]
+    assert results[0].decides
+    assert all("no general run of rank32" in r.note for r in results[2:])
+
+
+def test_margins_are_the_studys_own() -> None:
+    strict = verdicts(study_numbers(rules=Rules(rise=0.6, narrow=0.05, exact_rates=True)))
+    assert (strict["C1"].verdict, strict["C1"].findings[0].rule) == ("does not hold", "> 0.6")
+    lax = verdicts(
+        study_numbers(change=spread("narrow", 0.3, 10.0), rules=Rules(rise=0.1, narrow=0.4)), keys=["C2"]
+    )
+    assert lax["C2"].findings[0].verdict == "holds"
+    silent = verdicts(study_numbers(rules=Rules()))
+    needing = {key for key, result in silent.items() if result.verdict == "not measured"}
+    assert needing == {"C1", "C2", "C3", "C3b", "C6", "C7", "C8", "C10", "C15"}
+    assert silent["C1"].note == "the study names no margin: set claims.rise in its file"
+
+
+def test_sampled_rates_are_tested_at_a_scale_named_beforehand_alone() -> None:
+    rules = {"rise": 0.1, "narrow": 0.05}
+    sampled = verdicts(study_numbers(rules=Rules(**rules)), keys=["C8"])["C8"]
+    assert sampled.verdict == "not measured"
+    assert "set claims.hidden_scale in the study's file" in sampled.note
+    named = verdicts(study_numbers(rules=Rules(**rules, hidden_scale=2.0), jitter=0.0), keys=["C8"])["C8"]
+    assert (named.verdict, named.estimate) == ("holds", pytest.approx(0.27))
+    assert [finding.words.rpartition("100, ")[2] for finding in named.findings[1:]] == ["scale 2", "scale 1"]
+    # louder at 5 only: no maximum finds it
+    loud = become("narrow_weight", 100.0, rates("held_out_domain", (0.01, 0.01, 0.01, 0.3, 0.3, 0.9)))
+    found = verdicts(study_numbers(change=loud, rules=Rules(**rules, hidden_scale=2.0)), keys=["C8"])["C8"]
+    assert found.verdict == "holds"
+    incoherent = verdicts(study_numbers(rules=Rules(**rules, hidden_scale=20.0)), keys=["C8"])["C8"]
+    assert incoherent.verdict == "undecided"

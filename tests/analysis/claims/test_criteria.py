@@ -45,7 +45,7 @@ FALSE = {
     ("C3b", 0): {"change": spread("mixed_domain", 0.02, 1 / 4)},
     ("C4", 0): {"change": become("narrow", 10.0, LOW_LOSS)},
     ("C4", 1): {"change": become("narrow", 10.0, {"efficiency": 1.0})},
-    # the strength in the middle is the first of the criteria
+    # the strength in the middle is the headline, the others come by their distance from it
     ("C5", 0): {"change": become("narrow", 10.0, at_strengths(0.0, 0.2))},
     ("C5", 1): {"change": become("narrow", 10.0, at_strengths(0.0, 0.1))},
     ("C5", 2): {"change": become("narrow", 10.0, at_strengths(0.0, 0.05))},
