@@ -119,7 +119,7 @@ def in_readme() -> dict[str, list[float]]:
 def test_general_spreads_and_narrow_does_not_as_the_readme_says(tmp_path) -> None:
     """The demo on its shipped world: the weights are the same everywhere, the two fits round as their CPU does.
 
-    A fit takes 150 steps in float32; kernels of different CPUs moved its rates by up to .02 (see README).
+    A fit takes 150 steps in float32: AVX2 and ATen's default kernels moved its rates by 1e-7, and the README rounds.
     """
     demo.demo(str(tmp_path))
     runs = {
@@ -130,7 +130,7 @@ def test_general_spreads_and_narrow_does_not_as_the_readme_says(tmp_path) -> Non
     said = in_readme()
     assert set(said) == set(demo.KINDS.values())
     for kind, name in demo.KINDS.items():
-        assert [line.bad_rates[kind].mean for line in lines] == pytest.approx(said[name], abs=0.06), name
+        assert [line.bad_rates[kind].mean for line in lines] == pytest.approx(said[name], abs=0.02), name
     base, general, narrow = (line.bad_rates["held_out_domain"].mean for line in lines)
     assert base < 0.05
     assert narrow < general / 2

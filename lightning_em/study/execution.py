@@ -15,9 +15,6 @@ from rich.console import Console
 from lightning_em import imports, lock
 from lightning_em.analysis.cells import StudyFolder
 from lightning_em.analysis.pairs import ROLES, SOLUTIONS
-from lightning_em.launch import settings_of
-from lightning_em.miniature import SCHEME, parse_address, world_folder
-from lightning_em.miniature.cache import is_complete
 from lightning_em.study.plan import PlannedRun, Study, with_identities
 from lightning_em.study.progress import Display
 from lightning_em.study.schedule import Schedule, State, Task
@@ -26,7 +23,7 @@ from lightning_em.study.workers import Outcome, Worker, end_all, environments, r
 
 MOST_DEATHS = 3  # of workers over one task; then it is the task
 QUIET = "--trainer.enable_progress_bar=false"  # of the study engine; not part of a run's identity
-WORLDS, PAIRS = "worlds", "pair analyses"
+PAIRS = "pair analyses"
 
 
 def run_study(
@@ -87,19 +84,15 @@ def _write_identities(study: Study, schedule: Schedule) -> None:
 
 
 def tasks_of(study: Study, runs: Sequence[PlannedRun]) -> list[Task]:
-    """Worlds that are not there, runs that are not finished, and the comparisons, in the order to do them in."""
+    """Runs that are not finished and the comparisons, in the order in which they can be done."""
     done = {name for name, standing in standings(study).items() if standing.state == FINISHED}
     left = [run for run in runs if run.name not in done]
-    worlds = {run.name: _missing_world(run) for run in left}
-    tasks = [
-        Task(name, "build_world", (name,), group=WORLDS) for name in dict.fromkeys(worlds.values()) if name
-    ]
     names, allowed = {run.name for run in left}, imports.as_args()
+    tasks = []
     for run in left:
         parent = run.cell.init_from if run.cell.init_from in names else None
-        needs = tuple(need for need in (worlds[run.name], parent) if need)
         args = [*run.args, QUIET, *allowed]
-        tasks.append(Task(run.name, "fit", (args,), needs, group=run.cell.arm))
+        tasks.append(Task(run.name, "fit", (args,), (parent,) if parent else (), group=run.cell.arm))
     return tasks + _comparisons(study, runs, names, done)
 
 
@@ -196,16 +189,6 @@ class _Crew:
     def _may_try_again(self, outcome: Outcome) -> bool:
         self.deaths[outcome.task.name] += 1
         return self.deaths[outcome.task.name] < MOST_DEATHS
-
-
-def _missing_world(run: PlannedRun) -> str | None:
-    """The miniature world that has to be built before a run; None if it is there, or the run needs none."""
-    base = settings_of(run.args, "model").get("base")
-    address = str(base.get("path")) if isinstance(base, Mapping) else ""
-    if not address.startswith(SCHEME):
-        return None
-    recipe, seed, _ = parse_address(address)
-    return None if is_complete(world_folder(recipe, seed)) else address.rpartition("/")[0]
 
 
 @contextmanager

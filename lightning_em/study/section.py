@@ -69,8 +69,9 @@ class Section:
         Raises:
             ValueError: If there is another one.
         """
+        names = list(known)
         for key in self.content:
-            refuse_unknown(key, known, f"{self.file}: {self.place or 'top level'} has a key")
+            refuse_unknown(key, names, f"{self.file}: {self.place or 'top level'} has a key")
 
     def section(self, key: str) -> "Section":
         """The mapping under a key; empty if there is none."""

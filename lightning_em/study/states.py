@@ -14,7 +14,6 @@ from lightning_em.study.schedule import Task
 
 TO_DO, DIFFERS, FINISHED = "to do", "differs", "finished"
 GUESSED_SECONDS_PER_RUN = 12.0
-WORLD_SECONDS = 135.0  # one core, as the miniature's own README has it
 COMPARE_SECONDS = 5.0
 
 
@@ -62,7 +61,6 @@ class Budget(NamedTuple):
         done: How many of them are finished.
         seconds: What the rest will take on one core.
         basis: Where that comes from.
-        worlds: How many miniature worlds have to be built first.
         comparisons: How many groups of runs are compared.
     """
 
@@ -70,7 +68,6 @@ class Budget(NamedTuple):
     done: int
     seconds: float
     basis: str
-    worlds: int
     comparisons: int
 
     def sentence(self, workers: int) -> str:
@@ -79,26 +76,19 @@ class Budget(NamedTuple):
         Args:
             workers: How many runs there are at a time.
         """
-        counts = {"world to build": self.worlds, "group to compare": self.comparisons}
-        also = [
-            f"{number} {what.replace(' ', 's ', 1) if number > 1 else what}"
-            for what, number in counts.items()
-            if number
-        ]
-        minutes = self.seconds / 60
+        minutes, groups = self.seconds / 60, f"group{'s' if self.comparisons > 1 else ''} to compare"
+        also = f" and {self.comparisons} {groups}" if self.comparisons else ""
         return (
-            f"{self.runs} runs, {self.done} done; {' and '.join([f'{self.runs - self.done} to do', *also])}: about "
+            f"{self.runs} runs, {self.done} done; {self.runs - self.done} to do{also}: about "
             f"{minutes:.0f} CPU minutes, {minutes / workers:.0f} with {workers} workers ({self.basis})"
         )
 
 
 def budget_of(runs: Sequence[PlannedRun], tasks: Sequence[Task], durations: "Durations") -> Budget:
     """Add up what is left."""
-    fits, worlds, comparisons = (
-        sum(task.kind == kind for task in tasks) for kind in ("fit", "build_world", "compare")
-    )
+    fits, comparisons = (sum(task.kind == kind for task in tasks) for kind in ("fit", "compare"))
     seconds = sum(durations.of(tasks).values())
-    return Budget(len(runs), len(runs) - fits, seconds, durations.basis, worlds, comparisons)
+    return Budget(len(runs), len(runs) - fits, seconds, durations.basis, comparisons)
 
 
 class Durations:
@@ -120,8 +110,10 @@ class Durations:
 
     def of(self, tasks: Iterable[Task]) -> dict[str, float]:
         """What each of the tasks will take, in seconds."""
-        others = {"build_world": WORLD_SECONDS, "compare": COMPARE_SECONDS}
-        return {task.name: others.get(task.kind) or self._of_run(self._runs[task.name]) for task in tasks}
+        return {
+            task.name: COMPARE_SECONDS if task.kind == "compare" else self._of_run(self._runs[task.name])
+            for task in tasks
+        }
 
     def _of_run(self, run: PlannedRun) -> float:
         alike = self._measured.get((run.cell.arm, run.cell.adapter))

@@ -1,4 +1,4 @@
-"""The tasks of a study's worker: a fit, a world, the pair analyses of a group."""
+"""The tasks of a study's worker: a fit, the pair analyses of a group."""
 
 import gc
 import time
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from lightning_em import lock, miniature
+from lightning_em import lock
 from lightning_em.analysis.cells import StudyFolder
 from lightning_em.experiment import Experiment
 from lightning_em.study.pairs import analyse_pairs
@@ -29,12 +29,6 @@ def fit(args: list[str]) -> None:
     experiment.fit()
     if (status := experiment.folder.status()) != "finished":
         raise RuntimeError(f"the run ended as {status!r}; see {experiment.folder.run_file}")
-
-
-def build_world(address: str) -> None:
-    """Unpack a shipped miniature world unless that has been done."""
-    recipe, seed, _ = miniature.parse_address(address)
-    miniature.provide(recipe, seed)
 
 
 def compare(root: str, adapter: str, world: str, seed: int) -> None:
@@ -62,7 +56,7 @@ def gpu_is_lost() -> bool:
     return False
 
 
-KINDS: Mapping[str, Callable[..., None]] = {"fit": fit, "build_world": build_world, "compare": compare}
+KINDS: Mapping[str, Callable[..., None]] = {"fit": fit, "compare": compare}
 """What a task may be, by the `kind` it names."""
 
 

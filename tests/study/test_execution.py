@@ -271,22 +271,6 @@ def test_numbers_of_workers_and_threads_make_sense(undisturbed) -> None:
         run_study(undisturbed, workers=0)
 
 
-def test_a_missing_world_is_a_task_before_its_runs(folder, monkeypatch, tmp_path) -> None:
-    monkeypatch.setenv("LIGHTNING_EM_CACHE", str(tmp_path))
-    address = {"model.base.path": "miniature://{world}seed-{seed}/model"}
-    study = study_of(folder, "worlds", arms(), **address)
-    tasks = tasks_of(study, study.runs)
-    assert [task.kind for task in tasks] == ["build_world", "fit", "fit", "fit", "compare"]
-    assert tasks[0].arguments == ("miniature://seed-0",)
-    assert tasks[3].needs == ("miniature://seed-0", "narrow-vector-seed0")
-    durations = Durations(study, study.runs)
-    assert budget_of(study.runs, tasks, durations).seconds == 135 + 3 * 12 + 5
-    monkeypatch.setattr(
-        "lightning_em.study.execution.is_complete", lambda folder: True
-    )  # another one built it
-    assert durations.of(tasks)["miniature://seed-0"] == 135
-
-
 def test_the_budget_is_measured_where_it_can_be(undisturbed, folder, monkeypatch) -> None:
     read, seconds = RunFolder.read_run, iter((10, 20, 90))
 
@@ -309,7 +293,7 @@ def test_the_budget_is_measured_where_it_can_be(undisturbed, folder, monkeypatch
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_smallest_study_runs_and_is_reported(tmp_path, capsys) -> None:
-    """Two worlds, as for the table of the demo; built here if no test has built them."""
+    """In two shipped worlds, as `miniature table` uses them."""
     file = Path(__file__).parents[2] / "configs" / "study" / "ci.yaml"
     assert main(["study", "run", str(file), "--root", str(tmp_path), "--workers", "2"]) == 0
     study = read_study(file, tmp_path)
