@@ -20,6 +20,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
+from torch import distributed
 
 from lightning_em import imports, launch, lock, runs, slurm
 from lightning_em.callbacks import Health, LoadingCheck, MetricsFile, Provenance, Signals, follow_parent
@@ -300,6 +301,7 @@ class Experiment:
         main, environment = sys.modules["__main__"], dict(os.environ)
         argv, spec = sys.argv, getattr(main, "__spec__", None)
         handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        is_grouped = distributed.is_initialized()
         if Path(argv[0]).name == "lightning-em" or getattr(spec, "name", "") == "lightning_em.__main__":
             sys.argv = [argv[0], *self.command[1:]]  # this process is the command
         else:
@@ -309,6 +311,10 @@ class Experiment:
         except MisconfigurationException as error:
             raise ConfigError(explain_misconfiguration(str(error), self.args)) from error
         finally:
+            if distributed.is_initialized() and not is_grouped:
+                # Lightning 2.6 leaves the process group to the end of the process; the ranks of another fit in this
+                # process would wait for ever for a group that its first rank believes it has.
+                distributed.destroy_process_group()
             sys.argv, main.__spec__ = argv, spec
             os.environ.clear()
             os.environ.update(environment)

@@ -134,7 +134,7 @@ def test_ranks_that_a_notebook_starts_train_twice_in_one_process(config, tmp_pat
         [sys.executable, "-c", code, str(config), str(tmp_path)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["5", "5"]
+    assert done.stdout.split() == ["3", "3"]  # 5 optimizer steps on one rank
     first, second = (RunFolder(tmp_path / name) for name in ("first", "second"))
     assert first.read_run()["attempts"][0]["world_size"] == 2
     assert final_adapter(first) == final_adapter(second)
