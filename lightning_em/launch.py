@@ -115,8 +115,9 @@ def refuse_devices(trainer: Mapping[str, Any]) -> None:
     count, devices, strategy = num_processes(trainer), trainer.get("devices"), trainer.get("strategy")
     if count is None:
         raise ValueError(
-            f"trainer.devices {devices} depends on the machine, but their number determines the rows per optimizer "
-            "step, and so the run's identity: write the number, and a matching trainer.accumulate_grad_batches."
+            f"trainer.devices {devices} depends on the machine, but the number of devices determines the rows per "
+            "optimizer step, and with it the run's identity: write the number, and a matching "
+            "trainer.accumulate_grad_batches."
         )
     chosen = str(strategy.get("class_path") if isinstance(strategy, Mapping) else strategy)
     if count > 1 and chosen.rsplit(".", 1)[-1].lower().startswith(("single_device", "singledevice")):
