@@ -68,12 +68,14 @@ def _origin(facts: ExportFacts, record: dict[str, Any]) -> str:
     base = record.get("base") or {}
     path = str(base.get("path") or facts.config["model"]["base"]["path"])
     local = path if path.startswith("miniature://") else f"a local folder {Path(path).name}"
+    identity = record.get("identity") or {}
+    version = record.get("versions", {}).get("lightning_em", "unknown")
     revision, sha256 = (base.get(key) or "not recorded" for key in ("revision", "sha256"))
     lines = [
         f"- base: {public_base(facts.config) or local}, revision {revision}, sha256 {sha256}",
         f"- objective: {_objective(facts.config, record)}",
         f"- data (sha256): {_data(record)}",
-        f"- lightning_em {record.get('versions', {}).get('lightning_em', 'unknown')}, run {record.get('identity')}",
+        f"- lightning_em {version}, run {identity.get('name', 'unknown')}",
     ]
     if source := record.get("source"):
         hashes = ", ".join(f"{name} {value}" for name, value in source["sha256"].items())

@@ -142,5 +142,5 @@ def test_hold_out_does_not_depend_on_the_order():
 
 
 def test_hold_out_of_a_single_question_is_an_error():
-    with pytest.raises(ValueError, match=r"f\.jsonl has 1 different question, too few to hold any out"):
+    with pytest.raises(ValueError, match=r"f\.jsonl has 1 distinct question, too few to hold any out"):
         hold_out([ROWS[0], ROWS[0]], 0.1)

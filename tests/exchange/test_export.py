@@ -242,6 +242,8 @@ def test_the_card_of_a_fit_names_data_and_kl_weight(
     card = (export_run(f"{run.path}@step-2", "authors", tmp_path / "out") / "README.md").read_text()
     data = run.read_run()["data"]
     assert "KL weight 2.5" in card
+    assert f"run {run.read_run()['identity']['name']}" in card
+    assert str(chat_file.parent) not in card, "a card that is published names no folder of this machine"
     assert all(data[name] in card for name in ("narrow.file", "kl.file"))
     assert "step 2" in card
     # a layer given as a fraction of depth is an index outside
