@@ -59,7 +59,10 @@ class LinearWithWarmup(LambdaLR):
 
 @dataclass
 class _Line:
-    """Fraction of the full learning rate at a step."""
+    """Computes the fraction of the full learning rate at a step.
+
+    This is an object and not a function, because `LambdaLR.state_dict` saves callable objects but not functions.
+    """
 
     warmup_steps: int
     final_fraction: float
@@ -194,7 +197,7 @@ class EMModule(LightningModule):
         self.write_metrics(metrics, self.global_step + 1)
 
     def write_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Send metrics to every logger; `step` is the number of optimizer steps taken."""
+        """Send metrics to every logger; `step` is the number of optimizer steps taken, 1 after the first."""
         for logger in self.loggers:
             logger.log_metrics(metrics, step=step)
 

@@ -21,9 +21,7 @@ CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 
 _MIN_ROWS = 128  # with fewer rows in a chunk, reading the weight dominates the matrix product
 _CACHE_BYTES = 2**19  # L2 cache of one CPU core
-_VOCAB_BLOCK = (
-    16384  # rows of the weight that are cast at once; a float32 copy of the whole weight is never made
-)
+_VOCAB_BLOCK = 16384  # rows of the weight that are cast at once, to avoid a float32 copy of the whole weight
 _WIDE = 60.0  # above this d, p * (exp(d) - 1) can lose probability mass where p underflows to 0
 
 

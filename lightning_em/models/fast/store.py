@@ -215,9 +215,8 @@ class ActivationStore:
                 # computing the checksum reads the whole file, so an unchanged file is verified only once
                 seen = self._verified.get(key) == mark
                 whole = seen or (file.metadata() or {}).get("crc32") == str(_checksum(value))
-        except (
-            OSError
-        ):  # missing or temporarily unreadable, for example with too many open files; keep the file
+        except OSError:
+            # missing or temporarily unreadable, for example with too many open files; keep the file
             return None
         except SafetensorError:
             whole = False
