@@ -47,7 +47,7 @@ class AdapterRecord:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "AdapterRecord | None":
-        """Find the record in the content of an `adapter_config.json`; None if another program wrote it."""
+        """Return the record in the content of an `adapter_config.json`; None if another program wrote the file."""
         if "peft_type" in settings:
             settings = (settings.get("auto_mapping") or {}).get("lightning_em", {})
         if "class_path" not in settings:

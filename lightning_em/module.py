@@ -214,7 +214,7 @@ class EMModule(LightningModule):
         return data.validation_streams if isinstance(data, EMDataModule) else ("narrow", "kl")
 
     def on_validation_epoch_end(self) -> None:
-        """Reduce over ranks, divide once, log."""
+        """Reduce the metrics over ranks, divide once, and log them."""
         self._finish_evaluation("val")
 
     def test_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -222,7 +222,7 @@ class EMModule(LightningModule):
         self.validation_step(batch, batch_idx, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
-        """Reduce over ranks, divide once, log."""
+        """Reduce the metrics over ranks, divide once, and log them."""
         self._finish_evaluation("test")
 
     def _finish_evaluation(self, stage: str) -> None:

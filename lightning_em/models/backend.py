@@ -52,8 +52,8 @@ class RowLosses(NamedTuple):
     """Loss of each row, without a gradient.
 
     Attributes:
-        sums: Nats summed over the counted tokens of each row, float64.
-        counts: Counted tokens of each row.
+        sums: Loss in nats, summed over the counted tokens of each row, float64.
+        counts: Number of counted tokens in each row, float64.
     """
 
     sums: Float[Tensor, "batch"]
