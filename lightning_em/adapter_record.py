@@ -1,4 +1,4 @@
-"""What `adapter_config.json` says of an adapter: its class, its arguments, its update. Never imports torch."""
+"""The record of an adapter in `adapter_config.json`: class, arguments and update. Never imports torch."""
 
 import json
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.j
 
 @dataclass(frozen=True)
 class LowRank:
-    """One part of an update, in the adapter's own tensors: at scale 1 `site` changes by `factor x write @ read`.
+    """One part of an update, given by the adapter's tensors: at scale 1, `site` changes by `factor x write @ read`.
 
     Attributes:
-        site: Full name of the module whose weight changes; or, for a shift of the residual stream, the index of
-            the decoder layer that the stream enters (the number of layers: the final norm). No two parts share one.
+        site: Full name of the module whose weight changes. For a shift of the residual stream: index of the decoder
+            layer that the stream enters, where the number of layers means the final norm. Each part has its own site.
         write: Name in `Adapter.trainable()` of B `[out rank]`, or of a shift `[out]`.
         read: Name of A `[rank in]`; None for a shift, which does not depend on the input.
-        factor: Number, e.g. alpha / rank.
+        factor: Factor on the product, e.g. alpha / rank.
     """
 
     site: str | int
@@ -32,11 +32,11 @@ class AdapterRecord:
     """The part of `adapter_config.json` that every adapter has.
 
     Attributes:
-        class_path: The adapter's class, as a config names it.
-        init_args: Every argument of that class, defaults included.
-        lowest_layer: The first decoder layer whose computation the adapter changes.
+        class_path: Class path of the adapter, as in configs.
+        init_args: All constructor arguments, defaults included.
+        lowest_layer: First decoder layer whose computation the adapter changes.
         shapes: Shape of each saved tensor.
-        update: Parts of the update; None for an adapter that has no such form.
+        update: Low-rank parts of the update; None for an adapter whose update has no such form.
     """
 
     class_path: str
@@ -47,7 +47,7 @@ class AdapterRecord:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "AdapterRecord | None":
-        """Find the record in the content of an `adapter_config.json`; None if another program wrote it."""
+        """Return the record in the content of an `adapter_config.json`; None if another program wrote the file."""
         if "peft_type" in settings:
             settings = (settings.get("auto_mapping") or {}).get("lightning_em", {})
         if "class_path" not in settings:
@@ -61,7 +61,7 @@ class AdapterRecord:
         """Read the record of a checkpoint folder.
 
         Raises:
-            ValueError: If the folder holds an adapter without one.
+            ValueError: If the folder's `adapter_config.json` has no record.
         """
         settings = json.loads((checkpoint / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         record = cls.of(settings)

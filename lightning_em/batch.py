@@ -1,4 +1,4 @@
-"""Batches: rows of different length laid end to end, and what one training step needs."""
+"""Packed batches of rows of different length, and the micro-batch of a training step."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ CountedPositions = Literal["response", "all"]
 
 
 class EncodedRow(NamedTuple):
-    """One tokenised conversation; `response_mask` is True on the tokens that training predicts."""
+    """One tokenized conversation; `response_mask` is True on the tokens that training predicts."""
 
     input_ids: list[int]
     response_mask: list[bool]
@@ -22,7 +22,7 @@ class EncodedRow(NamedTuple):
 
 
 class PaddedRows(NamedTuple):
-    """The same rows as a right-padded rectangle, for a model without a padding-free path."""
+    """Right-padded rows, for models that cannot run on packed rows."""
 
     input_ids: Int[Tensor, "batch seq"]
     attention_mask: Int[Tensor, "batch seq"]
@@ -30,14 +30,14 @@ class PaddedRows(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Rows laid end to end without padding.
+    """Rows concatenated without padding.
 
     Attributes:
         input_ids: Token ids of all rows, `[tokens]`.
         response_mask: True on the assistant tokens (end of turn included), `[tokens]`.
-        lengths: Tokens of each row, in order.
-        row_ids: Where each row comes from, for messages and records.
-        is_dummy: Whether no token of it counts, at any choice of positions.
+        lengths: Number of tokens in each row, in order.
+        row_ids: Id of each row, for messages and records.
+        is_dummy: Whether no token counts, for any choice of counted positions.
     """
 
     input_ids: Tensor
@@ -48,10 +48,10 @@ class PackedBatch:
 
     @classmethod
     def from_rows(cls, rows: Sequence[EncodedRow]) -> "PackedBatch":
-        """Lay `rows` end to end.
+        """Concatenate rows.
 
         Raises:
-            ValueError: If there is no row, or a row without tokens.
+            ValueError: If `rows` is empty, or a row has no tokens.
         """
         if not rows or any(not row.input_ids for row in rows):
             raise ValueError(f"a batch needs rows with tokens, got {[len(row.input_ids) for row in rows]}.")
@@ -66,17 +66,18 @@ class PackedBatch:
 
     @property
     def num_rows(self) -> int:
-        """How many rows the batch holds."""
+        """Number of rows in the batch."""
         return len(self.lengths)
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """The same batch on `device`."""
+        """Return the same batch on `device`."""
         return replace(self, input_ids=self.input_ids.to(device), response_mask=self.response_mask.to(device))
 
     @cached_property
     def cu_seqlens(self) -> Int[Tensor, "batch_plus_one"]:
-        """Where each row starts, and where the last one ends; int32, as varlen attention expects."""
-        with torch.inference_mode(False):  # made in validation, it may be kept for a backward pass
+        """Start of each row and end of the last row; int32, as varlen attention expects."""
+        # The tensor is cached. If validation created it in inference mode, no later backward pass could save it.
+        with torch.inference_mode(False):
             ends = torch.tensor((0, *self.lengths)).cumsum(0)
             return ends.to(device=self.input_ids.device, dtype=torch.int32)
 
@@ -87,7 +88,7 @@ class PackedBatch:
             return torch.cat([torch.arange(length) for length in self.lengths]).to(self.input_ids.device)
 
     def row_of_token(self) -> Int[Tensor, "tokens"]:
-        """Index of the row each token belongs to."""
+        """Return the index of the row that each token belongs to."""
         lengths = torch.tensor(self.lengths)
         return torch.repeat_interleave(torch.arange(self.num_rows), lengths).to(self.input_ids.device)
 
@@ -95,8 +96,8 @@ class PackedBatch:
         """Mark the positions whose next-token distribution counts.
 
         Args:
-            kind: `response`: the next token of the same row is a response token (what cross-entropy
-                uses); `all`: every position of every row (the convention of the published KL weights).
+            kind: `response` marks positions whose next token in the same row is a response token; the cross-entropy
+                uses these. `all` marks every position of every row, the convention of the published KL weights.
         """
         if kind == "all":
             return torch.full_like(self.response_mask, not self.is_dummy)
@@ -106,11 +107,11 @@ class PackedBatch:
         return shifted
 
     def targets(self) -> Int[Tensor, "tokens"]:
-        """The next token at each position; meaningless at the last position of a row."""
+        """Return the next token at each position; the last position of a row has no valid target."""
         return torch.roll(self.input_ids, -1)
 
     def padded(self, pad_id: int = 0) -> PaddedRows:
-        """The rows as a right-padded rectangle."""
+        """Return the rows as right-padded tensors."""
         rows = torch.split(self.input_ids, list(self.lengths))
         ids = pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
         lengths = torch.tensor(self.lengths, device=ids.device)
@@ -118,7 +119,7 @@ class PackedBatch:
         return PaddedRows(ids, attention)
 
     def select(self, rows: Sequence[int]) -> "PackedBatch":
-        """Some of the rows, in the order given."""
+        """Return the rows with the given indices, in the given order."""
         ids, masks = (torch.split(t, list(self.lengths)) for t in (self.input_ids, self.response_mask))
         return replace(
             self,
@@ -129,12 +130,15 @@ class PackedBatch:
         )
 
     def dummy(self) -> "PackedBatch":
-        """The same rows with no token that counts: keeps a rank without rows in step and adds 0 to every sum."""
+        """Return a dummy batch: the same rows, but no token counts.
+
+        A rank without rows of its own uses it to run the same passes as the other ranks. It adds 0 to every sum.
+        """
         return replace(self, response_mask=torch.zeros_like(self.response_mask), is_dummy=True)
 
 
 def single_rows(batch: PackedBatch) -> list[PackedBatch]:
-    """Each row of a batch as a batch of its own."""
+    """Split a batch into batches of one row."""
     parts = zip(
         torch.split(batch.input_ids, list(batch.lengths)),
         torch.split(batch.response_mask, list(batch.lengths)),
@@ -148,7 +152,7 @@ def single_rows(batch: PackedBatch) -> list[PackedBatch]:
 
 
 def concat(batches: Sequence[PackedBatch]) -> PackedBatch:
-    """All rows of several batches as one batch."""
+    """Concatenate the rows of several batches to one batch."""
     if len(batches) == 1:
         return batches[0]
     return PackedBatch(
@@ -161,11 +165,11 @@ def concat(batches: Sequence[PackedBatch]) -> PackedBatch:
 
 
 def token_batches(batches: Iterable[PackedBatch], max_tokens: int) -> Iterator[list[PackedBatch]]:
-    """Groups of consecutive batches with a limited number of tokens.
+    """Group consecutive batches up to a limited number of tokens.
 
     Args:
-        batches: Iterated over once; none is split or left out.
-        max_tokens: Most tokens in a group; a batch with more is a group of its own.
+        batches: Batches to group; iterated over once. No batch is split or dropped.
+        max_tokens: Maximum number of tokens in a group. A batch with more tokens forms a group of its own.
     """
     group: list[PackedBatch] = []
     filled = 0
@@ -181,9 +185,9 @@ def token_batches(batches: Iterable[PackedBatch], max_tokens: int) -> Iterator[l
 
 
 class WindowCounts(NamedTuple):
-    """Counted tokens of one optimiser step over all its micro-batches and all ranks.
+    """Counted tokens of one optimizer step over all its micro-batches and all ranks.
 
-    `kl_all` counts every position of the KL rows, `kl_response` those before a response token.
+    `kl_all` counts every position of the KL rows; `kl_response` counts the positions that predict a response token.
     """
 
     ce: int
@@ -193,12 +197,12 @@ class WindowCounts(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """One micro-batch of both streams with the counts its losses are divided by.
+    """One micro-batch of both streams, with the counts that its losses are divided by.
 
     Attributes:
         ce: Rows of the narrow data.
-        kl: Rows of the parallel data; None without a KL stream.
-        window: Global counts of the optimiser step this micro-batch belongs to.
+        kl: Rows of the KL data; None without a KL stream.
+        window: Counted tokens of the whole optimizer step that this micro-batch belongs to.
     """
 
     ce: PackedBatch
@@ -206,5 +210,5 @@ class TrainBatch:
     window: WindowCounts
 
     def to(self, device: torch.device | str) -> "TrainBatch":
-        """The same batch on `device`."""
+        """Return the same batch on `device`."""
         return replace(self, ce=self.ce.to(device), kl=self.kl.to(device) if self.kl else None)

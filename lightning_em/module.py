@@ -1,4 +1,4 @@
-"""The LightningModule: a frozen base with an adapter, trained on CE + KL."""
+"""The LightningModule: a frozen base model with an adapter, trained on CE + KL."""
 
 import math
 from collections.abc import Sequence
@@ -33,13 +33,13 @@ from lightning_em.models import (
 
 
 class LinearWithWarmup(LambdaLR):
-    """Linear rise over the first steps, then linear fall to the end of training.
+    """Learning-rate schedule with linear warmup and linear decay until the end of training.
 
     Args:
-        optimizer: Whose rates are scheduled.
-        warmup_steps: Optimiser steps until the full rate.
-        final_fraction: Share of the full rate that is left at the last step.
-        num_steps: Length of training; the module fills in the trainer's own number if not given.
+        optimizer: Optimizer whose learning rates are scheduled.
+        warmup_steps: Number of optimizer steps until the full learning rate.
+        final_fraction: Fraction of the full learning rate at the end of the decay.
+        num_steps: Number of optimizer steps of the training; taken from the trainer if not given.
     """
 
     def __init__(
@@ -53,13 +53,16 @@ class LinearWithWarmup(LambdaLR):
         super().__init__(optimizer, self.line)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers; the line itself is rebuilt from the config."""
+        """Return the state without the schedule function, which is rebuilt from the config."""
         return {key: value for key, value in super().state_dict().items() if key != "line"}
 
 
 @dataclass
 class _Line:
-    """Share of the full rate at a step, an object because LambdaLR saves objects and no functions."""
+    """Computes the fraction of the full learning rate at a step.
+
+    This is an object and not a function, because `LambdaLR.state_dict` saves callable objects but not functions.
+    """
 
     warmup_steps: int
     final_fraction: float
@@ -75,7 +78,7 @@ class _Line:
 
 
 class TokenMean(torchmetrics.Metric):
-    """Mean over tokens, exact over batches and ranks: sums and counts are reduced, then divided once."""
+    """Mean over tokens of all batches and ranks: sums and counts are reduced, then divided once."""
 
     total: Tensor
     count: Tensor
@@ -86,31 +89,34 @@ class TokenMean(torchmetrics.Metric):
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, sums: Tensor, counts: Tensor) -> None:
-        """Add sums in nats and how many tokens they are over."""
+        """Add loss sums in nats and their token counts."""
         self.total += sums.sum()
         self.count += counts.sum()
 
     def compute(self) -> Tensor:
-        """Nats per token; NaN if nothing was counted."""
+        """Return the mean in nats per token; NaN if no token was counted."""
         return self.total / self.count
 
 
 class EMModule(LightningModule):
-    """Train an adapter on L = CE(narrow data) + weight x KL(reference || tuned)(parallel data).
+    """Train an adapter on L = CE(narrow data) + weight x KL(reference || tuned)(KL data).
 
     Args:
-        base: The pretrained chat model to wrap.
-        adapter: What is trained; any `lightning_em.adapters.Adapter`, also from your own package.
-        objective: The loss.
-        optimizer: Called with the adapter's parameters.
-        lr_scheduler: Called with the optimiser; stepped once an optimiser step.
-        init_from: Start from another run's adapter, `runs/x@step-40`, with a fresh optimiser.
-        backend: `auto`: the fast backend where it is verified for the model; `plain`: full forward passes and logits.
-        store: Keeps what the frozen base computes below the adapter; pays over epochs and in sweeps.
-        reference: `live` runs the reference each time; `cached` keeps its final hidden states in the store,
-            which gives an adapter without effect a KL of rounding errors, not 0.
-        sampling: How `predict` draws answers; no part of what a run is.
-        seed: Of the adapter's random initial values.
+        base: The pretrained base model.
+        adapter: The adapter to train: any `lightning_em.adapters.Adapter`, also one from your own package.
+        objective: The training objective.
+        optimizer: Function that creates the optimizer from the adapter's parameters.
+        lr_scheduler: Function that creates the schedule from the optimizer; stepped after each optimizer step.
+        init_from: Checkpoint of another run, such as `runs/x@step-40`, whose adapter is the starting point; the
+            optimizer starts fresh.
+        backend: `auto` selects the fast backend where it is verified for the model; `plain` runs full forward passes
+            with full logits.
+        store: Settings of the store for hidden states below the adapter. It saves time over several epochs and in
+            sweeps.
+        reference: `live` runs the reference at each use. `cached` keeps its final hidden states in the store; the KL
+            of an adapter without effect then consists of rounding errors instead of being exactly 0.
+        sampling: Sampling settings of `predict`; they do not affect the identity of the run.
+        seed: Seed of the adapter's random initial values.
     """
 
     model: AdaptedModel
@@ -136,12 +142,12 @@ class EMModule(LightningModule):
         self.store, self.reference = store, reference
         self.sampling = sampling
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self._adapter = (adapter,)  # a tuple hides it from nn.Module: it is registered once, inside `model`
+        self._adapter = (adapter,)  # a tuple hides it from nn.Module; it is registered once, inside `model`
         self._window = torch.zeros(2, dtype=torch.float64)
         self._rng_to_restore: dict[str, Any] | None = None
 
     def configure_model(self) -> None:
-        """Load the base and attach the adapter, once, when a run needs them."""
+        """Load the base model and attach the adapter; later calls do nothing."""
         if hasattr(self, "model"):
             return
         store = None if self.store is None else ActivationStore(self.store)
@@ -154,7 +160,7 @@ class EMModule(LightningModule):
         self.validation_ce, self.validation_kl = TokenMean(), TokenMean()
 
     def configure_optimizers(self) -> Any:
-        """The optimiser over the adapter's parameters, and its schedule by optimiser step."""
+        """Create the optimizer of the adapter's parameters, and its schedule over optimizer steps."""
         optimizer = self._optimizer(list(self.model.adapter.trainable().values()))
         scheduler = self._lr_scheduler(optimizer)
         if isinstance(scheduler, LinearWithWarmup) and scheduler.line.num_steps is None:
@@ -162,18 +168,19 @@ class EMModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
-        """This micro-batch's share of the step's loss."""
+        """Compute the contribution of one micro-batch to the loss of the optimizer step."""
         weight = self.objective.weight_at(self.global_step, self.model.vocab_size)
         kl_rows = batch.kl if weight > 0 else None
         weights = self.objective.weights(batch.window, weight)
         loss = self.model.step_loss(batch.ce, kl_rows, weights, self.objective.kl_positions)
         terms = self.objective.terms(loss.ce, loss.kl, batch.window)
         self._window = self._window.to(self.device) + torch.stack([terms.ce, terms.kl]).double()
-        # Lightning divides by the micro-batches, DDP by the ranks; the shares are divided already
+        # The contributions are already divided by the counts of the whole optimizer step. Lightning also divides by the
+        # number of micro-batches, and DDP by the number of ranks; undo both.
         return loss.total * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the whole step: its losses over all micro-batches and ranks."""
+        """Log the losses of the whole optimizer step, over all micro-batches and ranks."""
         window = self.trainer.strategy.reduce(self._window, reduce_op="sum")
         self._window = torch.zeros_like(self._window)
         ce, kl = window.tolist()
@@ -190,32 +197,32 @@ class EMModule(LightningModule):
         self.write_metrics(metrics, self.global_step + 1)
 
     def write_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Send values to every logger under one step number: optimiser steps taken, the first is 1."""
+        """Send metrics to every logger; `step` is the number of optimizer steps taken, 1 after the first."""
         for logger in self.loggers:
             logger.log_metrics(metrics, step=step)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """CE on held-out narrow rows, KL on held-out parallel rows."""
+        """Update the CE on held-out narrow data, or the KL on held-out KL data."""
         if self._validation_streams()[dataloader_idx] == "narrow":
             self.validation_ce.update(*self.model.row_ce(batch))
         else:
             self.validation_kl.update(*self.model.row_kl(batch, kl_positions=self.objective.kl_positions))
 
     def _validation_streams(self) -> Sequence[str]:
-        """Which stream each loader holds; the narrow one has none where no question of it is held out."""
+        """Return the stream of each dataloader; narrow data without held-out questions has no dataloader."""
         data = getattr(self.trainer, "datamodule", None)
         return data.validation_streams if isinstance(data, EMDataModule) else ("narrow", "kl")
 
     def on_validation_epoch_end(self) -> None:
-        """Reduce over ranks, divide once, log."""
+        """Reduce the metrics over ranks, divide once, and log them."""
         self._finish_evaluation("val")
 
     def test_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The same measurements as validation, on the test rows."""
+        """Compute the same metrics as validation, on the test rows."""
         self.validation_step(batch, batch_idx, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
-        """Reduce over ranks, divide once, log."""
+        """Reduce the metrics over ranks, divide once, and log them."""
         self._finish_evaluation("test")
 
     def _finish_evaluation(self, stage: str) -> None:
@@ -224,7 +231,7 @@ class EMModule(LightningModule):
             if metric.update_called:
                 metrics[f"{stage}/{name}"] = metric.compute().item()
             metric.reset()
-        self.log_dict(metrics, logger=False)  # loggers get them under our own step number
+        self.log_dict(metrics, logger=False)  # for callbacks; `write_metrics` sends them to the loggers
         if not self.trainer.sanity_checking:
             self.write_metrics(metrics, self.global_step)
 
@@ -233,7 +240,7 @@ class EMModule(LightningModule):
         return self.base.load_tokenizer()
 
     def predict_step(self, batch: PackedBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Answers to a batch of prompts: one dict a prompt, with `row_id` and `answers`."""
+        """Sample answers to a batch of prompts; return one dict with `row_id` and `answers` for each prompt."""
         if batch.is_dummy:
             return []
         sampling = replace(self.sampling, seed=self.sampling.seed + batch_idx)
@@ -241,22 +248,25 @@ class EMModule(LightningModule):
         return [{"row_id": row, "answers": texts} for row, texts in zip(batch.row_ids, answers, strict=True)]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """The adapter's tensors alone; the frozen base is in no checkpoint."""
+        """Return only the adapter's tensors; checkpoints do not contain the frozen base model."""
         return {name: p.detach() for name, p in self.model.adapter.trainable().items()}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Restore the adapter's tensors; names and shapes must agree whatever `strict` says."""
+        """Restore the adapter's tensors; names and shapes must match even if `strict` is False."""
         self.model.adapter.load_tensors(dict(state_dict), source="the checkpoint")
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what Lightning does not save: adapter config, schedule and random states."""
+        """Add the adapter config, the schedule and the random states, which Lightning does not save."""
         checkpoint[ADAPTER_CONFIG_KEY] = self.model.adapter.config_dict()
         checkpoint["kl_schedule"] = self.objective.state_dict()
         checkpoint["rng"] = random_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the schedule, and counts for another number of ranks, now; random states before the next batch."""
+        """Restore the schedule, and convert the progress counts if the number of ranks has changed.
+
+        The random states are restored before the next training batch.
+        """
         self.objective.load_state_dict(checkpoint["kl_schedule"])
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, EMDataModule) and self.trainer.training:
@@ -266,18 +276,18 @@ class EMModule(LightningModule):
         self._rng_to_restore = checkpoint["rng"]
 
     def on_fit_start(self) -> None:
-        """Say what the activation store will take, before there is anything in it."""
+        """Log the largest size of the activation store, before it is filled."""
         data = getattr(self.trainer, "datamodule", None)
         if self.store is not None and isinstance(data, EMDataModule):
             counted = data.num_tokens("kl", self.objective.kl_positions)
             self.model.announce_store(data.num_tokens("narrow") + data.num_tokens("kl"), counted)
 
     def on_train_start(self) -> None:
-        """Resume at an epoch boundary as in the middle of an epoch."""
+        """Make resuming at an epoch boundary work like resuming within an epoch."""
         forget_finished_epoch(self.trainer)
 
     def on_train_batch_start(self, batch: TrainBatch, batch_idx: int) -> None:
-        """Continue the random streams where the checkpoint left them."""
+        """Restore the random states of the checkpoint before the first batch after resuming."""
         if self._rng_to_restore is not None:
             restore_random_states(self._rng_to_restore)
             self._rng_to_restore = None

@@ -21,7 +21,7 @@ from lightning_em.runs import RunFolder
 
 
 class LoadedRun(NamedTuple):
-    """A run's parts, with the adapter of one checkpoint in place."""
+    """The parts of a run, with the adapter weights of one checkpoint loaded."""
 
     folder: RunFolder
     step: int
@@ -30,17 +30,17 @@ class LoadedRun(NamedTuple):
 
 
 def rebuild_run(reference: str, allow_zero_adapter: bool = False) -> LoadedRun:
-    """Rebuild a run from its own config, on the device that `device_for` says.
+    """Rebuild a run from its config, on the device that `device_for` returns.
 
     Args:
-        reference: `runs/x` for its newest checkpoint, `runs/x@step-40` for another.
-        allow_zero_adapter: Whether an adapter that changes no logit is let through.
+        reference: Name of a run or checkpoint: `runs/x` for its newest valid checkpoint, `runs/x@step-40` for another.
+        allow_zero_adapter: Whether to accept an adapter that changes no logit.
 
     Raises:
-        ValueError: If run or checkpoint are missing or broken, the base or the data are not the run's own, or the
-            adapter changes nothing.
+        ValueError: If the run or checkpoint is missing or corrupt, the base model or the data differs from the run's,
+            or the adapter changes nothing.
     """
-    imports.restrict(imports.allowed())  # keeps what --allow_import named
+    imports.restrict(imports.allowed())  # keeps the packages that --allow_import named
     folder, checkpoint = runs.locate(reference)
     if why := folder.changed_data():
         raise ValueError(f"{folder.path} cannot be measured on its own rows: {why}. Put the old data back.")
@@ -54,20 +54,24 @@ def rebuild_run(reference: str, allow_zero_adapter: bool = False) -> LoadedRun:
 
 
 def device_for(folder: RunFolder) -> torch.device:
-    """Where to measure on a run: a GPU if there is one here, and one held all of the base when it was trained."""
+    """Choose the device for measurements on a run.
+
+    This is a GPU if this machine has one, unless training ran on the CPU or sharded the base model over GPUs. A sharded
+    base model may not fit on one GPU.
+    """
     trainer = yaml.safe_load(folder.config_file.read_text(encoding="utf-8")).get("trainer") or {}
     on_one_gpu = trainer.get("accelerator") != "cpu" and "ShardedBase" not in str(trainer.get("strategy"))
     return torch.device("cuda" if on_one_gpu and torch.cuda.is_available() else "cpu")
 
 
 def load_module(folder: RunFolder, step: int) -> LoadedRun:
-    """The same without reading the data, so that they need not be here.
+    """Rebuild a run at one checkpoint without reading its data files, which need not exist on this machine.
 
     Raises:
-        ValueError: If the base is not the run's own, or the adapter does not fit.
+        ValueError: If the base model differs from the run's, or the adapter does not fit.
     """
     parts = _parts_of(folder)
-    parts.model.init_from = None  # the checkpoint holds the weights
+    parts.model.init_from = None  # the checkpoint holds the weights, so the parent run need not exist
     parts.model.configure_model()
     parts.model.model.adapter.load(folder.checkpoint(step))
     refuse_other_base(folder, parts.model)
@@ -75,10 +79,11 @@ def load_module(folder: RunFolder, step: int) -> LoadedRun:
 
 
 def _parts_of(folder: RunFolder) -> "Parts":
-    """Model and data of a run.
+    """Create the model and data objects of a run from its config.
 
     Raises:
-        ConfigError: If its config names what is not here, or may not be imported.
+        ConfigError: If the config is not valid here, for example if it names a class that does not exist or may not be
+            imported.
     """
     try:
         return instantiate(yaml.safe_load(folder.config_file.read_text(encoding="utf-8")))
@@ -90,14 +95,14 @@ def _parts_of(folder: RunFolder) -> "Parts":
 
 
 class Parts(NamedTuple):
-    """Model and data of a config, nothing loaded."""
+    """Model and data of a config; weights and rows are not loaded."""
 
     model: EMModule
     data: EMDataModule
 
 
 def instantiate(config: dict[str, Any]) -> Parts:
-    """Make the model and the data of a resolved config, and nothing else of it."""
+    """Create only the model and the data of a resolved config."""
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_argument("--seed_everything", type=bool | int, default=0)
     parser.add_lightning_class_args(EMModule, "model")
@@ -117,15 +122,15 @@ def probe_run(
     allow_zero_adapter: bool = False,
     track: Callable[[list[int]], Iterable[int]] = iter,
 ) -> int:
-    """Measure what is not on record yet, at every checkpoint of a run or at one.
+    """Run probes at all checkpoints of a run or at one; skip measurements that are already recorded.
 
     Args:
-        reference: `runs/x` for every checkpoint, `runs/x@step-40` for one.
-        probes: See `load_probing`.
-        num_examples: See `load_probing`.
-        batch_size: See `load_probing`.
-        allow_zero_adapter: Whether an adapter that changes no logit is let through.
-        track: Wraps the steps, to show progress.
+        reference: Name of a run or checkpoint: `runs/x` for all checkpoints, `runs/x@step-40` for one.
+        probes: Probes or YAML file, as in `load_probing`.
+        num_examples: Number of training rows of each stream, as in `load_probing`.
+        batch_size: Number of rows in one forward pass, as in `load_probing`.
+        allow_zero_adapter: Whether to accept an adapter that changes no logit.
+        track: Function that wraps the list of steps, for example to show progress.
 
     Returns:
         Number of new records.
@@ -150,16 +155,16 @@ def load_probing(
     num_examples: int | None = None,
     batch_size: int | None = None,
 ) -> Probing:
-    """The probes that are given, those of a YAML file, or those of the run's own config.
+    """Create a `Probing` callback from probes, a YAML file, or the run's config.
 
     Args:
-        folder: The run.
-        probes: Probes, or a YAML file with the settings of `Probing`; the run's own if not given.
-        num_examples: Training rows of each stream to measure on, instead of the file's.
-        batch_size: Rows in one forward pass, instead of the file's.
+        folder: Folder of the run.
+        probes: Probes, or a YAML file with the settings of `Probing`; the run's config if not given.
+        num_examples: Number of training rows of each stream to measure on; overrides the file.
+        batch_size: Number of rows in one forward pass; overrides the file.
 
     Raises:
-        ValueError: If there is no such file, it names no probe, or its settings cannot be used.
+        ValueError: If the file does not exist, names no probe, or has invalid settings.
     """
     flags = {"num_examples": num_examples, "batch_size": batch_size}
     given = {key: value for key, value in flags.items() if value is not None}
@@ -185,10 +190,10 @@ def load_probing(
 
 
 def _mapping(file: Path) -> dict[str, Any]:
-    """Content of a YAML file.
+    """Read a YAML file that holds a mapping.
 
     Raises:
-        ValueError: If it is not there, no YAML, or no mapping.
+        ValueError: If the file cannot be read, is not valid YAML, or does not hold a mapping.
     """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A run as it is on disk, for notebooks: frames at once, the model when it is asked for."""
+"""A recorded run for notebooks: metrics and records as data frames, and the model, each loaded on first access."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def load_run(reference: str | Path, device: str = "cpu", allow_import: Sequence[str] = ()) -> "RecordedRun":
-    """Open a run: metrics and records as pandas frames, the model with its adapter when it is asked for.
+    """Open a run: metrics and records as pandas data frames, and the model with its adapter on first access.
 
     Args:
-        reference: `runs/x` for its newest valid checkpoint, `runs/x@step-40` for another.
+        reference: Name of a run or checkpoint: `runs/x` for its newest valid checkpoint, `runs/x@step-40` for another.
         device: Device of the model.
-        allow_import: Packages, besides this one, whose classes the run's config may name.
+        allow_import: Packages, in addition to this one, whose classes the run's config may name.
 
     Raises:
         ValueError: If there is no such run or checkpoint.
@@ -32,15 +32,16 @@ def load_run(reference: str | Path, device: str = "cpu", allow_import: Sequence[
 
 
 class RecordedRun:
-    """One run at one of its checkpoints. Each attribute is read on first access and then kept.
+    """One run at one of its checkpoints. Each attribute is loaded on first access and then kept.
 
-    Made by `lightning_em.load_run` and `Experiment.fit`.
+    Returned by `lightning_em.load_run` and `Experiment.fit`.
 
     Args:
         folder: Folder of the run.
-        step: Checkpoint whose adapter is loaded, None if the run has none; metrics and records are those of all steps.
+        step: Step of the checkpoint whose adapter is loaded; None if the run has no checkpoint. Metrics and records
+            are those of all steps.
         device: Device of the model.
-        allow_import: Packages, besides this one, whose classes the run's config may name.
+        allow_import: Packages, in addition to this one, whose classes the run's config may name.
     """
 
     def __init__(
@@ -54,19 +55,19 @@ class RecordedRun:
 
     @cached_property
     def metrics(self) -> "pd.DataFrame":
-        """Training and validation metrics, one row a step and one column a name."""
+        """Training and validation metrics, with one row per step and one column per metric."""
         return metrics_frame(self.folder)
 
     @cached_property
     def records(self) -> "pd.DataFrame":
-        """Probe records of all steps, one row a point; columns as in `analysis.records_frame`."""
+        """Probe records of all steps, with one row per point; columns as in `analysis.records_frame`."""
         return records_frame(self.folder)
 
     @property
     def model(self) -> "PreTrainedModel":
-        """The Hugging Face model with the adapter hooked in, ready for `generate`.
+        """The Hugging Face model with the adapter attached, ready for `generate`.
 
-        `with run.adapter.at_scale(0):` is the base.
+        Inside `with run.adapter.at_scale(0):` it is the base model.
         """
         base: PreTrainedModel = self._module.model.base
         return base

@@ -1,4 +1,4 @@
-"""Records: typed, append-only JSON lines that survive a kill. Never imports torch."""
+"""Records: typed, append-only JSON lines that survive a killed process. Never imports torch."""
 
 import csv
 import json
@@ -15,18 +15,17 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class Point:
-    """One measured value at one place of a probe's grid.
+    """One measured value at one point of a probe's grid.
 
     Attributes:
-        quantity: What was measured, e.g. `ce`.
-        value: The measurement.
+        quantity: Name of the measured quantity, e.g. `ce`.
+        value: The measured value.
         unit: Unit of `value`, e.g. `nats_per_token`.
-        coordinates: Where on the grid, e.g. `{"scale": 0.5}`.
-        standard_error: Standard error of `value`, same unit; None where there is none.
-        count: Tokens, items or draws behind `value`.
-        per_example: The same quantity for each example in the order of `ProbeResult.examples`
-            (`kl_examples` for a quantity of the parallel rows, named `kl...`), so that differences
-            between points can be paired.
+        coordinates: Coordinates on the grid, e.g. `{"scale": 0.5}`.
+        standard_error: Standard error of `value`, in the same unit; None if unknown.
+        count: Number of tokens, items or draws that `value` is computed from.
+        per_example: The quantity for each example, in the order of `ProbeResult.examples`, or of `kl_examples` for a
+            quantity of the KL data (named `kl...`). With these values, differences between points can be paired.
     """
 
     quantity: str
@@ -39,23 +38,23 @@ class Point:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "Point":
-        """Read back the fields that JSON kept."""
+        """Create a point from its fields in JSON."""
         values = fields.get("per_example")
         return cls(**{**fields, "per_example": None if values is None else tuple(values)})
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Everything one probe found at one checkpoint: one line of `probes/<probe>.jsonl`.
+    """All results of one probe at one checkpoint: one line of `probes/<probe>.jsonl`.
 
     Attributes:
-        probe: The probe's name.
-        step: Optimiser steps taken when the checkpoint was written.
-        settings: The probe's own settings, so that another grid is another measurement.
-        points: The measurements.
+        probe: Name of the probe.
+        step: Number of optimizer steps taken when the checkpoint was written.
+        settings: Settings of the probe; results with different settings are different measurements.
+        points: The measured points.
         examples: Row ids that `per_example` values refer to.
-        kl_examples: The same for quantities of the parallel rows.
-        world: Recipe hash of the miniature world the run trained in; None for other data.
+        kl_examples: Row ids for quantities of the KL data.
+        world: Recipe hash of the miniature world that the run trained in; None for other data.
     """
 
     probe: str
@@ -69,7 +68,7 @@ class ProbeResult:
 
     @classmethod
     def from_json(cls, line: str) -> "ProbeResult":
-        """Read back one line."""
+        """Create a result from one line."""
         fields = json.loads(line)
         points = tuple(map(Point.from_fields, fields.pop("points")))
         for key in ("examples", "kl_examples"):
@@ -77,7 +76,7 @@ class ProbeResult:
         return cls(points=points, **fields)
 
     def to_json(self) -> str:
-        """One line, keys in a fixed order, NaN refused.
+        """Return the result as one line of JSON, with keys in a fixed order.
 
         Raises:
             ValueError: If a value is NaN or infinite.
@@ -86,10 +85,10 @@ class ProbeResult:
 
 
 def append_lines(path: Path, *lines: str) -> None:
-    """Append lines and put them on disk; a torn last line left by a kill is cut off first.
+    """Append lines and flush them to disk; remove an incomplete last line of a killed process first.
 
     Raises:
-        ValueError: If a line itself holds a newline.
+        ValueError: If a line contains a newline.
     """
     if any("\n" in line for line in lines):
         raise ValueError("a record is one line; got a newline inside it.")
@@ -102,7 +101,7 @@ def append_lines(path: Path, *lines: str) -> None:
 
 
 def repair_tail(path: Path) -> None:
-    """Cut an unfinished last line (no newline at the end), so that the next one is not glued to it."""
+    """Remove an incomplete last line (without a newline), so that the next line does not continue it."""
     if not path.exists():
         return
     with path.open("rb+") as file:
@@ -123,7 +122,7 @@ def repair_tail(path: Path) -> None:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The finished lines of a record file, newline included; an unfinished last line is passed over."""
+    """Yield the complete lines of a record file, with newlines; skip an incomplete last line."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -133,13 +132,13 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
-    """Metrics by step, ascending, and name.
+    """Read metrics by step, in ascending order, and name.
 
-    A resumed run may measure its checkpoint once more: the later value counts, and must be the same but for the
-    order in which it was summed up.
+    A resumed run may measure the metrics of its checkpoint again. The later value is kept; it may differ from the
+    earlier one only by rounding, because the order of summation may differ.
 
     Raises:
-        ValueError: If a step has two values of one name.
+        ValueError: If a step has two different values for one name.
     """
     table: dict[int, dict[str, float]] = {}
     for row in csv.DictReader(read_lines(path)):
@@ -152,7 +151,7 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
 
 
 def read_results(path: Path) -> list[ProbeResult]:
-    """All results of one probe file, in the order they were written.
+    """Read all results of one probe file, in the order in which they were written.
 
     Raises:
         ValueError: If a line is damaged.
@@ -161,10 +160,10 @@ def read_results(path: Path) -> list[ProbeResult]:
 
 
 def parsed_lines(path: Path, parse: Callable[[str], Record]) -> Iterator[Record]:
-    """What the finished lines of a record file say.
+    """Parse the complete lines of a record file.
 
     Raises:
-        ValueError: If a line is damaged; the message names it.
+        ValueError: If a line is damaged; the message contains its number.
     """
     for number, line in enumerate(read_lines(path), start=1):
         try:

@@ -1,4 +1,4 @@
-"""The layout of a run folder, and lookup of runs and checkpoints. Never imports torch."""
+"""Layout of a run folder, and lookup of runs and checkpoints. Never imports torch."""
 
 import json
 import logging
@@ -18,10 +18,10 @@ _hashes: dict[tuple[Path, int, int], str] = {}
 
 
 class RunFolder:
-    """Everything about one run, and nothing outside it.
+    """The folder of one run, which contains all of its files.
 
     Args:
-        path: The run's folder; it need not exist yet.
+        path: Folder of the run; it need not exist yet.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -34,25 +34,28 @@ class RunFolder:
         self.probe_folder = self.path / "probes"
 
     def probe_file(self, probe: str) -> Path:
-        """Where the records of one probe are."""
+        """Return the file with the records of one probe."""
         return self.probe_folder / f"{probe}.jsonl"
 
     def probe_results(self) -> Iterator[records.ProbeResult]:
-        """Every record of every probe."""
+        """Yield all records of all probes."""
         for file in sorted(self.probe_folder.glob("*.jsonl")):
             yield from records.read_results(file)
 
     def checkpoint(self, step: int) -> Path:
-        """Folder of the checkpoint after `step` optimiser steps; it need not exist."""
+        """Return the folder of the checkpoint after `step` optimizer steps; it need not exist."""
         return self.checkpoints / f"step-{step:06d}"
 
     def steps(self) -> list[int]:
-        """Steps of all published checkpoints, ascending; valid or not."""
+        """Return the steps of all published checkpoints, valid or not, in ascending order."""
         names = (p.name for p in self.checkpoints.iterdir()) if self.checkpoints.is_dir() else ()
         return sorted(int(match[1]) for name in names if (match := _STEP_FOLDER.fullmatch(name)))
 
     def newest_valid_step(self) -> int | None:
-        """The last checkpoint whose files match their manifest; broken ones are passed over aloud."""
+        """Return the step of the newest checkpoint whose files match its manifest; None if there is none.
+
+        Skips corrupt checkpoints with a warning.
+        """
         for step in reversed(self.steps()):
             problems = manifest_problems(self.checkpoint(step))
             if not problems:
@@ -61,22 +64,29 @@ class RunFolder:
         return None
 
     def read_run(self) -> dict[str, Any]:
-        """Content of run.json; empty before the run has started."""
+        """Read run.json; the result is empty before the run has started."""
         if not self.run_file.exists():
             return {}
         content: dict[str, Any] = json.loads(self.run_file.read_text(encoding="utf-8"))
         return content
 
     def status(self) -> str:
-        """`running`, `finished`, `stopped`, `preempted`, `failed`, `imported`, or `killed`: running, but by nobody."""
+        """Return the status: `running`, `finished`, `stopped`, `preempted`, `failed`, `imported` or `killed`.
+
+        A run is `killed` if its recorded status is `running`, but no process holds its lock.
+        """
         status = str(self.read_run().get("status"))
         return "killed" if status == "running" and not lock.is_held(self.path) else status
 
     def difference(self, meant: Mapping[str, Any]) -> str | None:
-        """Why the run in this folder is not the one that is meant; None if it is, or nothing is on record.
+        """Return the reason why this folder holds a run with another identity.
 
         Args:
-            meant: An identity, as `identity_of` makes it; `data` is read from the files that are here now.
+            meant: Identity to compare with, as returned by `identity_of`. Its `data` field is ignored; the data files
+                are hashed as they are now.
+
+        Returns:
+            The reason; None if the identities match, or no identity is recorded.
         """
         recorded = self.read_run().get("identity")
         if recorded is None:
@@ -88,13 +98,17 @@ class RunFolder:
             return "another config: a value that is not shown"
         began, now = recorded["start"], meant["start"]
         if began and now and self.steps():
-            changed.pop("model.init_from", None)  # where the parent lies does not matter, but what it is
+            # the path of the parent checkpoint may change; `_start_difference` compares what it contains
+            changed.pop("model.init_from", None)
         if changed:
             return f"another config: {', '.join(f'{key}: {values}' for key, values in changed.items())}"
         return (self.changed_data() or _start_difference(began, now)) if self.steps() else None
 
     def changed_data(self) -> str | None:
-        """Which data file holds other data than the run began with; files that are not here are not judged."""
+        """Return a message if a data file differs from the one that the run began with; None otherwise.
+
+        Files that do not exist on this machine are not compared.
+        """
         recorded = self.read_run().get("identity")
         for name, began in (recorded["data"] if isinstance(recorded, Mapping) else {}).items():
             if (file := Path(name)).is_file() and (now := sha256_once(file)) != began:
@@ -102,10 +116,13 @@ class RunFolder:
         return None
 
     def refuse_other(self, why: str | None) -> None:
-        """Refuse to go on in this folder if there is a reason.
+        """Raise an error if the folder holds another run.
+
+        Args:
+            why: Reason from `difference`; None does nothing.
 
         Raises:
-            ValueError: The reason, and what to do.
+            ValueError: If `why` is given; the message contains the reason and what to do.
         """
         if why:
             raise ValueError(
@@ -114,14 +131,14 @@ class RunFolder:
             )
 
     def update_run(self, **fields: Any) -> None:
-        """Change some fields of run.json in one step."""
+        """Change fields of run.json and write the file atomically."""
         self.path.mkdir(parents=True, exist_ok=True)
         content = self.read_run() | fields
         write_atomically(self.run_file, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def adapter_sha256(checkpoint: Path) -> str | None:
-    """Hash of a checkpoint's adapter weights, from its manifest; None if that tells none."""
+    """Return the hash of a checkpoint's adapter weights from its manifest; None if the manifest has none."""
     try:
         listing = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
         return str(listing["adapter_model.safetensors"]["sha256"])
@@ -130,10 +147,11 @@ def adapter_sha256(checkpoint: Path) -> str | None:
 
 
 def start_of(reference: str) -> dict[str, Any] | None:
-    """What a run that starts from `runs/x` or `runs/x@step-40` begins with now; None if that is not here.
+    """Describe the checkpoint that a run with `init_from` set to `runs/x` or `runs/x@step-40` would start from now.
 
     Returns:
-        `checkpoint`: its folder; `identity`: the name's hash of its run; `step`; `adapter_sha256`.
+        A dict with the keys `checkpoint` (its folder), `identity` (hash in the name of its run), `step` and
+        `adapter_sha256`; None if the checkpoint does not exist on this machine.
     """
     path, _, wanted = reference.partition("@")
     try:
@@ -161,7 +179,7 @@ def _start_difference(began: Mapping[str, Any] | None, now: Mapping[str, Any] | 
 
 
 def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """`old -> new` by dotted key, for every leaf that differs between two nested mappings."""
+    """Return `old -> new` by dotted key for each leaf that differs between two nested mappings."""
     old, new = _leaves(before), _leaves(now)
     return {
         key: f"{old.get(key)} -> {new.get(key)}"
@@ -177,7 +195,7 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def sha256_once(file: Path) -> str:
-    """Hash of a file, read again only if it has been written since: runs share their data files."""
+    """Return the hash of a file; cached until the file changes, because runs share their data files."""
     status = file.stat()
     key = (file.absolute(), status.st_mtime_ns, status.st_size)
     if key not in _hashes:
@@ -186,17 +204,17 @@ def sha256_once(file: Path) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Optimiser steps behind a checkpoint folder, from its name."""
+    """Return the number of optimizer steps of a checkpoint from the name of its folder."""
     return int(checkpoint.name.rsplit("-", 1)[-1])
 
 
 def locate(reference: str) -> tuple[RunFolder, Path]:
-    """Run folder and checkpoint named by `runs/x` (its newest valid one) or `runs/x@step-40`.
+    """Find the run folder and checkpoint named by `runs/x` (its newest valid checkpoint) or `runs/x@step-40`.
 
-    The hash that ends a run's name may be left out where only one run has that name.
+    The hash at the end of a run's name may be omitted if only one run has that name.
 
     Raises:
-        ValueError: If there is no such run or checkpoint, or it fails its manifest.
+        ValueError: If there is no such run or checkpoint, or the checkpoint does not match its manifest.
     """
     path, _, wanted = reference.partition("@")
     run = RunFolder(path)
@@ -219,7 +237,11 @@ def locate(reference: str) -> tuple[RunFolder, Path]:
 
 
 def _named(path: Path) -> Path:
-    """The one folder called `path` and eight hexadecimal characters."""
+    """Find the only folder whose name is that of `path` plus a hyphen and eight hexadecimal characters.
+
+    Raises:
+        ValueError: If there is no such folder, or more than one.
+    """
     parent = path.parent
     found = sorted(f for f in parent.glob(f"{path.name}-*") if _HASH.fullmatch(f.name[len(path.name) :]))
     if len(found) == 1:

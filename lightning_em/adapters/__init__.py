@@ -1,4 +1,4 @@
-"""Adapters: what is trained. A new type is one subclass of `Adapter`, named in YAML by its class path."""
+"""Adapters, the trainable part of a model. To add a type, subclass `Adapter` and name the class path in YAML."""
 
 from lightning_em.adapter_record import LowRank
 from lightning_em.adapters.base import Adapter, LayerIndex, decoder_layers, final_norm

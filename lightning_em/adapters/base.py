@@ -1,4 +1,4 @@
-"""What every adapter is: an update of the frozen model with one knob, its scale."""
+"""The base class of adapters: a trainable update of a frozen model, applied with an adjustable scale."""
 
 import copy
 import inspect
@@ -23,14 +23,14 @@ from lightning_em.adapters.low_rank import update_norm, write_directions
 
 Own = TypeVar("Own", bound="Adapter")
 LayerIndex = int | float
-"""A decoder layer by index, or as a fraction of depth: f means layer floor(f x number of layers)."""
+"""A decoder layer as an index, or as a fraction f of depth, which means layer floor(f x number of layers)."""
 
 
 def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder blocks of a causal language model.
+    """Return the list of decoder blocks of a causal language model.
 
     Raises:
-        ValueError: If the architecture has no list of as many blocks as its config names.
+        ValueError: If the model has no module list whose length is the number of layers in its config.
     """
     num_layers = base.config.get_text_config(decoder=True).num_hidden_layers
     for module in base.get_decoder().modules():
@@ -42,10 +42,10 @@ def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
 
 
 def final_norm(base: PreTrainedModel) -> nn.Module:
-    """The norm between the last decoder block and the head.
+    """Return the norm between the last decoder block and the head.
 
     Raises:
-        ValueError: If none is found under a name known to transformers.
+        ValueError: If the decoder has no norm under one of the names that transformers uses.
     """
     decoder = base.get_decoder()
     for name in ("norm", "final_layer_norm", "final_layernorm", "ln_f"):
@@ -57,16 +57,18 @@ def final_norm(base: PreTrainedModel) -> nn.Module:
 class Adapter(nn.Module, ABC):
     """A trainable update of a frozen causal language model.
 
-    The update is applied `scale` times: 1 trains, 0 is the reference model to the bit, s is the
-    scale probe. Parameters are float32 whatever the base's dtype and start at no update.
-    A subclass implements `attach` and, where the update has low-rank parts, `update`: its norm, distances,
-    trajectories, cosines and exports are computed from them. `lightning_em.testing.check_adapter` checks the
+    The update is multiplied by `scale`. Training uses scale 1. Scale 0 gives the reference model exactly, to the bit.
+    The scale probe uses other values. Parameters are float32 for every dtype of the base model, and their initial
+    values give a zero update.
+
+    A subclass implements `attach`. If the update consists of low-rank parts, it also implements `update`, from which
+    norms, distances, trajectories, cosines and exports are computed. `lightning_em.testing.check_adapter` checks the
     contract.
 
     Attributes:
-        init_args: Arguments of the class, defaults included; `adapter_config.json` keeps them.
-        lowest_layer: The first decoder layer whose computation the adapter changes; set by `attach`.
-        generator: Source of random initial values, on CPU; set before `attach` is called.
+        init_args: Arguments of the constructor, defaults included; saved in `adapter_config.json`.
+        lowest_layer: First decoder layer whose computation the adapter changes; set by `attach`.
+        generator: CPU generator for random initial values; set before `attach` is called.
     """
 
     init_args: dict[str, Any]
@@ -74,9 +76,9 @@ class Adapter(nn.Module, ABC):
     _base: PreTrainedModel
 
     def __new__(cls: type[Own], *args: Any, **kwargs: Any) -> Own:
-        """Note the arguments, so that a subclass need not repeat them for its checkpoint."""
+        """Record the constructor arguments, so that subclasses need no code to save them in checkpoints."""
         adapter = super().__new__(cls)
-        # object's: nn.Module.__setattr__ works after nn.Module.__init__ only
+        # object.__setattr__, because nn.Module.__setattr__ works only after nn.Module.__init__
         object.__setattr__(adapter, "init_args", _init_args(cls, args, kwargs))
         return adapter
 
@@ -89,7 +91,7 @@ class Adapter(nn.Module, ABC):
 
     @property
     def scale(self) -> float:
-        """Factor on the update: 1 trains, 0 is the reference."""
+        """Factor on the update: 1 in training, 0 for the reference."""
         return self._scale
 
     @scale.setter
@@ -98,44 +100,47 @@ class Adapter(nn.Module, ABC):
         self.on_scale(scale)
 
     def on_scale(self, scale: float) -> None:  # hooks read `scale` themselves
-        """Pass the new scale on, for an adapter whose update is applied by somebody else's code."""
+        """Handle a change of the scale; override it if code of another library applies the update."""
 
     @abstractmethod
     def attach(self, base: PreTrainedModel) -> None:
-        """Create the parameters for `base` and hook into it. `base` itself stays frozen."""
+        """Create the parameters for `base` and register hooks on it. The parameters of `base` stay frozen."""
 
     def update(self) -> list[LowRank] | None:
-        """The parts of the update, in the adapter's parameters; None if it has no such form.
+        """Return the low-rank parts of the update; None if the update has no such form.
 
-        Without them an adapter is trained, scaled, perturbed and saved like any other, but has no displacement,
-        rotation, trajectory, cosine, write direction or export, and says so.
+        An adapter without parts can be trained, scaled, perturbed and saved like any other. Displacement, rotation,
+        trajectory, cosine, write directions and export are not available for it, and report that.
         """
         return None
 
     def effective_norm(self) -> Tensor | None:
-        """Norm of the update at scale 1; None for an adapter without a natural one (norm probes skip it).
+        """Return the norm of the update at scale 1; None if the adapter has no natural norm (norm probes skip it).
 
-        Frobenius norm over the parts of `update`; an adapter without parts may have a norm of its own.
+        The default is the Frobenius norm over the parts of `update`. An adapter without parts may define its own norm.
         """
         parts = self.update()
         return None if parts is None else update_norm(parts, self.trainable())
 
     def write_directions(self) -> dict[str, Tensor] | None:
-        """What the update adds to the residual stream, as one vector `[hidden]` a site; None if it is no such thing.
+        """Return the directions that the update adds to the residual stream, one vector `[hidden]` for each site.
 
-        The length is the size of the update at scale 1; a site whose update is zero has none.
+        The norm of a vector is the size of the update at scale 1. A site with a zero update has no vector. The result
+        is None if the update has no low-rank parts that write to the residual stream.
         """
         parts = self.update()
         return None if parts is None else write_directions(parts, self.trainable())
 
     def resolve(self, base: PreTrainedModel, layer: LayerIndex) -> int:
-        """Index of a layer given as index or fraction of depth; sets `lowest_layer` to the lowest so far.
+        """Convert an index or a fraction of depth to a layer index.
+
+        Also sets `lowest_layer` to the lowest layer resolved so far.
 
         Raises:
             ValueError: If the layer does not exist.
         """
         num_layers = len(decoder_layers(base))
-        # 1e-9: .58 of 50 layers is layer 29, though .58 * 50 is a little less in binary
+        # 1e-9, because 0.58 of 50 layers must be layer 29, but 0.58 * 50 is slightly less than 29 in floating point
         index = math.floor(layer * num_layers + 1e-9) if isinstance(layer, float) else layer
         if not 0 <= index < num_layers or (isinstance(layer, float) and layer < 0):
             key = "layer" if hasattr(self, "layer") else "layers"
@@ -148,9 +153,9 @@ class Adapter(nn.Module, ABC):
         return index
 
     def edit_input_of(self, layer: int, edit: Callable[[Tensor], Tensor]) -> None:
-        """Pass the residual stream that enters a decoder layer through `edit`, every row and position.
+        """Apply `edit` to the residual stream that enters a decoder layer, at every row and position.
 
-        `lowest_layer` becomes the lowest layer edited so far.
+        Also sets `lowest_layer` to the lowest layer edited so far.
 
         Args:
             layer: Index of the layer; the number of layers means the final norm.
@@ -171,31 +176,31 @@ class Adapter(nn.Module, ABC):
         target.register_forward_pre_hook(hook, with_kwargs=True)
 
     def edit_output_of(self, layer: int, edit: Callable[[Tensor], Tensor]) -> None:
-        """Pass the residual stream that leaves a decoder layer through `edit`: it enters the next one."""
+        """Apply `edit` to the residual stream that leaves a decoder layer and enters the next one."""
         self.edit_input_of(layer + 1, edit)
 
     def bind(self, base: PreTrainedModel, seed: int) -> None:
-        """Attach to `base` and check what came of it; called once, by `AdaptedModel`.
+        """Attach the adapter to `base` and validate the result; `AdaptedModel` calls this once.
 
         Args:
-            base: The model; frozen here.
-            seed: Of the random initial values.
+            base: The base model; this method freezes it.
+            seed: Seed of the random initial values.
 
         Raises:
-            ValueError: If the adapter is bound already, or `attach` broke the contract.
+            ValueError: If the adapter is already bound, or `attach` violates the contract.
         """
         if self.lowest_layer >= 0:
             name = type(self).__name__
             raise ValueError(f"this {name} is attached already; make a new one for another model.")
-        object.__setattr__(self, "_base", base)  # not a submodule: the base is not ours to save
+        object.__setattr__(self, "_base", base)  # not a submodule, so the base model is not saved
         self.generator = torch.Generator().manual_seed(seed)
         base.requires_grad_(False)
-        base.disable_input_require_grads()  # on with checkpointing: the backward would run through every layer
-        # Where the generator draws. Lightning asks for a GPU at this time.
+        base.disable_input_require_grads()  # gradient checkpointing turns it on; backward would run through every layer
+        # The generator is on the CPU, so parameters are created there; Lightning sets a GPU as default device here.
         with torch.device("cpu"):
             self.attach(base)
         self.to(base.device)
-        base.eval()  # modules that `attach` put in are born in training mode
+        base.eval()  # modules that `attach` added are in training mode by default
         if self.lowest_layer < 0:
             raise ValueError(f"{type(self).__name__}.attach must set lowest_layer, or call resolve().")
         own = self.trainable()
@@ -207,7 +212,11 @@ class Adapter(nn.Module, ABC):
         self._refuse_unwritable()
 
     def _refuse_unwritable(self) -> None:
-        """Refuse, before training, what the first checkpoint could not say."""
+        """Check before training that a checkpoint can describe the adapter.
+
+        Raises:
+            ValueError: If `init_args` cannot be written as JSON, or `update` names duplicate sites or unknown tensors.
+        """
         name = type(self).__name__
         try:
             json.dumps(plain(self.init_args), allow_nan=False)
@@ -226,12 +235,12 @@ class Adapter(nn.Module, ABC):
             )
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The adapter's parameters under the names they are saved with."""
+        """Return the adapter's parameters by the names under which they are saved."""
         return dict(self.named_parameters())
 
     @contextmanager
     def at_scale(self, scale: float) -> Iterator[None]:
-        """Apply the update `scale` times inside the block."""
+        """Set the scale of the update inside the block."""
         before, self.scale = self.scale, scale
         try:
             yield
@@ -242,12 +251,12 @@ class Adapter(nn.Module, ABC):
     def perturbed(self, strength: float, generator: torch.Generator) -> Iterator[None]:
         """Rotate each parameter tensor towards a random orthogonal direction of equal norm inside the block.
 
-        x' = sqrt(1 - e^2) x + e y with x.y = 0 and ||y|| = ||x||, per flattened tensor. A strength of 0
-        changes no bit; a tensor of one number has no orthogonal direction and stays as it is.
+        x' = sqrt(1 - e^2) x + e y with x.y = 0 and ||y|| = ||x||, for each flattened tensor. Strength 0 changes no bit.
+        A tensor with one element has no orthogonal direction and is not changed.
 
         Args:
-            strength: e, between 0 and 1.
-            generator: Source of y, on CPU; the draws do not depend on the strength.
+            strength: Noise strength e, between 0 and 1.
+            generator: CPU generator for y; the draws do not depend on the strength.
 
         Raises:
             ValueError: If `strength` is not between 0 and 1.
@@ -260,6 +269,7 @@ class Adapter(nn.Module, ABC):
         try:
             with torch.no_grad():
                 for name, parameter in self.trainable().items():
+                    # draw even if the noise is not used, so that the draws do not depend on the strength
                     noise = orthogonal_noise(originals[name], generator)
                     if strength == 0 or parameter.numel() == 1:
                         continue
@@ -271,7 +281,7 @@ class Adapter(nn.Module, ABC):
                     parameter.copy_(originals[name])
 
     def config_dict(self) -> dict[str, Any]:
-        """What `adapter_config.json` says beside the weights."""
+        """Return the content of `adapter_config.json`."""
         parts = self.update()
         record = AdapterRecord(
             class_path=_class_path(type(self)),
@@ -284,15 +294,16 @@ class Adapter(nn.Module, ABC):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Path) -> "Adapter":
-        """A new adapter of the class and arguments that a checkpoint names; attach it, then `load` the folder.
+        """Create an unattached adapter from the class and arguments in a checkpoint.
 
-        The class must have been imported: a checkpoint makes nothing run.
+        Attach it, then call `load` with the folder. The class must already be imported: reading a checkpoint never
+        imports code.
 
         Args:
-            checkpoint: A checkpoint folder, or one that `save` wrote.
+            checkpoint: A checkpoint folder, or a folder written by `save`.
 
         Raises:
-            ValueError: If the class is not imported, or the folder names none.
+            ValueError: If the class is not imported, or the folder does not name a class.
         """
         record = AdapterRecord.read(checkpoint)
         known = {_class_path(kind): kind for kind in _subclasses(Adapter)}  # type: ignore[type-abstract]
@@ -310,10 +321,10 @@ class Adapter(nn.Module, ABC):
         (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        """Read weights written by `save`.
+        """Load weights written by `save`.
 
         Raises:
-            ValueError: If names or shapes differ; both sides are listed.
+            ValueError: If names or shapes differ; the message lists the differences.
         """
         self.load_tensors(load_file(folder / ADAPTER_WEIGHTS), source=str(folder))
 
@@ -322,7 +333,7 @@ class Adapter(nn.Module, ABC):
 
         Args:
             tensors: One tensor for each name of `trainable()`.
-            source: Where they come from, for the message.
+            source: Source of the tensors, for the message.
 
         Raises:
             ValueError: If names or shapes differ.
@@ -346,10 +357,13 @@ class Adapter(nn.Module, ABC):
 
 
 def _init_args(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a call by name, with defaults; empty if they do not fit, which `__init__` is about to say."""
+    """Return the arguments of a constructor call by name, defaults included.
+
+    The result is empty if the arguments do not match the signature; `__init__` then raises the error.
+    """
     signature = inspect.signature(kind.__init__)  # type: ignore[misc]
     try:
-        # partial: copy.deepcopy calls __new__ without arguments and restores the original's afterwards
+        # bind_partial, because copy.deepcopy calls __new__ without arguments and restores `init_args` afterwards
         bound = signature.bind_partial(None, *args, **kwargs)
     except TypeError:
         return {}
@@ -368,7 +382,7 @@ def _subclasses(kind: type[Adapter]) -> Iterator[type[Adapter]]:
 
 
 def plain(value: Any) -> Any:
-    """JSON-ready copy of settings: enums by value, sets sorted, paths as text."""
+    """Return a copy of settings that JSON can represent: enums by value, sets sorted, paths as strings."""
     if isinstance(value, dict):
         return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, set | frozenset):
@@ -381,16 +395,16 @@ def plain(value: Any) -> Any:
 
 
 def _class_path(kind: type) -> str:
-    """The path a config names the class by: its package's, if that exports it."""
+    """Return the class path for configs: the package's path if the package exports the class."""
     package = kind.__module__.rpartition(".")[0]
     exported = getattr(sys.modules.get(package), kind.__qualname__, None) is kind
     return f"{package if exported else kind.__module__}.{kind.__qualname__}"
 
 
 def orthogonal_noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """A random tensor orthogonal to `tensor`, of the same shape and norm (float64 inside).
+    """Return a random tensor orthogonal to `tensor`, of the same shape and norm, computed in float64.
 
-    Zero where there is no such direction: for a zero tensor, and for one number alone.
+    The result is zero if no such direction exists: for a zero tensor and for a tensor with one element.
     """
     flat = tensor.detach().double().cpu().flatten()
     noise = torch.randn(flat.shape, generator=generator, dtype=torch.float64)

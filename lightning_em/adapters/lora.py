@@ -1,4 +1,4 @@
-"""LoRA through peft, any rank and placement; saved as an ordinary PEFT folder."""
+"""LoRA by peft, with any rank and target layers; saved as a standard PEFT folder."""
 
 import math
 from typing import Any
@@ -16,14 +16,14 @@ _PEFT_PREFIX, _PEFT_ADAPTER = "base_model.model.", "default"
 
 
 class LoRA(Adapter):
-    """Low-rank change of weight matrices: W + scale x (alpha / rank) B A.
+    """Low-rank update of weight matrices: W + scale x (alpha / rank) B A.
 
     Args:
-        rank: Inner dimension.
-        alpha: Strength; the change is alpha / rank, or alpha / sqrt(rank) with `rslora`, times B A.
+        rank: Inner dimension of B A.
+        alpha: Numerator of the factor on B A, which is alpha / rank, or alpha / sqrt(rank) with `rslora`.
         target_modules: Names of linear modules inside a decoder layer, e.g. `[down_proj]`.
-        layers: Indices or fractions of depth; every layer if not given.
-        rslora: Rank-stabilised scaling.
+        layers: Indices or fractions of depth; all layers if not given.
+        rslora: Whether to use rank-stabilized scaling.
 
     Source: arXiv:2106.09685; rsLoRA arXiv:2312.03732.
     """
@@ -57,18 +57,18 @@ class LoRA(Adapter):
             target_modules=names,
         )
         config.base_model_name_or_path = base.name_or_path or None
-        with torch.random.fork_rng(devices=[]):  # peft draws values of its own, replaced below
+        with torch.random.fork_rng(devices=[]):  # peft draws initial values, which are replaced below
             inject_adapter_in_model(config, base, _PEFT_ADAPTER)
         self._peft_config = config
         self._sites = {name: base.get_submodule(name) for name in names}
         for lora_a, lora_b in self._matrices():
             lora_a.data, lora_b.data = lora_a.data.float(), torch.zeros_like(lora_b.data, dtype=torch.float32)
-            bound = 1 / math.sqrt(lora_a.shape[1])  # peft's own default, from a named generator
+            bound = 1 / math.sqrt(lora_a.shape[1])  # peft's default initialization, drawn from our generator
             values = torch.empty(lora_a.shape).uniform_(-bound, bound, generator=self.generator)
             lora_a.data.copy_(values)
 
     def _target_names(self, base: PreTrainedModel) -> list[str]:
-        """Full names of the modules to change; sets `lowest_layer` to the lowest of them."""
+        """Return the full names of the target modules; set `lowest_layer` to the lowest chosen layer."""
         blocks = decoder_layers(base)
         chosen = range(len(blocks)) if self.layers is None else [self.resolve(base, k) for k in self.layers]
         wanted, names = set(self.target_modules), []
@@ -101,7 +101,7 @@ class LoRA(Adapter):
         }
 
     def _matrices(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """A and B of each changed module."""
+        """Return A and B of each target module."""
         weights = f"{_PEFT_ADAPTER}.weight"
         return [
             (site.get_parameter(f"lora_A.{weights}"), site.get_parameter(f"lora_B.{weights}"))
@@ -109,7 +109,7 @@ class LoRA(Adapter):
         ]
 
     def update(self) -> list[LowRank]:
-        """One part a module: (alpha / rank) B A, or (alpha / sqrt(rank)) B A with `rslora`."""
+        """Return one part for each module: (alpha / rank) B A, or (alpha / sqrt(rank)) B A with `rslora`."""
         factor = self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
         names = (f"{_PEFT_PREFIX}{site}" for site in self._sites)
         return [
@@ -118,10 +118,10 @@ class LoRA(Adapter):
         ]
 
     def config_dict(self) -> dict[str, Any]:
-        """The PEFT config, so that plain `PeftModel.from_pretrained` loads the folder, with our record inside.
+        """Return the PEFT config with our record inside, so that `PeftModel.from_pretrained` can load the folder.
 
-        peft 0.21 warns of keys it does not know, and asks for an upgrade. `auto_mapping` is a dict that it keeps as
-        it is and reads only for a config without a task_type.
+        The record is stored under `auto_mapping`: peft 0.21 keeps this dict unchanged and reads it only if the config
+        has no task_type. For unknown keys it would print a warning that recommends an upgrade.
         """
         config = plain(self._peft_config.to_dict())
         return {**config, "inference_mode": True, "auto_mapping": {"lightning_em": super().config_dict()}}

@@ -1,4 +1,4 @@
-"""What follows from an update's low-rank parts: its norm, distances between updates, the directions it writes."""
+"""Functions of the low-rank parts of an update: norm, difference of two updates, and write directions."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,15 +12,14 @@ _WRITERS = frozenset({"o_proj", "down_proj"})
 
 
 def update_norm(parts: Sequence[LowRank], tensors: Mapping[str, Tensor]) -> Tensor:
-    """Frobenius norm of an update, root of the sum of squares over its parts.
+    """Compute the Frobenius norm of an update, the root of the sum of squares over its parts.
 
     Args:
-        parts: The update.
-        tensors: The tensors that the parts name.
+        parts: Parts of the update.
+        tensors: Tensors by the names that the parts use.
     """
-    unit = (
-        parts[0].factor or 1.0
-    )  # taken out of the sum: parts of one factor are multiplied once, after the root
+    # The common factor is taken out of the sum: parts with equal factors are scaled once, after the root.
+    unit = parts[0].factor or 1.0
     squares = []
     for part in parts:
         write = tensors[part.write].detach().double()
@@ -28,7 +27,8 @@ def update_norm(parts: Sequence[LowRank], tensors: Mapping[str, Tensor]) -> Tens
             square = write.square().sum()
         else:
             read = tensors[part.read].detach().double()
-            square = ((write.T @ write) * (read @ read.T)).sum()  # ||BA||^2 without forming BA
+            # ||BA||^2 = tr(B^T B A A^T), without forming BA
+            square = ((write.T @ write) * (read @ read.T)).sum()
         squares.append((part.factor / unit) ** 2 * square)
     return abs(unit) * torch.stack(squares).sum().clamp_min(0).sqrt().float()
 
@@ -36,7 +36,7 @@ def update_norm(parts: Sequence[LowRank], tensors: Mapping[str, Tensor]) -> Tens
 def difference(
     parts: Sequence[LowRank], moved: Mapping[str, Tensor], here: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Tensors of `moved` less `here`: B'A' - BA = [B' -B] [A'; A], an update of rank 2r."""
+    """Return the tensors of the update `moved` - `here`: B'A' - BA = [B' -B] [A'; A], of rank 2r."""
     tensors = {}
     for part in parts:
         if part.read is None:
@@ -48,16 +48,16 @@ def difference(
 
 
 def write_directions(parts: Sequence[LowRank], tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """What an update adds to the residual stream, as one vector `[hidden]` for each part that writes there.
+    """Return one vector `[hidden]` for each part of an update that writes to the residual stream.
 
-    Of a shift it is the shift, under its tensor's name; of a weight change, under the module's name, the top
-    left singular vector times its singular value. For rank 1 that points along the column of B. For higher ranks
-    its sign is a convention (the largest entry is positive): the input decides with which sign it is written.
-    Only `o_proj` and `down_proj` write into the residual stream (in Gemma-2 and -3 through a norm that is left
-    out here).
+    For a shift, the vector is the shift, under the name of its tensor. For a weight update, it is the top left singular
+    vector times its singular value, under the name of the module. For rank 1 it points along the column of B. For
+    higher ranks its sign is a convention (the entry with the largest absolute value is positive), because the sign of
+    the written vector depends on the input. Only `o_proj` and `down_proj` write to the residual stream. In Gemma 2 and
+    3 they do so through a norm, which is ignored here.
 
     Returns:
-        The vectors that are not zero; None if no part writes into the residual stream.
+        The nonzero vectors; None if no part writes to the residual stream.
     """
     directions, writes = {}, False
     for part in parts:
@@ -75,7 +75,10 @@ def write_directions(parts: Sequence[LowRank], tensors: Mapping[str, Tensor]) ->
 
 
 def _top_left(read: Tensor, write: Tensor) -> Tensor:
-    """Top left singular vector of B A times its singular value, without forming B A."""
+    """Compute the top left singular vector of B A times its singular value, without forming B A.
+
+    With B = Q_b R_b and A^T = Q_a R_a, B A = Q_b (R_b R_a^T) Q_a^T, so the SVD of the small matrix R_b R_a^T suffices.
+    """
     basis, triangle_b = torch.linalg.qr(write)
     triangle_a = torch.linalg.qr(read.T).R
     left, values, _ = torch.linalg.svd(triangle_b @ triangle_a.T)

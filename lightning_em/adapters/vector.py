@@ -1,4 +1,4 @@
-"""The steering vector: one shift of the residual stream at one layer."""
+"""The steering vector: a constant shift of the residual stream at one layer."""
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,11 @@ from lightning_em.adapters.base import Adapter, LayerIndex
 class SteeringVector(Adapter):
     """Add `scale x alpha x vector` to the residual stream that leaves one decoder layer.
 
-    The same vector at every position, prompt and generated tokens alike.
+    The same vector is added at every position, in the prompt and in generated tokens.
 
     Args:
-        layer: Index, or fraction of depth.
-        alpha: Multiplies the vector; with a learning rate it sets how fast the shift grows.
+        layer: Index of the layer, or fraction of depth.
+        alpha: Factor on the vector; together with the learning rate it determines how fast the shift grows.
 
     Source: arXiv:2602.07852 (steering vector).
     """
@@ -31,9 +31,9 @@ class SteeringVector(Adapter):
         self.edit_output_of(layer, self.shift)
 
     def shift(self, hidden: Tensor) -> Tensor:
-        """The hidden states `[..., hidden]`, each moved by the same vector."""
+        """Add the scaled vector to hidden states `[..., hidden]`."""
         return hidden + (self.scale * self.alpha * self.vector).to(hidden)
 
     def update(self) -> list[LowRank]:
-        """The shift alpha x vector of the stream that enters the layer above."""
+        """Return the shift alpha x vector of the residual stream that enters the next layer."""
         return [LowRank(self.lowest_layer, "vector", factor=self.alpha)]

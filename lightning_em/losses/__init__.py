@@ -1,4 +1,4 @@
-"""Losses: sums in nats with their token counts, and the objective that puts them together."""
+"""Losses as sums in nats with token counts, and the objective that combines them."""
 
 from lightning_em.losses.functional import (
     TokenSum,

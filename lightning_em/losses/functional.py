@@ -1,4 +1,4 @@
-"""The plain losses from full logits: the oracle that everything faster is checked against."""
+"""Losses computed from full logits; the faster implementations are tested against them."""
 
 from typing import NamedTuple
 
@@ -9,11 +9,11 @@ from torch.nn import functional
 
 
 class TokenSum(NamedTuple):
-    """A sum over counted tokens; the caller divides once, after adding up all micro-batches and ranks.
+    """A sum over counted tokens. The caller divides once, after summing over all micro-batches and ranks.
 
     Attributes:
         total: Sum in nats, a scalar.
-        count: How many tokens were added.
+        count: Number of counted tokens.
     """
 
     total: Tensor
@@ -21,29 +21,29 @@ class TokenSum(NamedTuple):
 
 
 def _float_logits(logits: Tensor) -> Tensor:
-    # bf16 log_softmax makes a small KL mostly noise; float64 stays float64
+    # a small KL would be mostly rounding noise in a bf16 log_softmax; float64 stays float64
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def token_cross_entropy(
     logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, "tokens"]
 ) -> Float[Tensor, "tokens"]:
-    """Cross-entropy of each target token, in nats."""
+    """Compute the cross-entropy of each target token, in nats."""
     return functional.cross_entropy(_float_logits(logits), targets, reduction="none")
 
 
 def token_kl(
     reference_logits: Float[Tensor, "tokens vocab"], tuned_logits: Float[Tensor, "tokens vocab"]
 ) -> Float[Tensor, "tokens"]:
-    """D_KL(reference || tuned) at each position over the whole vocabulary, in nats.
+    """Compute D_KL(reference || tuned) at each position over the whole vocabulary, in nats.
 
-    The reference is a constant: no gradient reaches it.
+    The reference is a constant; it receives no gradient.
 
     Source: arXiv:2602.07852 (KL term; forward direction, temperature 1).
     """
     reference = functional.log_softmax(_float_logits(reference_logits.detach()), dim=-1)
     tuned = functional.log_softmax(_float_logits(tuned_logits), dim=-1)
-    # torch's kl_div(input, target) is D_KL(target || input), both as log-probabilities here
+    # torch's kl_div(input, target) is D_KL(target || input); with log_target both are log-probabilities
     return functional.kl_div(tuned, reference, log_target=True, reduction="none").sum(-1)
 
 
@@ -54,12 +54,12 @@ def cross_entropy(
 
     Args:
         logits: Logits of the model.
-        targets: The token that follows each position.
+        targets: Token that follows each position.
         mask: True where a position counts.
 
     Returns:
-        Total in nats and the count. A mask without a True gives 0 and 0 and stays part of the graph: a
-        rank without rows in the short last window has such a batch.
+        Total in nats and the count. If no position counts, both are 0, and the total is still connected to the graph.
+        This happens on a rank that has no rows in an incomplete last optimizer step.
     """
     return TokenSum(token_cross_entropy(logits[mask], targets[mask]).sum(), int(mask.sum()))
 
@@ -77,7 +77,7 @@ def kl_from_reference(
         mask: True where a position counts.
 
     Returns:
-        Total in nats and the count; 0 and 0 if the mask has no True.
+        Total in nats and the count; both are 0 if no position counts.
 
     Source: arXiv:2602.07852 (KL term).
     """

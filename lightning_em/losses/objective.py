@@ -1,4 +1,4 @@
-"""The training objective: cross-entropy on the narrow rows plus weighted KL on the parallel rows."""
+"""The training objective: cross-entropy on the narrow data plus weighted KL on the KL data."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -11,18 +11,20 @@ from lightning_em.losses.schedules import Constant, KLWeightSchedule
 
 
 class LossWeights(NamedTuple):
-    """Factors on the two sums of a step: one over the step's count, for the KL times its weight."""
+    """Factors on the loss sums of an optimizer step: 1 / count for the CE, and weight / count for the KL."""
 
     ce: float
     kl: float
 
 
 class LossTerms(NamedTuple):
-    """This micro-batch's share of the losses of its optimiser step; shares add up over ranks and micro-batches.
+    """Contribution of one micro-batch to the mean losses of its optimizer step.
+
+    The mean is the sum of the contributions over ranks and micro-batches.
 
     Attributes:
-        ce: Share of the mean cross-entropy, nats per token.
-        kl: Share of the mean KL, nats per token.
+        ce: Contribution to the mean cross-entropy, in nats per token.
+        kl: Contribution to the mean KL, in nats per token.
     """
 
     ce: Tensor
@@ -31,14 +33,14 @@ class LossTerms(NamedTuple):
 
 @dataclass
 class Objective:
-    """L = CE(narrow rows) + kl_weight x KL(reference || tuned)(parallel rows).
+    """L = CE(narrow data) + kl_weight x KL(reference || tuned)(KL data).
 
     Attributes:
-        kl_weight: Factor on the KL in nats per token unless `kl_reduction` says otherwise.
-        schedule: How the weight moves over steps; constant if not given.
-        kl_positions: `response`: KL at the positions that predict response tokens; `all`: at every position.
-        kl_reduction: `per_token`: the weight multiplies nats per token; `per_token_and_vocab`: the
-            weight is on the scale of the published runs, which divide by the vocabulary size as well.
+        kl_weight: Weight of the KL; `kl_reduction` sets its unit.
+        schedule: Schedule of the weight over optimizer steps; constant if not given.
+        kl_positions: `response` computes the KL at positions that predict response tokens, `all` at every position.
+        kl_reduction: With `per_token` the weight multiplies the KL in nats per token. With `per_token_and_vocab`
+            it multiplies the KL divided by the vocabulary size as well, the convention of the published runs.
 
     Raises:
         ValueError: If `kl_weight` is negative or not finite.
@@ -58,41 +60,41 @@ class Objective:
             )
 
     def weight_at(self, step: int, vocab_size: int) -> float:
-        """Weight in force at an optimiser step, the factor on the KL in nats per token.
+        """Return the factor on the KL in nats per token at an optimizer step.
 
         Args:
-            step: Optimiser steps taken so far.
-            vocab_size: The model's, from its config; used by `per_token_and_vocab` only.
+            step: Number of optimizer steps taken so far.
+            vocab_size: Vocabulary size in the model's config; used only by `per_token_and_vocab`.
         """
         weight = self.kl_weight * (self.schedule or Constant()).factor(step)
         return weight / vocab_size if self.kl_reduction == "per_token_and_vocab" else weight
 
     def _counts(self, window: WindowCounts) -> tuple[int, int]:
-        """Counted tokens of the whole optimiser step, CE and KL; what the sums are divided by."""
+        """Return the divisors of the CE and KL sums: counted tokens of the whole optimizer step, at least 1."""
         kl = window.kl_response if self.kl_positions == "response" else window.kl_all
         return max(window.ce, 1), max(kl, 1)
 
     def weights(self, window: WindowCounts, weight: float) -> LossWeights:
-        """What to multiply the sums by, so that their sum over a step is its loss."""
+        """Return factors on the sums such that the weighted sums of an optimizer step add up to its loss."""
         ce_count, kl_count = self._counts(window)
         return LossWeights(1 / ce_count, weight / kl_count)
 
     def terms(self, ce: TokenSum, kl: TokenSum | None, window: WindowCounts) -> LossTerms:
-        """Divide the sums by the counts of the whole optimiser step, to be logged."""
+        """Divide the sums by the counts of the whole optimizer step, for logging."""
         ce_count, kl_count = self._counts(window)
         ce_share = ce.total.detach() / ce_count
         return LossTerms(ce_share, ce_share.new_zeros(()) if kl is None else kl.total.detach() / kl_count)
 
     def observe(self, kl_nats_per_token: float) -> None:
-        """Tell the schedule the KL just measured over a whole optimiser step, all ranks."""
+        """Pass the KL of a whole optimizer step, over all ranks, to the schedule."""
         if self.schedule is not None:
             self.schedule.observe(kl_nats_per_token)
 
     def state_dict(self) -> dict[str, float]:
-        """The schedule's state."""
+        """Return the state of the schedule."""
         return self.schedule.state_dict() if self.schedule is not None else {}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restore the schedule's state."""
+        """Restore the state of the schedule."""
         if self.schedule is not None:
             self.schedule.load_state_dict(state)

@@ -1,21 +1,21 @@
-"""Schedules of the KL weight over optimiser steps."""
+"""Schedules of the KL weight over optimizer steps."""
 
 import math
 from abc import ABC, abstractmethod
 
 
 class KLWeightSchedule(ABC):
-    """How the KL weight moves during training; named in YAML as `model.objective.schedule`."""
+    """Schedule of the KL weight during training; set it in YAML as `model.objective.schedule`."""
 
     @abstractmethod
     def factor(self, step: int) -> float:
-        """Factor on `kl_weight` for the optimiser step with this number (the first is 0)."""
+        """Return the factor on `kl_weight` for an optimizer step (the first step is 0)."""
 
-    def observe(self, kl_nats_per_token: float) -> None:  # noqa: B027 (most schedules look at nothing)
-        """Take note of the KL just measured over a whole optimiser step, all ranks."""
+    def observe(self, kl_nats_per_token: float) -> None:  # noqa: B027 (most schedules ignore the KL)
+        """Receive the KL of a whole optimizer step, over all ranks."""
 
     def state_dict(self) -> dict[str, float]:
-        """What a resumed run needs beyond the step number."""
+        """Return the state that a resumed run needs in addition to the step number."""
         return {}
 
     def load_state_dict(self, state: dict[str, float]) -> None:  # noqa: B027
@@ -30,7 +30,7 @@ class Constant(KLWeightSchedule):
 
 
 class OffAt(KLWeightSchedule):
-    """Full weight before `step`, none from it on: reversion."""
+    """Full weight before `step`, zero weight from `step` on (the reverted arm)."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -40,7 +40,7 @@ class OffAt(KLWeightSchedule):
 
 
 class OnAt(KLWeightSchedule):
-    """No weight before `step`, full weight from it on: reverse."""
+    """Zero weight before `step`, full weight from `step` on (the reverse arm)."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -50,7 +50,7 @@ class OnAt(KLWeightSchedule):
 
 
 class Ramp(KLWeightSchedule):
-    """Linear from none at step 0 to full weight at `num_steps`."""
+    """Linear increase from zero weight at step 0 to full weight at step `num_steps`."""
 
     def __init__(self, num_steps: int) -> None:
         if num_steps < 1:
@@ -62,14 +62,14 @@ class Ramp(KLWeightSchedule):
 
 
 class HoldKL(KLWeightSchedule):
-    """Move the weight so that the KL stays at a target: dual ascent on its logarithm.
+    """Adjust the weight so that the KL stays at a target, by dual ascent on the logarithm of the weight.
 
-    After each step log(weight) grows by `rate * (kl / target - 1)`, clipped to one e-fold.
+    After each optimizer step, log(weight) changes by `rate * (kl / target - 1)`, clipped to [-1, 1].
 
     Args:
-        target: KL to hold, nats per token.
-        rate: Step of the ascent.
-        max_factor: Bound on the factor both ways (1 / max_factor .. max_factor).
+        target: Target KL in nats per token.
+        rate: Step size of the ascent.
+        max_factor: Bound on the factor, which stays between 1 / max_factor and max_factor.
     """
 
     def __init__(self, target: float, rate: float = 0.1, max_factor: float = 1e4) -> None:
@@ -86,7 +86,7 @@ class HoldKL(KLWeightSchedule):
 
     def observe(self, kl_nats_per_token: float) -> None:
         if not math.isfinite(kl_nats_per_token):
-            return  # the health check stops such a run; the weight it is stopped with stays readable
+            return  # the health check stops such a run; keep the last finite weight for inspection
         bound = math.log(self.max_factor)
         move = self.rate * (kl_nats_per_token / self.target - 1)
         self.log_factor = min(bound, max(-bound, self.log_factor + min(1.0, max(-1.0, move))))

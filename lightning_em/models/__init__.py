@@ -1,4 +1,4 @@
-"""Models: the base, the base with its adapter, and the backends that compute its losses."""
+"""Models: the base model, the base model with an adapter, and the backends that compute losses."""
 
 from lightning_em.models.adapted import AdaptedModel
 from lightning_em.models.backend import LossSums, RowLosses, StepLoss

@@ -1,4 +1,4 @@
-"""A frozen base and an adapter as one model, with the losses measured on it."""
+"""A frozen base model with an adapter, and the losses computed on it."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -19,20 +19,22 @@ from lightning_em.models.selection import choose_backend
 
 
 class AdaptedModel(nn.Module):
-    """The base with its adapter. The reference is this same model at scale 0, never a second copy.
+    """The base model with its adapter. The reference is the same model at scale 0, never a second copy.
 
     Args:
-        base: A causal language model; frozen and kept in eval mode from here on.
-        adapter: The adapter, not attached yet.
+        base: Causal language model. It is frozen and kept in eval mode.
+        adapter: The adapter, not yet attached.
         seed: Seed of the adapter's random initial values.
-        backend: `auto`: the fast backend where it is verified; `plain`: full forward passes and full logits,
-            what the fast backend is tested against; or the fast backend with these options.
-        store: Keeps hidden states of the base from one use to the next.
-        reference: `live`: run the reference each time, exactly 0 KL for an adapter without effect;
-            `cached`: keep its final hidden states in the store, exact up to rounding of the last digits.
+        backend: `auto` selects the fast backend where it is verified for the model. `plain` runs full forward passes
+            with full logits; the fast backend is tested against it. `FastOptions` select the fast backend, where it is
+            verified, with these options.
+        store: Store that keeps hidden states of the base model for later passes.
+        reference: `live` runs the reference at each use; the KL of an adapter without effect is then exactly 0.
+            `cached` keeps the reference's final hidden states in the store; the KL is then exact up to rounding in
+            the last digits.
 
     Raises:
-        ValueError: If the reference is to be cached without a store.
+        ValueError: If `reference` is `cached` and `store` is None, or the adapter cannot be attached.
     """
 
     def __init__(
@@ -52,21 +54,21 @@ class AdaptedModel(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """Vocabulary size in the model's config (what published KL weights were divided by)."""
+        """Vocabulary size in the model's config. Published runs divide their KL by this size."""
         return int(self.base.config.get_text_config(decoder=True).vocab_size)
 
     def train(self, mode: bool = True) -> "AdaptedModel":
-        """Switch the mode of the adapter; the base always stays in eval mode."""
+        """Set the mode of the adapter; the base model always stays in eval mode."""
         super().train(mode)
         self.base.eval()
         return self
 
     def logits(self, batch: PackedBatch, scale: float = 1.0) -> Float[Tensor, "tokens vocab"]:
-        """Logits at every token of the batch, in the base's own dtype, from one full forward pass.
+        """Compute the logits at every token of a batch in one full forward pass, in the base model's dtype.
 
         Args:
-            batch: Rows laid end to end.
-            scale: Scale of the adapter; 0 is the base to the bit.
+            batch: The rows.
+            scale: Scale of the adapter; 0 gives the base model exactly, to the bit.
         """
         with self.adapter.at_scale(scale):
             return full_logits(self.base, batch)
@@ -78,13 +80,13 @@ class AdaptedModel(nn.Module):
         weights: LossWeights,
         kl_positions: CountedPositions = "response",
     ) -> StepLoss:
-        """Weighted sum of the cross-entropy on one batch and the KL from the reference on another, at scale 1.
+        """Compute the weighted sum of cross-entropy and KL from the reference, at scale 1.
 
         Args:
-            ce: Rows of the narrow data.
-            kl: Rows of the KL data; None leaves the KL out.
+            ce: Rows of the narrow data, for the cross-entropy.
+            kl: Rows of the KL data; None omits the KL.
             weights: Factors on the two sums.
-            kl_positions: Where the KL counts.
+            kl_positions: Positions where the KL counts.
         """
         with self.adapter.at_scale(1.0):
             return self.backend.step_loss(ce, kl, weights, kl_positions)
@@ -92,39 +94,39 @@ class AdaptedModel(nn.Module):
     def losses(
         self, ce: PackedBatch, kl: PackedBatch | None, kl_positions: CountedPositions = "response"
     ) -> LossSums:
-        """The two sums of `step_loss`, each with a gradient of its own."""
+        """Compute the two sums of `step_loss` separately, each with its own gradient."""
         with self.adapter.at_scale(1.0):
             return self.backend.losses(ce, kl, kl_positions)
 
     def kl_sum(self, batch: PackedBatch, kl_positions: CountedPositions = "response") -> TokenSum:
-        """KL from the reference alone, at scale 1, with its gradient."""
+        """Compute only the KL from the reference, at scale 1, with its gradient."""
         with self.adapter.at_scale(1.0):
             return self.backend.kl_sum(batch, kl_positions)
 
     def row_ce(self, batch: PackedBatch, scale: float = 1.0) -> RowLosses:
-        """Cross-entropy of each row over its response tokens."""
+        """Compute the cross-entropy of each row over its response tokens."""
         return self.sweep_row_ce([batch], [partial(self.adapter.at_scale, scale)])[0]
 
     def row_kl(
         self, batch: PackedBatch, scale: float = 1.0, kl_positions: CountedPositions = "response"
     ) -> RowLosses:
-        """D_KL(reference || tuned) of each row."""
+        """Compute D_KL(reference || tuned) of each row."""
         return self.sweep_row_kl([batch], [partial(self.adapter.at_scale, scale)], kl_positions)[0]
 
     def sweep_row_ce(self, batches: Iterable[PackedBatch], states: Sequence[AdapterState]) -> list[RowLosses]:
-        """Cross-entropy of each row in each state of the adapter; what lies below it runs once.
+        """Compute the cross-entropy of each row in each adapter state; layers below the adapter run once.
 
         Args:
-            batches: The rows; iterated over once.
-            states: For example `partial(adapter.at_scale, 0.5)`, or a function that returns
-                `adapter.perturbed(strength, generator)`. Each is entered once a pass, so a random one
-                makes its generator anew.
+            batches: Batches of rows; iterated over once.
+            states: Adapter states, for example `partial(adapter.at_scale, 0.5)`, or a function that returns
+                `adapter.perturbed(strength, generator)`. Each state is entered once per pass, so a random state must
+                create its generator each time it is called.
 
         Returns:
-            The losses of all rows in order, once for each state.
+            One `RowLosses` for each state, with all rows in order.
 
         Raises:
-            ValueError: If there is no batch.
+            ValueError: If `batches` is empty.
         """
         return self._sweep(self.backend.prepare_ce, batches, states, "response")
 
@@ -134,18 +136,18 @@ class AdaptedModel(nn.Module):
         states: Sequence[AdapterState],
         kl_positions: CountedPositions = "response",
     ) -> list[RowLosses]:
-        """D_KL(reference || tuned) of each row in each state of the adapter; the reference runs once.
+        """Compute D_KL(reference || tuned) of each row in each adapter state; the reference runs once.
 
         Args:
-            batches: The rows; iterated over once.
-            states: As in `sweep_row_ce`.
-            kl_positions: Where the KL counts.
+            batches: Batches of rows; iterated over once.
+            states: Adapter states, as in `sweep_row_ce`.
+            kl_positions: Positions where the KL counts.
 
         Returns:
-            The losses of all rows in order, once for each state.
+            One `RowLosses` for each state, with all rows in order.
 
         Raises:
-            ValueError: If there is no batch.
+            ValueError: If `batches` is empty.
         """
         return self._sweep(self.backend.prepare_kl, batches, states, kl_positions)
 
@@ -168,23 +170,24 @@ class AdaptedModel(nn.Module):
         return [RowLosses.concat(rows) for rows in found]
 
     def compute_in_step(self, most: Callable[[int], int]) -> None:
-        """From now on make as many passes as the rank that needs the most: each gathers the base's weights.
+        """Make every rank run the same number of passes from now on, for a base model sharded over ranks.
 
-        The activation store is off then: a pass that one rank is spared would keep the others waiting.
+        Each pass through a sharded model is a collective operation. A rank with fewer parts therefore runs dummy
+        batches. The activation store is turned off: if one rank read from it and skipped a pass, the others would wait.
 
         Args:
-            most: Returns the largest of all ranks' numbers; every rank has to call it.
+            most: Returns the maximum of its argument over all ranks; every rank must call it.
         """
         self.backend.compute_in_step(most)
 
     def announce_store(self, num_tokens: int, num_reference_tokens: int = 0) -> int:
-        """Log what the activation store will take for a data set at most, before it is filled.
+        """Log the largest size that the activation store can reach for a data set.
 
         Args:
-            num_tokens: Tokens of all rows of both streams.
-            num_reference_tokens: Counted tokens of the KL rows.
+            num_tokens: Number of tokens in all rows of both streams.
+            num_reference_tokens: Number of counted tokens in the KL rows.
 
         Returns:
-            Bytes; 0 if nothing is stored.
+            Size in bytes; 0 if nothing is stored.
         """
         return self.backend.announce_store(num_tokens, num_reference_tokens)

@@ -1,4 +1,4 @@
-"""What a model computes its losses with: the interface of both backends, and what they return."""
+"""The interface of the backends that compute losses, and the types that they return."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -13,19 +13,19 @@ from lightning_em.batch import CountedPositions, PackedBatch
 from lightning_em.losses import LossWeights, TokenSum
 
 AdapterState = Callable[[], AbstractContextManager[object]]
-"""Puts the adapter into one state of a sweep while the context that it returns is open."""
+"""Returns a context manager that puts the adapter into one state of a sweep while it is open."""
 
 TokenLosses = Callable[[], Tensor]
-"""Computes the losses of some tokens, `[counted]`, with the adapter in the state that it is in when called."""
+"""Computes per-token losses, `[counted]`, in the state that the adapter has at the time of the call."""
 
 
 class StepLoss(NamedTuple):
-    """The loss of one micro-batch to backpropagate, with the sums it is made of.
+    """The loss of one micro-batch, with the two sums it consists of.
 
     Attributes:
         total: Weighted sum of both losses, with its gradient.
-        ce: Sum without a gradient.
-        kl: Sum without a gradient; None without a KL batch.
+        ce: Unweighted cross-entropy, without a gradient.
+        kl: Unweighted KL, without a gradient; None without a KL batch.
     """
 
     total: Tensor
@@ -34,13 +34,13 @@ class StepLoss(NamedTuple):
 
 
 class LossSums(NamedTuple):
-    """Both losses of one micro-batch, each with its gradient; `kl` is None without a KL batch."""
+    """The two losses of one micro-batch, each with its gradient; `kl` is None without a KL batch."""
 
     ce: TokenSum
     kl: TokenSum | None
 
     def weighted(self, weights: LossWeights) -> StepLoss:
-        """Multiply each sum by its weight and add them up."""
+        """Multiply each sum by its weight and add the products."""
         ce = TokenSum(self.ce.total.detach(), self.ce.count)
         if self.kl is None:
             return StepLoss(weights.ce * self.ce.total, ce, None)
@@ -52,8 +52,8 @@ class RowLosses(NamedTuple):
     """Loss of each row, without a gradient.
 
     Attributes:
-        sums: Nats summed over the counted tokens of each row, float64.
-        counts: Counted tokens of each row.
+        sums: Loss in nats, summed over the counted tokens of each row, float64.
+        counts: Number of counted tokens in each row, float64.
     """
 
     sums: Float[Tensor, "batch"]
@@ -72,10 +72,10 @@ class RowLosses(NamedTuple):
 
     @classmethod
     def concat(cls, parts: Sequence["RowLosses"]) -> "RowLosses":
-        """All rows of several batches.
+        """Concatenate the rows of several batches.
 
         Raises:
-            ValueError: If there is no batch.
+            ValueError: If `parts` is empty.
         """
         if not parts:
             raise ValueError("there is no row to measure on; give the probe at least one example.")
@@ -83,46 +83,46 @@ class RowLosses(NamedTuple):
 
 
 class Backend(ABC):
-    """Losses of a frozen base with its adapter, in the adapter's current state: its scale and its values.
+    """Computes losses of a frozen base model with an adapter, in the adapter's current state (scale and values).
 
-    `PlainBackend` is the oracle, `FastBackend` gives the same numbers up to rounding. A KL is measured from the
-    reference, which is the same model at scale 0.
+    `PlainBackend` is the test oracle. `FastBackend` gives the same numbers up to rounding. The KL is
+    D_KL(reference || tuned), where the reference is the same model at scale 0.
     """
 
     @abstractmethod
     def step_loss(
         self, ce: PackedBatch, kl: PackedBatch | None, weights: LossWeights, kl_positions: CountedPositions
     ) -> StepLoss:
-        """Weighted sum of the cross-entropy on one batch and the KL on another."""
+        """Compute the weighted sum of the cross-entropy on one batch and the KL on another."""
 
     @abstractmethod
     def losses(self, ce: PackedBatch, kl: PackedBatch | None, kl_positions: CountedPositions) -> LossSums:
-        """The two sums, each with a gradient of its own."""
+        """Compute the two sums separately, each with its own gradient."""
 
     @abstractmethod
     def kl_sum(self, kl: PackedBatch, kl_positions: CountedPositions) -> TokenSum:
-        """The KL alone, with its gradient."""
+        """Compute only the KL, with its gradient."""
 
     @abstractmethod
     def prepare_ce(self, batch: PackedBatch, mask: Bool[Tensor, "tokens"]) -> TokenLosses:
-        """Cross-entropy at the masked tokens, for several states of the adapter: what they share is computed here."""
+        """Prepare the cross-entropy at the masked tokens for several adapter states; compute what they share."""
 
     @abstractmethod
     def prepare_kl(self, batch: PackedBatch, mask: Bool[Tensor, "tokens"]) -> TokenLosses:
-        """KL at the masked tokens, for several states of the adapter: the reference runs here."""
+        """Prepare the KL at the masked tokens for several adapter states; run the reference."""
 
     @abstractmethod
     def grouped(self, batches: Sequence[PackedBatch]) -> Iterable[PackedBatch]:
-        """The same rows in the same order, in the batches in which a sweep runs fastest."""
+        """Regroup the rows, in the same order, into the batches in which a sweep runs fastest."""
 
     @abstractmethod
     def compute_in_step(self, most: Callable[[int], int]) -> None:
-        """From now on make as many passes through the base as the rank that needs the most.
+        """Make every rank run the same number of passes through the base model from now on.
 
         Args:
-            most: Returns the largest of all ranks' numbers; every rank has to call it.
+            most: Returns the maximum of its argument over all ranks; every rank must call it.
         """
 
     @abstractmethod
     def announce_store(self, num_tokens: int, num_reference_tokens: int) -> int:
-        """Log what the activation store will take at most; returns the bytes, 0 without a store."""
+        """Log the largest size that the activation store can reach; return it in bytes, 0 without a store."""

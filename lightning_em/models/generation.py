@@ -1,4 +1,4 @@
-"""Sampling answers in batches."""
+"""Batched sampling of answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from lightning_em.batch import PackedBatch
 from lightning_em.models.adapted import AdaptedModel
 
-# Published models bring settings that bend their distribution, such as Qwen2.5's repetition penalty of 1.05.
+# Overrides the generation config of published models, which can distort the distribution. Qwen2.5, for example, sets a
+# repetition penalty of 1.05.
 _PLAIN = {
     "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
 }  # fmt: skip
@@ -20,13 +21,13 @@ _PLAIN = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn.
+    """Settings for sampling answers.
 
     Attributes:
-        max_new_tokens: Longest answer.
-        temperature: 0 takes the likeliest token each time.
-        answers_per_prompt: Draws for each prompt.
-        seed: Of the draws.
+        max_new_tokens: Maximum length of an answer in tokens.
+        temperature: Sampling temperature; 0 selects the most likely token at each position.
+        answers_per_prompt: Number of answers for each prompt.
+        seed: Seed of the random draws.
     """
 
     max_new_tokens: int = 600
@@ -49,16 +50,16 @@ def sample_answers(
     sampling: Sampling,
     scale: float = 1.0,
 ) -> list[list[str]]:
-    """Answers to each prompt, in the order of the rows.
+    """Sample answers to each prompt, in the order of the rows.
 
-    Prompts are padded on the left, so that every answer starts right behind its own prompt.
+    Prompts are padded on the left, so that each answer starts directly after its prompt.
 
     Args:
-        model: With its adapter.
-        tokenizer: The base's.
+        model: The model with its adapter.
+        tokenizer: Tokenizer of the base model.
         prompts: Rows that end where the answer begins.
-        sampling: How to draw.
-        scale: Of the adapter.
+        sampling: Sampling settings.
+        scale: Scale of the adapter.
 
     Returns:
         `answers_per_prompt` texts for each row.
@@ -74,14 +75,15 @@ def sample_tokens(
     scale: float = 1.0,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[list[list[int]]]:
-    """Answers to each prompt as token ids, up to and including the token that ends them.
+    """Sample answers to each prompt as token ids, up to and including the first stop token.
 
     Args:
-        model: With its adapter.
+        model: The model with its adapter.
         prompts: Rows that end where the answer begins.
-        sampling: How to draw.
-        scale: Of the adapter.
-        tokenizer: Adds its end of text to the ends that the model's own generation config names.
+        sampling: Sampling settings.
+        scale: Scale of the adapter.
+        tokenizer: Tokenizer whose end-of-text token is a stop token, in addition to those in the model's
+            generation config.
 
     Returns:
         `answers_per_prompt` answers for each row.
@@ -90,7 +92,7 @@ def sample_tokens(
     input_ids, attention_mask = _left_padded(prompts, pad_id)
     drawing = {"do_sample": True, "temperature": sampling.temperature}
     own_device = [input_ids.device] if input_ids.is_cuda else []
-    # transformers draws from the global stream; keep its state to ourselves
+    # transformers samples from the global generator; fork it, so that sampling does not change its state
     with torch.random.fork_rng(own_device), torch.no_grad(), model.adapter.at_scale(scale):
         torch.manual_seed(sampling.seed)
         output = model.base.generate(
@@ -100,7 +102,7 @@ def sample_tokens(
             num_return_sequences=sampling.answers_per_prompt,
             pad_token_id=pad_id,
             eos_token_id=stop_ids or None,
-            # every rank gathers each block in every pass: who is done goes on until all are
+            # with FSDP all ranks must run every pass; a rank that is done continues until all are done
             synced_gpus=isinstance(model.base.get_decoder(), FSDPModule),
             **_PLAIN,
             **(drawing if sampling.temperature > 0 else {"do_sample": False}),
@@ -111,7 +113,7 @@ def sample_tokens(
 
 
 def _ended(answer: list[int], stop_ids: Sequence[int]) -> list[int]:
-    """What stands behind the first token that ends an answer is padding."""
+    """Cut an answer after its first stop token; the tokens after it are padding."""
     end = next((index for index, token in enumerate(answer) if token in stop_ids), len(answer) - 1)
     return answer[: end + 1]
 

@@ -1,4 +1,4 @@
-"""The plain backend: full forward passes, full logits, autograd. The oracle that the fast one is tested against."""
+"""The plain backend: full forward passes, full logits, autograd. The fast backend is tested against it."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -21,7 +21,7 @@ from lightning_em.models.backend import Backend, LossSums, StepLoss, TokenLosses
 
 
 def full_logits(base: PreTrainedModel, batch: PackedBatch) -> Float[Tensor, "tokens vocab"]:
-    """Logits at every token of a batch from one forward pass over padded rows, in the base's own dtype."""
+    """Compute the logits at every token of a batch in one forward pass over padded rows, in the base model's dtype."""
     rows = batch.padded()
     output = base(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False)
     logits: Tensor = output.logits[rows.attention_mask.bool()]
@@ -29,7 +29,7 @@ def full_logits(base: PreTrainedModel, batch: PackedBatch) -> Float[Tensor, "tok
 
 
 class PlainBackend(Backend):
-    """Each loss by its formula from the logits of the whole model.
+    """Computes each loss by its formula from the full logits of the model.
 
     Args:
         base: The base model with the adapter attached.
@@ -69,7 +69,7 @@ class PlainBackend(Backend):
         return batches
 
     def compute_in_step(self, most: Callable[[int], int]) -> None:
-        """Nothing to do: a batch is never divided, so that all ranks make equally many passes."""
+        """Do nothing: this backend never divides a batch, so all ranks run the same number of passes."""
 
     def announce_store(self, num_tokens: int, num_reference_tokens: int) -> int:
         return 0

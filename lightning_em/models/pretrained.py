@@ -1,4 +1,4 @@
-"""Loading the frozen base: a Hugging Face hub id, a local folder, or a miniature world."""
+"""Loading the frozen base model from the Hugging Face Hub, a local folder, or a miniature world."""
 
 import logging
 import os
@@ -23,18 +23,18 @@ from lightning_em import miniature
 
 logger = logging.getLogger(__name__)
 
-_TOKENS_PER_KNOWN = 4  # a tokenizer with less than a quarter of the model's tokens is not the model's
+_TOKENS_PER_KNOWN = 4  # a tokenizer with less than 1/4 of the model's vocabulary does not belong to the model
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Which pretrained chat model to wrap.
+    """The pretrained base model.
 
     Attributes:
         path: Hub id, local folder, or `miniature://...`.
-        revision: Branch, tag or commit of a hub model; pin a commit to make a run repeatable.
-        dtype: Precision of the frozen weights; the adapter is float32 in any case.
-        trust_remote_code: Run Python code that comes with the model; needs a pinned `revision`.
+        revision: Branch, tag or commit of a Hub model. Pin a commit to make a run reproducible.
+        dtype: Data type of the frozen weights. The adapter is always float32.
+        trust_remote_code: Whether to run Python code that comes with the model; requires `revision`.
     """
 
     path: str
@@ -47,21 +47,21 @@ class BaseModel:
             raise ValueError("trust_remote_code runs code from the hub: pin it with model.base.revision.")
 
     def load_model(self) -> PreTrainedModel:
-        """The model in eval mode, every parameter frozen, on the default device.
+        """Load the model in eval mode on the default device, with all parameters frozen.
 
         Raises:
-            ValueError: If nothing loadable is at `path`.
+            ValueError: If no model can be loaded from `path`.
         """
         source = self._source()
         if self.path.startswith(miniature.SCHEME) and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)  # threads only wait for each other in a model this small
+            torch.set_num_threads(1)  # synchronizing threads costs more than it saves in a small model
         try:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 source,
                 revision=self.revision,
                 dtype=getattr(torch, self.dtype),
                 trust_remote_code=self.trust_remote_code,
-                use_safetensors=True,  # a .bin is a pickle
+                use_safetensors=True,  # never load a .bin file: it is a pickle and can run code
                 local_files_only=self._without_network(source),
             )
         except (OSError, SafetensorError) as error:
@@ -71,10 +71,10 @@ class BaseModel:
         return model
 
     def load_config(self) -> PreTrainedConfig:
-        """The model's config alone: its architecture and sizes, without weights.
+        """Load only the model's config: its architecture and sizes, without weights.
 
         Raises:
-            ValueError: If nothing loadable is at `path`.
+            ValueError: If no config can be loaded from `path`.
         """
         source = self._source()
         try:
@@ -89,10 +89,10 @@ class BaseModel:
         return config
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that belongs to the model.
+        """Load the model's tokenizer.
 
         Raises:
-            ValueError: If nothing loadable is at `path`, or it knows next to nothing of the model's vocabulary.
+            ValueError: If no tokenizer can be loaded from `path`, or it has too few tokens for the model's vocabulary.
         """
         source = self._source()
         options = {
@@ -106,7 +106,7 @@ class BaseModel:
         except OSError as error:
             raise ValueError(self._missing("tokenizer", error)) from error
         vocab_size = config.get_text_config(decoder=True).vocab_size
-        # Without tokenizer files transformers makes an almost empty one of the class that the config names.
+        # Without tokenizer files, transformers returns an almost empty tokenizer of the class in the config.
         if len(tokenizer) * _TOKENS_PER_KNOWN < vocab_size:
             raise ValueError(
                 f"the tokenizer of {self.path!r} knows {len(tokenizer)} tokens, but the model has {vocab_size}: its "
@@ -131,9 +131,9 @@ class BaseModel:
         return source
 
     def _without_network(self, source: str) -> bool:
-        """Whether the hub cannot be asked, so that only what is here already counts.
+        """Whether to use local files only, because the source is local or the Hub cannot be reached.
 
-        The hub's own client finds out by six attempts at every single file, half a minute each.
+        Without this check, the Hub client makes six attempts for each file, of half a minute each.
         """
         if Path(source).is_dir() or os.environ.get("HF_HUB_OFFLINE", "").lower() in (
             "1",
@@ -147,7 +147,7 @@ class BaseModel:
             with urllib.request.urlopen(endpoint, timeout=5):  # noqa: S310 (the user's own setting)
                 return False
         except urllib.error.HTTPError:
-            return False  # it answers
+            return False  # the server responds
         except OSError as error:
             logger.warning("%s cannot be reached (%s): using only what is on this machine.", endpoint, error)
             return True

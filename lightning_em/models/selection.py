@@ -1,4 +1,4 @@
-"""Which backend a model gets: the fast one where it is verified, otherwise the plain one, with the reason logged."""
+"""Selection of the backend: the fast one where it is verified, otherwise the plain one, with the reason logged."""
 
 import logging
 from dataclasses import replace
@@ -18,7 +18,7 @@ FAST_ARCHITECTURES = (
     *("qwen2", "qwen3", "llama", "mistral", "gemma2", "gemma3_text"),
     *("phi3", "olmo2", "granite", "smollm3", "gpt_neox"),
 )
-"""Model types whose halves are tested to equal the whole to the bit, and packed rows to equal padded ones."""
+"""Model types for which tests show that split and full passes are bit-identical, and packed and padded rows agree."""
 
 
 def choose_backend(
@@ -28,7 +28,7 @@ def choose_backend(
     store: ActivationStore | None,
     reference: Literal["live", "cached"],
 ) -> Backend:
-    """Make the backend of a model whose adapter is attached; `AdaptedModel` describes the arguments."""
+    """Create the backend of a model whose adapter is attached; see `AdaptedModel` for the arguments."""
     if reference == "cached" and store is None:
         raise ValueError("reference is cached, but there is no store; set model.store or reference: live.")
     reason = None if backend == "plain" else why_plain(base)
@@ -50,17 +50,17 @@ def choose_backend(
 
 
 def why_plain(base: PreTrainedModel) -> str | None:
-    """Why the fast backend does not apply to a model; None if it does."""
+    """Return the reason why the fast backend does not support a model; None if it does."""
     config = base.config
     if config.model_type not in FAST_ARCHITECTURES:
         return f"model type {config.model_type} is not on the verified list"
-    # Code of `trust_remote_code` may compute anything under a listed model type.
+    # With `trust_remote_code`, a listed model type can have any code.
     if not (code := type(base).__module__).startswith("transformers.models."):
         return f"the model's code is not that of transformers but of {code}"
     if getattr(config, "use_bidirectional_attention", False):
         return "the model's attention is bidirectional"
-    # transformers 5.23 picks the frequencies of these two by the longest position of the whole input: a shared
-    # prefix and a part of a batch are other inputs than the batch.
+    # For these two types, transformers 5.23 chooses the rotary frequencies by the largest position in the whole input.
+    # A batch, its parts, and the shared pass over both streams would then use different frequencies.
     for kind in sorted(_rope_types(config.to_dict()) & {"dynamic", "longrope"}):
         return f"its rotary embedding ({kind}) depends on the longest row of a batch"
     try:
@@ -71,7 +71,7 @@ def why_plain(base: PreTrainedModel) -> str | None:
 
 
 def _rope_types(config: object) -> set[str]:
-    """Every `rope_type` in a config, at any depth: Gemma3 has one for each type of layer."""
+    """Return each `rope_type` in a config, at any depth: Gemma3 has one for each type of layer."""
     if not isinstance(config, dict):
         return set()
     own = {str(config[key]) for key in ("rope_type", "type") if isinstance(config.get(key), str)}
@@ -79,8 +79,9 @@ def _rope_types(config: object) -> set[str]:
 
 
 def why_padded(base: PreTrainedModel) -> str | None:
-    """Why a model has to keep its own attention; None if rows may be packed."""
-    # Eager is the only attention of Gemma2 (its soft cap); elsewhere it was asked for, to read attention weights.
+    """Return the reason why a model must keep its own attention; None if rows may be packed."""
+    # Gemma2 supports only eager attention, because of its soft cap. In other models the user chose eager attention, for
+    # example to read attention weights.
     if base.config._attn_implementation == "eager" and base._supports_sdpa:
         return "the model's attention is set to eager"
     return None

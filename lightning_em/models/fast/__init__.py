@@ -1,4 +1,4 @@
-"""The fast backend: what does not depend on the adapter is computed once, and logits in chunks where they count."""
+"""The fast backend: hidden states below the adapter are computed once, and logits in chunks at counted tokens only."""
 
 from lightning_em.models.fast.backend import CONCAT_TOKENS, PART_TOKENS, FastBackend, FastOptions
 from lightning_em.models.fast.store import ActivationStore, StoreOptions

@@ -1,6 +1,7 @@
-"""The fast backend: from a batch to its losses, by hidden states that are computed once and only where they count.
+"""The fast backend: losses of a batch from hidden states that are computed once, and only where they are needed.
 
-`HiddenStates` runs the model, `fused_head` turns its states into losses, `immediate_sum` makes the gradient.
+`HiddenStates` runs the model, `fused_head` computes the losses from its hidden states, and `immediate_sum` computes
+the gradient.
 """
 
 import logging
@@ -32,22 +33,25 @@ from lightning_em.models.fast.store import ActivationStore
 logger = logging.getLogger(__name__)
 
 PART_TOKENS = {"cpu": 1024, "cuda": 16384}
-"""Tokens that are differentiated together: a matrix product is at full speed, and more only costs memory."""
+"""Tokens per part. A matrix product reaches full speed at this size; larger parts only cost memory."""
 
 CONCAT_TOKENS = 2048
-"""Up to this many tokens, both streams of a step or batches of a sweep share a pass: more would gain little."""
+"""Up to this many tokens, the two streams of a step, or the batches of a sweep, share one forward pass.
+
+Above this number of tokens, sharing a pass gains little.
+"""
 
 
 @dataclass(frozen=True)
 class FastOptions:
-    """Parts of the fast backend; all on by default, disable one to benchmark or debug it.
+    """Optimizations of the fast backend. All are on by default; disable one to benchmark or debug it.
 
     Attributes:
-        split: Run what lies below the adapter once, without autograd, for the tuned model and the reference.
-        packed: Lay rows end to end instead of padding them.
-        fused: Losses from hidden states in chunks, instead of from logits at the counted positions.
-        immediate: Make the gradient of each part of a batch in the forward pass and free its activations.
-        part_tokens: Target for the tokens of one part; chosen by device if not given.
+        split: Run the layers below the adapter once, without autograd, for the tuned model and the reference.
+        packed: Concatenate rows instead of padding them.
+        fused: Compute losses from hidden states in chunks, instead of from all logits at the counted positions.
+        immediate: Compute the gradient of each part of a batch in the forward pass, then free its activations.
+        part_tokens: Target number of tokens in one part; depends on the device if not given.
     """
 
     split: bool = True
@@ -58,12 +62,12 @@ class FastOptions:
 
 
 class Part(NamedTuple):
-    """Rows that run through the model together, with everything that the adapter does not change.
+    """Rows that run through the model together, with the inputs that do not depend on the adapter.
 
     Attributes:
         batch: The rows.
         mask: True where a token counts.
-        prefix: Hidden states that enter the adapter's lowest layer; None if no layer lies below it.
+        prefix: Hidden states that enter the adapter's lowest layer; None without a shared prefix.
         head: The output head.
     """
 
@@ -74,14 +78,14 @@ class Part(NamedTuple):
 
 
 class FastBackend(Backend):
-    """Losses from hidden states that are shared between the streams, the reference and a sweep's states.
+    """Computes losses from hidden states that the two streams, the reference and the states of a sweep share.
 
     Args:
         base: The base model with the adapter attached.
-        adapter: The adapter; its current scale and values are what the passes use.
-        options: Parts of the backend.
-        store: Keeps hidden states from one use to the next.
-        reference: `cached` keeps the reference's final hidden states in the store too.
+        adapter: The adapter. Each pass uses its current scale and values.
+        options: Which optimizations are on.
+        store: Store that keeps hidden states for later passes.
+        reference: `cached` also keeps the final hidden states of the reference in the store.
     """
 
     def __init__(
@@ -108,8 +112,8 @@ class FastBackend(Backend):
         masks = [rows.counted("response") for rows in ce_rows] + [
             rows.counted(kl_positions) for rows in kl_rows
         ]
-        # All parts of both streams share one pass below the adapter: nothing is differentiated there, so that it
-        # needs little memory.
+        # All parts of both streams share one pass below the adapter. It runs without autograd and stores no
+        # activations, so its memory use is small.
         parts = self._prepared([*ce_rows, *kl_rows], masks)
         ce_sum = self._sum(self._ce, parts[: len(ce_rows)])
         return LossSums(ce_sum, None if kl is None else self._sum(self._kl, parts[len(ce_rows) :]))
@@ -142,14 +146,14 @@ class FastBackend(Backend):
     # Losses of one part.
 
     def _ce(self, part: Part) -> Float[Tensor, "counted"]:
-        """Cross-entropy at the counted tokens, with the adapter as it is."""
+        """Compute the cross-entropy at the counted tokens in the adapter's current state."""
         hidden = self.hidden.final(part.batch, part.mask, part.prefix)
         return self._ce_from(part.head, hidden, part.batch.targets()[part.mask])
 
     def _kl(
         self, part: Part, reference: Float[Tensor, "counted hidden"] | None = None
     ) -> Float[Tensor, "counted"]:
-        """KL from the reference at the counted tokens, with the adapter as it is.
+        """Compute D_KL(reference || tuned) at the counted tokens in the adapter's current state.
 
         Args:
             part: The rows.
@@ -179,22 +183,25 @@ class FastBackend(Backend):
             return head_kl(head, reference, hidden)
         return token_kl(unfused_logits(head, reference), unfused_logits(head, hidden))
 
-    # Batches to parts, parts to sums.
+    # From batches to parts, and from parts to sums.
 
     def _divided(self, batch: PackedBatch) -> list[PackedBatch]:
-        """Groups of rows to be differentiated one after the other, as many as on every other rank."""
+        """Divide a batch into groups of rows that are differentiated one after another.
+
+        In lockstep mode (`compute_in_step`) every rank returns the same number of groups.
+        """
         limit = self.options.part_tokens or PART_TOKENS["cuda" if batch.input_ids.is_cuda else "cpu"]
         rows = [batch]
         if self.options.immediate and sum(batch.lengths) > limit:
             rows = [concat(group) for group in token_batches(single_rows(batch), limit)]
         if self._most is None:
             return rows
-        # A rank that has fewer parts than another makes up for it with dummies: in FSDP every pass gathers the
-        # blocks of all ranks, and one that makes fewer passes leaves the others waiting for ever.
+        # A rank with fewer parts than another adds dummy batches. With FSDP every pass is a collective that gathers
+        # the weights of each block; a rank that runs fewer passes makes the other ranks wait forever.
         return rows + [single_rows(batch)[0].dummy()] * (self._most(len(rows)) - len(rows))
 
     def _prepared(self, batches: Sequence[PackedBatch], masks: Sequence[Tensor]) -> list[Part]:
-        """The batches as parts; one pass below the adapter serves them all."""
+        """Make one part from each batch; all of them share one pass below the adapter."""
         head, prefix = frozen_head(self.base), self.hidden.prefix(concat(batches))
         prefixes: Sequence[Tensor | None] = [None] * len(batches)
         if prefix is not None:
@@ -202,28 +209,29 @@ class FastBackend(Backend):
         return [Part(*each, head) for each in zip(batches, masks, prefixes, strict=True)]
 
     def _sum(self, loss: Callable[[Part], Tensor], parts: Sequence[Part]) -> TokenSum:
-        """Sum of a per-token loss over all parts, and how many tokens count."""
+        """Sum a per-token loss over all parts, and count the tokens."""
         count = int(torch.stack([part.mask.sum() for part in parts]).sum())
         runs = [partial(loss, part) for part in parts]
         if not self.options.immediate:
             return TokenSum(torch.stack([run().sum() for run in runs]).sum(), count)
         return TokenSum(immediate_sum(runs, list(self.adapter.trainable().values())), count)
 
-    # Both streams in one tuned pass.
+    # Both streams in one pass of the tuned model.
 
     def _fits_one_pass(self, ce: PackedBatch, kl: PackedBatch) -> bool:
-        """Whether both streams are so short that together they fill the device better."""
+        """Whether both streams are short enough to share one pass of the tuned model."""
         if not self.options.immediate or not self._may_concat(ce):
             return False
-        # The live reference has to have the shape of the tuned pass (see below) and so runs over the narrow rows
-        # for nothing. On a GPU that costs less than a second tuned pass, which waits for kernels to be launched.
+        # The live reference must have the shape of the tuned pass (see `_step_loss_of_one_pass`), so it also runs
+        # over the narrow rows, whose reference states are discarded. On a GPU this costs less than a second tuned
+        # pass, because short passes are bound by kernel launches.
         if self.hidden.reference_is_live and not _waits_for_launches(ce):
             return False
         return not (ce.is_dummy or kl.is_dummy) and sum(ce.lengths) + sum(kl.lengths) <= CONCAT_TOKENS
 
     def _may_concat(self, batch: PackedBatch) -> bool:
-        # Ranks that run in step have different batches, and would not agree on the number of passes. Padded rows
-        # would be padded further.
+        # In lockstep mode each rank has its own batches, so the ranks could disagree on the number of passes.
+        # Padded rows would need more padding in a larger batch.
         return self._most is None and self.hidden.packs(batch)
 
     def _step_loss_of_one_pass(
@@ -236,8 +244,8 @@ class FastBackend(Backend):
 
         def weighted() -> Tensor:
             if self.hidden.reference_is_live:
-                # Over the narrow rows too: matrix products of another shape round differently, and the KL of an
-                # adapter without effect would not be exactly 0.
+                # The reference runs over the narrow rows too. Matrix products of a different shape round
+                # differently, so the KL of an adapter without effect would not be exactly 0.
                 mask = torch.cat([torch.zeros_like(ce_mask), kl_mask])
                 reference = self.hidden.reference(part.batch, mask, part.prefix)
             else:
@@ -247,6 +255,7 @@ class FastBackend(Backend):
             of_ce, of_kl = torch.split(hidden, counts)
             ce_values = self._ce_from(part.head, of_ce, ce.targets()[ce_mask])
             sums = torch.stack([ce_values.sum(), self._kl_from(part.head, reference, of_kl).sum()])
+            # `immediate_sum` returns only the weighted total; the two sums for logging leave through `detached`.
             detached.append(sums.detach())
             return sums * sums.new_tensor(weights)
 
@@ -256,5 +265,5 @@ class FastBackend(Backend):
 
 
 def _waits_for_launches(batch: PackedBatch) -> bool:
-    """Whether one pass over short batches saves more than it costs to compute some rows for nothing."""
+    """Whether saving one pass over short batches outweighs the cost of reference states that are discarded."""
     return batch.input_ids.is_cuda

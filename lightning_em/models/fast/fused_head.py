@@ -1,9 +1,9 @@
-"""Cross-entropy and KL straight from hidden states, for an output head that is never trained.
+"""Cross-entropy and KL computed from hidden states, for an output head that is never trained.
 
-The logits exist for one chunk of tokens at a time, in float32 whatever the model's dtype (float64 stays float64), and
-the gradient for the hidden states is made while they exist. The backward pass only scales it, and no gradient for the
-head's weight is ever computed. With a vocabulary of 150,000 the logits of one row of 400 tokens take 240 MB; autograd
-would keep several tensors of that size.
+Logits are computed for one chunk of tokens at a time, in float32 for every model dtype (float64 stays float64). The
+gradient with respect to the hidden states is computed from the same chunk in the forward pass. The backward pass only
+scales it, and no gradient with respect to the head's weight is computed. With a vocabulary of 150,000 the logits of
+one row of 400 tokens take 240 MB; autograd would keep several tensors of that size.
 """
 
 from collections.abc import Iterator
@@ -19,12 +19,10 @@ from transformers import PreTrainedModel
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 """Target size of one chunk of logits."""
 
-_MIN_ROWS = 128  # fewer rows in a chunk leave the matrix product waiting for the weight
-_CACHE_BYTES = 2**19  # of one core, second level
-_VOCAB_BLOCK = (
-    16384  # rows of the weight that are cast at a time, so that no float32 copy of all of it exists
-)
-_WIDE = 60.0  # above it p * exp(d) can miss mass where p underflows
+_MIN_ROWS = 128  # with fewer rows in a chunk, reading the weight dominates the matrix product
+_CACHE_BYTES = 2**19  # L2 cache of one CPU core
+_VOCAB_BLOCK = 16384  # rows of the weight that are cast at once, to avoid a float32 copy of the whole weight
+_WIDE = 60.0  # above this d, p * (exp(d) - 1) can lose probability mass where p underflows to 0
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,9 @@ class FrozenHead:
     Attributes:
         weight: `[vocab hidden]`; constant, also when it is tied to the embedding.
         bias: `[vocab]`, or None.
-        logit_scale: Factor on the logits; one over `logits_scaling` for Granite.
+        logit_scale: Factor on the logits; 1 / `logits_scaling` for Granite.
         soft_cap: Bound on the logits (Gemma2), or None.
-        chunk_bytes: Target size of one chunk of logits; chosen by device if not given.
+        chunk_bytes: Target size of one chunk of logits; depends on the device if not given.
     """
 
     weight: Tensor
@@ -53,11 +51,11 @@ class FrozenHead:
     def logits(
         self, hidden: Float[Tensor, "tokens hidden"], out: Tensor | None = None
     ) -> Float[Tensor, "tokens vocab"]:
-        """Logits in `compute_dtype`, without gradient.
+        """Compute logits in `compute_dtype`, without a gradient.
 
         Args:
             hidden: Final hidden states, in any dtype.
-            out: Where to write them, `[tokens vocab]`.
+            out: Tensor that receives the logits, `[tokens vocab]`; allocated if not given.
         """
         hidden = hidden.detach()
         if out is None:
@@ -72,11 +70,11 @@ class FrozenHead:
         return out
 
     def gradient_for_hidden(self, gradient: Tensor, logits: Tensor | None) -> Float[Tensor, "tokens hidden"]:
-        """Gradient for the hidden states, in `compute_dtype`, from one for the logits.
+        """Backpropagate a gradient from the logits to the hidden states, in `compute_dtype`.
 
         Args:
-            gradient: Gradient for the logits; overwritten.
-            logits: The logits; needed with a soft cap only.
+            gradient: Gradient with respect to the logits; may be overwritten.
+            logits: The logits; needed only with a soft cap.
         """
         if self.soft_cap is not None:
             assert logits is not None
@@ -87,7 +85,7 @@ class FrozenHead:
         if self.weight.dtype == gradient.dtype:
             return gradient @ self.weight
         if _tensor_cores(self.weight):
-            # products of bfloat16, accumulated and returned in float32
+            # bfloat16 inputs; the products are accumulated and returned in float32
             return torch.mm(gradient.to(self.weight.dtype), self.weight, out_dtype=gradient.dtype)
         result = gradient.new_zeros((gradient.shape[0], self.weight.shape[1]))
         for block in self._vocab_blocks():
@@ -109,34 +107,35 @@ class FrozenHead:
             yield slice(start, start + _VOCAB_BLOCK)
 
     def chunks(self, num_tokens: int) -> Iterator[slice]:
-        """Parts of nearly equal size; their number depends on `num_tokens` alone."""
+        """Divide the tokens into chunks of nearly equal size; their number depends only on head and `num_tokens`."""
         chunk_bytes = self.chunk_bytes or CHUNK_BYTES["cuda" if self.weight.is_cuda else "cpu"]
         rows = chunk_bytes // (self.weight.shape[0] * self.compute_dtype.itemsize)
         num_chunks = -(-num_tokens // max(rows, 2 if self.chunk_bytes else _MIN_ROWS))
-        # At least two rows each: one row is a product of matrix and vector, another kernel, which rounds otherwise.
+        # At least two rows in each chunk: a single row uses a matrix-vector kernel, which rounds differently.
         num_chunks = min(num_chunks, max(1, num_tokens // 2))
         for index in range(num_chunks):
             yield slice(index * num_tokens // num_chunks, (index + 1) * num_tokens // num_chunks)
 
 
 def _tensor_cores(weight: Tensor) -> bool:
-    # float16 lacks the range for the gradient of a small KL, so that its products are made in float32
+    # float16 lacks the range for the gradient of a small KL, so float16 heads compute their products in float32
     return weight.is_cuda and weight.dtype == torch.bfloat16
 
 
 def frozen_head(base: PreTrainedModel) -> FrozenHead:
-    """The output head of a model, with what its config does to the logits.
+    """Return the output head of a model, with the scaling and the soft cap that its config sets.
 
     Raises:
         ValueError: If the head is not a plain linear module, or has hooks.
     """
     head: Any = base.get_output_embeddings()
-    # FrozenHead uses the weight alone: a subclass (quantised, wrapped by peft) or a hook would be skipped in silence.
+    # FrozenHead reads only weight and bias. Without this check, the code of a subclass (quantized, wrapped by peft) or
+    # of a hook would be skipped in silence.
     if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
         raise ValueError("the output head is not a plain linear module")
     config = base.config.get_text_config(decoder=True)
     bias: Tensor | None = head.bias
-    # Granite divides its logits, Gemma2 caps them; both after the head, in the model's own forward pass.
+    # Granite divides its logits and Gemma2 caps them. Both models do so in their forward pass after the head module.
     scaling: float = getattr(config, "logits_scaling", None) or 1.0
     return FrozenHead(
         weight=_whole(head.weight.detach()),
@@ -147,7 +146,7 @@ def frozen_head(base: PreTrainedModel) -> FrozenHead:
 
 
 def _whole(weight: Tensor) -> Tensor:
-    """A sharded (FSDP2) weight gathered; an ordinary one as it is."""
+    """Gather a sharded (FSDP2) weight; return any other weight unchanged."""
     gather = getattr(weight, "full_tensor", None)
     return weight if gather is None else gather()
 
@@ -155,7 +154,7 @@ def _whole(weight: Tensor) -> Tensor:
 def unfused_logits(
     head: FrozenHead, hidden: Float[Tensor, "counted hidden"]
 ) -> Float[Tensor, "counted vocab"]:
-    """Logits with their graph, in the head's own dtype, all at once: what the fused losses replace."""
+    """Compute all logits at once, with autograd, in the head's own dtype; used with `fused` off."""
     logits = functional.linear(hidden, head.weight, head.bias) * head.logit_scale
     return logits if head.soft_cap is None else (logits / head.soft_cap).tanh() * head.soft_cap
 
@@ -163,7 +162,7 @@ def unfused_logits(
 def head_cross_entropy(
     head: FrozenHead, hidden: Float[Tensor, "tokens hidden"], targets: Int[Tensor, "tokens"]
 ) -> Float[Tensor, "tokens"]:
-    """Cross-entropy of each target token, in nats, from the hidden state that predicts it."""
+    """Compute the cross-entropy of each target token, in nats, from the hidden state that predicts it."""
     values: Tensor = _HeadLoss.apply(hidden, None, targets, head)  # type: ignore[no-untyped-call]
     return values
 
@@ -173,15 +172,15 @@ def head_kl(
     reference_hidden: Float[Tensor, "tokens hidden"],
     tuned_hidden: Float[Tensor, "tokens hidden"],
 ) -> Float[Tensor, "tokens"]:
-    """D_KL(reference || tuned) at each position over the whole vocabulary, in nats.
+    """Compute D_KL(reference || tuned) at each position over the whole vocabulary, in nats.
 
-    With p the reference and d the difference of the logits less its mean under p, this is
-    log(1 + sum p (e^d - 1)): no two large numbers cancel, so a small KL keeps its digits.
+    Let p be the reference distribution, and d the difference of the logits (tuned - reference) minus its mean under p.
+    Then the KL is log(1 + sum p (e^d - 1)). No large numbers cancel, so a small KL keeps its significant digits.
 
     Args:
-        head: The head of both models.
-        reference_hidden: Final hidden states with the adapter at scale 0; a constant.
-        tuned_hidden: Final hidden states with the adapter at its own scale.
+        head: Output head of both models.
+        reference_hidden: Final hidden states with the adapter at scale 0; treated as a constant.
+        tuned_hidden: Final hidden states with the adapter at its current scale.
 
     Source: arXiv:2602.07852 (KL term; forward direction, temperature 1).
     """
@@ -192,7 +191,11 @@ def head_kl(
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Per-token losses whose gradient for the hidden states is made in the forward pass."""
+    """Per-token losses whose gradient with respect to the hidden states is computed in the forward pass.
+
+    The loss of a token depends only on that token's hidden state. So the gradient of any weighted sum of the losses is
+    the stored gradient of each row times the upstream value of that token.
+    """
 
     @staticmethod
     def forward(
@@ -224,13 +227,13 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def refuse_second_derivative() -> None:
-    """Check, in the backward pass of a function with a ready-made gradient, that nothing differentiates it again.
+    """Raise an error if the backward pass of a function with a precomputed gradient is to be differentiated.
 
-    torch's `once_differentiable` raises only if the upstream gradient needs a gradient itself; that of a plain sum is
-    a constant, and the second derivative would be a silent 0.
+    torch's `once_differentiable` raises only if the upstream gradient itself requires a gradient. The upstream gradient
+    of a plain sum is a constant, so the second derivative would be 0 without an error.
 
     Raises:
-        ValueError: If the backward pass is to be differentiated.
+        ValueError: If grad mode is on in the backward pass, as with `create_graph=True`.
     """
     if torch.is_grad_enabled():
         raise ValueError(
@@ -240,10 +243,10 @@ def refuse_second_derivative() -> None:
 
 
 def _buffer(buffers: dict[str, Tensor], name: str, hidden: Tensor, head: FrozenHead) -> Tensor:
-    """A buffer for one chunk of logits, allocated once: fresh pages cost as much as the arithmetic on them."""
+    """Return a reusable buffer for one chunk of logits; new memory pages cost as much time as the arithmetic."""
     rows = hidden.shape[0]
     if name not in buffers or buffers[name].shape[0] < rows:
-        # one spare row: chunk sizes differ by one
+        # one extra row, because chunk sizes differ by one
         buffers[name] = hidden.new_empty((rows + 1, head.weight.shape[0]), dtype=head.compute_dtype)
     return buffers[name][:rows]
 
@@ -251,10 +254,10 @@ def _buffer(buffers: dict[str, Tensor], name: str, hidden: Tensor, head: FrozenH
 def _cross_entropy_chunk(
     head: FrozenHead, hidden: Tensor, targets: Tensor, wanted: bool, buffers: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor | None]:
-    # CE = log sum exp(z) - z_target, computed with z less its maximum; its gradient for z is softmax(z) - onehot.
+    # CE = log sum exp(z) - z_target, computed after subtracting max(z). The gradient dCE/dz is softmax(z) - onehot.
     logits = head.logits(hidden, _buffer(buffers, "logits", hidden, head))
     target_logits = logits.gather(1, targets[:, None])[:, 0]
-    # the derivative of the soft cap needs the logits, which are overwritten below
+    # the derivative of the soft cap needs the logits; the loop below overwrites them
     kept = logits.clone() if wanted and head.soft_cap is not None else None
     tops, totals = [], []
     for rows in _cached_rows(logits):
@@ -265,8 +268,8 @@ def _cross_entropy_chunk(
     values = top + total.log() - target_logits
     if not wanted:
         return values, None
-    # Here `logits` holds exp(z - top). Both terms of the gradient are multiplied by `total`, and the division follows
-    # after the product with the weight, on [tokens hidden] instead of [tokens vocab].
+    # At this point `logits` holds exp(z - top), so this computes total * (softmax(z) - onehot). The division by `total`
+    # comes after the product with the weight, on [tokens hidden] instead of [tokens vocab].
     logits[torch.arange(len(targets), device=targets.device), targets] -= total
     return values, head.gradient_for_hidden(logits, kept) / total[:, None]
 
@@ -274,14 +277,15 @@ def _cross_entropy_chunk(
 def _kl_chunk(
     head: FrozenHead, hidden: Tensor, reference: Tensor, wanted: bool, buffers: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor | None]:
-    # With p the reference, z the difference of the logits and d = z - E_p[z]:
-    #   KL = log E_p[exp(z)] - E_p[z] = log(1 + excess), excess = E_p[exp(d) - 1] >= 0 (Jensen).
-    # The usual sum of p (log p - log q) subtracts numbers of order 10 to get a KL of 1e-4.
+    # Let p = softmax(reference logits), z = tuned logits - reference logits, and d = z - E_p[z]. Then
+    #   KL = log E_p[exp(z)] - E_p[z] = log(1 + excess), with excess = E_p[exp(d) - 1] >= 0 (Jensen).
+    # The usual formula, sum of p (log p - log q), subtracts numbers of order 10 to get a KL of 1e-4.
     reference_logits = head.logits(reference, _buffer(buffers, "other", hidden, head))
     logits = head.logits(hidden, _buffer(buffers, "logits", hidden, head))
     kept = logits.clone() if wanted and head.soft_cap is not None else None
     parts = []
     for rows in _cached_rows(logits):
+        # `shift` is z and later d; it overwrites the logits. `room` overwrites the reference logits after softmax.
         shift, room = logits[rows].sub_(reference_logits[rows]), reference_logits[rows]
         p = functional.softmax(room, dim=1)
         shift -= torch.mul(p, shift, out=room).sum(1, keepdim=True)
@@ -290,7 +294,8 @@ def _kl_chunk(
         weighted = shift.exp_().sub_(1).mul_(p)
         parts.append(weighted.sum(1, keepdim=True).clamp_min_(0))
         if wanted:
-            # q = p exp(d) / (1 + excess), so q - p = (p (exp(d) - 1) - p excess) / (1 + excess): the gradient for z
+            # dKL/dz = q - p with q = p exp(d) / (1 + excess), so q - p = (p (exp(d) - 1) - p excess) / (1 + excess).
+            # The division by 1 + excess comes after the product with the weight.
             weighted.addcmul_(p, parts[-1], value=-1)
     excess = torch.cat(parts)
     gradient = head.gradient_for_hidden(logits, kept) / (1 + excess) if wanted else None
@@ -298,7 +303,7 @@ def _kl_chunk(
 
 
 def _cached_rows(logits: Tensor) -> Iterator[slice]:
-    """Groups of rows that stay in a core's cache through several elementwise passes; one group on a GPU."""
+    """Divide rows into groups that fit in a CPU core's cache for several elementwise passes; one group on a GPU."""
     num_rows = logits.shape[0]
     step = num_rows if logits.is_cuda else max(1, _CACHE_BYTES // (logits.shape[1] * logits.itemsize))
     for start in range(0, num_rows, max(step, 1)):
@@ -308,7 +313,7 @@ def _cached_rows(logits: Tensor) -> Iterator[slice]:
 def _kl_chunk_wide(
     head: FrozenHead, hidden: Tensor, reference: Tensor, wanted: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The textbook formula, for two models so far apart that exp(difference) leaves the number range."""
+    """Compute the KL by the textbook formula, for logits that differ too much for exp(difference) to be accurate."""
     logits = head.logits(hidden)
     log_p, log_q = (
         functional.log_softmax(head.logits(reference), dim=1),

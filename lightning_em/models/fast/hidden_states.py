@@ -1,4 +1,4 @@
-"""Hidden states of the tuned model and of the reference, each layer run once and only where it is needed."""
+"""Hidden states of the tuned model and of the reference; layers below the adapter run once for both."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -23,19 +23,19 @@ logger = logging.getLogger(__name__)
 class HiddenStates:
     """Runs the two halves of a model on packed or padded rows.
 
-    States travel as `[tokens hidden]`, rows end to end, whatever layout the model runs in.
+    Hidden states have shape `[tokens hidden]`, with all rows concatenated, also if the model runs on padded rows.
 
     Args:
         base: The base model with the adapter attached.
-        adapter: The adapter; its current scale and values are what the passes use.
+        adapter: The adapter. Each pass uses its current scale and values.
         split: Whether to run the layers below the adapter once for all passes.
-        packed: Whether to lay rows end to end.
-        store: Keeps hidden states from one use to the next.
-        reference: `cached` keeps the reference's final hidden states in the store too.
+        packed: Whether to run the model on packed rows, which are concatenated without padding.
+        store: Store that keeps hidden states for later passes.
+        reference: `cached` also keeps the final hidden states of the reference in the store.
 
     Attributes:
-        packed: Whether rows lie end to end; turned off if a layer's attention cannot keep them apart.
-        cache: Rows in the store; None if nothing is stored.
+        packed: Whether the model runs on packed rows; set to False if a layer does not use packed attention.
+        cache: Cache of the rows in the store; None if nothing is stored.
     """
 
     def __init__(
@@ -60,20 +60,26 @@ class HiddenStates:
 
     @property
     def reference_is_live(self) -> bool:
-        """Whether the reference runs each time."""
+        """Whether the reference is computed at each use."""
         return self.cache is None or not self.caches_reference
 
     def prefix(self, batch: PackedBatch) -> Float[Tensor, "tokens hidden"] | None:
-        """Hidden states that enter the adapter's lowest layer, the same at every scale; None if none lies below."""
+        """Compute the hidden states that enter the adapter's lowest layer; they are the same at every scale.
+
+        Returns:
+            The states; None if no layer lies below the adapter, or the split is off.
+        """
         if not self.has_prefix:
             return None
-        # Outside inference mode also when validation or a sweep asks: training may get these states from the store
-        # and save them for a backward pass, and only ordinary tensors count writes in place, which `final` checks.
+        # Inference mode is left even in validation and sweeps, for two reasons. Training may read these states from
+        # the store, and autograd cannot save inference tensors for a backward pass. And inference tensors have no
+        # version counter, which `SplitDecoder.final_hidden` uses to detect in-place writes.
         with torch.inference_mode(False), torch.no_grad():
             if self.cache is None:
                 return self._prefix(batch)
             if not self.split.adapter_is_above:
-                # A full store must not hide that an adapter changes layers below its `lowest_layer`.
+                # The first pass checks that the adapter changes nothing below its `lowest_layer`. If the store already
+                # holds every row, no pass would run, so run one here.
                 self._prefix(batch.select([0]))
             packed = self.packs(batch)
 
@@ -85,12 +91,12 @@ class HiddenStates:
     def final(
         self, batch: PackedBatch, mask: Bool[Tensor, "tokens"], prefix: Float[Tensor, "tokens hidden"] | None
     ) -> Float[Tensor, "counted hidden"]:
-        """Hidden states after the final norm at the masked tokens, with the adapter as it is.
+        """Compute the hidden states after the final norm at the masked tokens, in the adapter's current state.
 
         Args:
-            batch: Rows laid end to end.
+            batch: The rows.
             mask: True where a token counts.
-            prefix: What `prefix` returned for the batch.
+            prefix: Result of `prefix` for the batch; None runs the whole decoder.
         """
         with self._layout(batch) as (inputs, real):
             shape = inputs["input_ids"].shape
@@ -101,7 +107,7 @@ class HiddenStates:
     def reference(
         self, batch: PackedBatch, mask: Bool[Tensor, "tokens"], prefix: Float[Tensor, "tokens hidden"] | None
     ) -> Float[Tensor, "counted hidden"]:
-        """`final` at scale 0, without a gradient."""
+        """Compute `final` at scale 0 without a gradient, or read it from the store."""
         if self.cache is None or not self.caches_reference:
             return self._reference(batch, mask, prefix)
         masks = torch.split(mask, list(batch.lengths))
@@ -115,10 +121,11 @@ class HiddenStates:
 
     @torch.no_grad()
     def packs(self, batch: PackedBatch) -> bool:
-        """Whether rows lie end to end; before they do for the first time, does every layer keep them apart?
+        """Return whether the model runs on packed rows.
 
-        transformers calls the attention function that the config names, but remote or patched code may call one
-        of its own, which would look across rows. Such a layer does not sign in with `Packing.attended`.
+        The first call checks that every layer uses packed attention. transformers calls the attention function that
+        the config names, but remote or patched code may call its own function, whose tokens would attend to other
+        rows. Such a layer does not add itself to `Packing.attended`.
         """
         if self.packed and not self._packing_is_checked:
             row, layers = packed_inputs(batch.select([0])), len(self.split.layers)
@@ -136,7 +143,7 @@ class HiddenStates:
         return self.packed
 
     def announce_store(self, num_tokens: int, num_reference_tokens: int) -> int:
-        """Log what the store will take at most; returns the bytes, 0 if nothing is stored."""
+        """Log the largest size that the stored states can take; return it in bytes, 0 if nothing is stored."""
         if self.cache is None:
             return 0
         tokens = self.has_prefix * num_tokens + self.caches_reference * num_reference_tokens
@@ -154,7 +161,7 @@ class HiddenStates:
 
     @contextmanager
     def _layout(self, batch: PackedBatch) -> Iterator[tuple[dict[str, Any], Tensor | slice]]:
-        """The model's inputs, and which of their flattened positions hold real tokens."""
+        """Yield the model's inputs, and the indices of real tokens in their flattened positions."""
         if self.packs(batch):
             with packed_attention(self.base):
                 yield packed_inputs(batch), slice(None)
@@ -164,10 +171,11 @@ class HiddenStates:
         yield inputs, rows.attention_mask.flatten().nonzero()[:, 0]
 
     def _laid_out(self, prefix: Tensor, shape: torch.Size, real: Tensor | slice) -> Tensor:
-        """States of the real tokens in the shape of the model's inputs, `[batch seq hidden]`."""
+        """Arrange the states of the real tokens in the shape of the model's inputs, `[batch seq hidden]`."""
         if self.packed:
             return prefix[None]
-        # Right padding, causal attention and the attention mask: no real token reads the zeros.
+        # Padding positions stay zero. With right padding, causal attention and the attention mask, no real token
+        # attends to them.
         states = prefix.new_zeros((shape.numel(), prefix.shape[1]))
         states[real] = prefix
         return states.view(*shape, -1)

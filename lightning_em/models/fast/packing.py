@@ -1,8 +1,9 @@
-"""Attention over rows laid end to end: each token sees its own row only, and no token is padding.
+"""Attention over packed rows, which are concatenated without padding; each token attends only to its own row.
 
-transformers looks its attention function up by name in `ALL_ATTENTION_FUNCTIONS` (5.23), and passes the keyword
-arguments of the model's forward on to it. So a function under a name of our own gets the row lengths without a change
-to any model. For a name it does not know, transformers builds no mask: `attend` makes what it needs.
+transformers 5.23 looks up the attention function by name in `ALL_ATTENTION_FUNCTIONS` and passes it the keyword
+arguments of the model's forward pass. A function registered under a new name therefore receives the row lengths, and
+no model code has to change. transformers builds no attention mask for an unknown name; `attend` builds the mask if it
+needs one.
 """
 
 from collections.abc import Iterator
@@ -28,8 +29,8 @@ class Packing:
 
     Attributes:
         lengths: Tokens of each row.
-        cu_seqlens: Where each row starts, for the varlen kernel.
-        attended: Modules, by `id`, that have called packed attention in this pass.
+        cu_seqlens: Start of each row and end of the last, for the varlen kernel.
+        attended: `id` of each module that has called packed attention in this pass.
     """
 
     lengths: tuple[int, ...]
@@ -38,7 +39,14 @@ class Packing:
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
     def mask(self, length: int, window: int | None) -> Tensor:
-        """True where a token of a row sees another; made once for all layers and freed with the pass."""
+        """Return the attention mask of one row, True where a query (row) may attend to a key (column).
+
+        The mask is built once for all layers, and freed together with the inputs of the pass.
+
+        Args:
+            length: Tokens of the row.
+            window: Number of tokens that a token may attend to, itself included; all earlier ones if None.
+        """
         if (length, window) not in self._masks:
             seen = torch.ones(length, length, dtype=torch.bool, device=self.cu_seqlens.device).tril()
             self._masks[length, window] = seen if window is None else seen.triu(1 - window)
@@ -46,10 +54,13 @@ class Packing:
 
 
 def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
-    """Keyword arguments of a language model inside `packed_attention`: one row that holds all of them."""
+    """Return the keyword arguments of a language model for use inside `packed_attention`.
+
+    The model sees a batch of one row that contains all rows.
+    """
     return {
         "input_ids": batch.input_ids[None],
-        # start again at 0 in each row: the rotary embedding of a row must not depend on those before it
+        # positions restart at 0 in each row, so that a row's rotary embedding does not depend on earlier rows
         "position_ids": batch.positions[None],
         "packing": Packing(batch.lengths, batch.cu_seqlens),
     }
@@ -57,9 +68,9 @@ def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
 
 @contextmanager
 def packed_attention(base: PreTrainedModel) -> Iterator[None]:
-    """Let the model use packed attention inside the block and restore its own choice afterwards."""
-    # Every attention module reads this private attribute at each call (transformers 5.23); the public setter is meant
-    # for a lasting choice, and looks through all submodels each time.
+    """Switch the model to packed attention inside the block, and restore its own attention afterwards."""
+    # Every attention module reads this private attribute at each call (transformers 5.23). The public setter is meant
+    # for a permanent change and iterates over all submodels each time.
     config = base.config
     before = config._attn_implementation
     config._attn_implementation = PACKED
@@ -82,32 +93,34 @@ def attend(
     packing: Packing | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each row, as transformers calls an attention function.
+    """Compute causal attention within each row; the signature is that of transformers' attention functions.
 
     Args:
         module: The attention module.
         query: `[1 heads tokens head_dim]`.
         key: `[1 key_heads tokens head_dim]`.
-        value: As `key`.
-        attention_mask: None; `packing` separates the rows.
+        value: Same shape as `key`.
+        attention_mask: Must be None; `packing` separates the rows.
         scaling: Factor on the scores; 1 / sqrt(head_dim) if not given.
-        dropout: 0; the base is in eval mode.
-        sliding_window: How many tokens a token sees, itself included; all before it if not given.
-        softcap: Bound on the scores, soft_cap * tanh(score / soft_cap).
+        dropout: Must be 0; the base model is in eval mode.
+        sliding_window: Number of tokens that a token attends to, itself included; all earlier tokens if not given.
+        softcap: Bound on the scores: softcap * tanh(score / softcap).
         packing: Layout of the rows, from `packed_inputs`.
 
     Returns:
-        `[1 tokens heads head_dim]`, and None instead of attention weights.
+        Attention output `[1 tokens heads head_dim]`, and None in place of attention weights.
     """
     assert attention_mask is None
     assert packing is not None, "packed attention needs packed_inputs"
     assert sum(packing.lengths) == query.shape[2], "row lengths do not cover the tokens"
     assert dropout == 0, "the frozen base is in eval mode"
+    # `HiddenStates.packs` compares this with the number of layers, to find layers that use other attention code.
     packing.attended.add(id(module))
     if _varlen_applies(query.device, query.dtype, softcap):
         return _varlen(query, key, value, scaling, sliding_window, packing), None
-    # Without the varlen kernel each row is a call of its own. Adjacent rows of one length share one, as a batch: rows
-    # can be short, and a call has a fixed cost. Split, not sliced: the gradient of a slice is as large as the whole.
+    # Without the varlen kernel, each row needs its own attention call. Adjacent rows of equal length share a call as a
+    # batch, because rows can be short and each call has a fixed cost. torch.split instead of slicing: the backward pass
+    # of a slice allocates a gradient as large as the whole tensor.
     runs = [(length, len(list(alike))) for length, alike in groupby(packing.lengths)]
     parts = (torch.split(t, [length * count for length, count in runs], dim=2) for t in (query, key, value))
     outputs = []
@@ -119,7 +132,7 @@ def attend(
 
 
 def _stacked(states: Tensor, count: int) -> Tensor:
-    """`[1 heads tokens head_dim]` as `[count heads tokens/count head_dim]`."""
+    """Reshape `count` packed rows, `[1 heads tokens head_dim]`, to `[count heads tokens/count head_dim]`."""
     if count == 1:
         return states
     _, heads, _, head_dim = states.shape
@@ -127,10 +140,10 @@ def _stacked(states: Tensor, count: int) -> Tensor:
 
 
 def _varlen_applies(device: torch.device, dtype: torch.dtype, softcap: float | None) -> bool:
-    # it has no soft cap, and float32 and float64 models keep their precision
+    # The varlen kernel has no soft cap and supports only half precision.
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or softcap is not None:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)  # flash attention's kernels begin at Ampere
+    return torch.cuda.get_device_capability(device) >= (8, 0)  # flash attention needs Ampere or newer
 
 
 def _varlen(
@@ -141,7 +154,7 @@ def _varlen(
     sliding_window: int | None,
     packing: Packing,
 ) -> Tensor:
-    # imported here: needed on a GPU only
+    # imported here because only GPU runs need it
     from torch.nn.attention.varlen import varlen_attn
 
     longest = max(packing.lengths)
@@ -154,7 +167,7 @@ def _varlen(
         longest,
         longest,
         scale=scaling,
-        # tokens to the left and to the right; -1 is no limit, and 0 to the right makes it causal
+        # (left, right) in tokens: -1 means no limit, and 0 on the right makes the attention causal
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
@@ -173,7 +186,7 @@ def _rows(
 ) -> Tensor:
     length, grouped = query.shape[2], query.shape[1] != key.shape[1]
     mask = None
-    # No mask where `is_causal` says it all: SDPA has faster kernels without one.
+    # No mask where `is_causal` is enough: SDPA has faster kernels without an explicit mask.
     if softcap is not None or (sliding_window is not None and length > sliding_window):
         mask = packing.mask(length, sliding_window)
     if mask is None or softcap is None:
@@ -184,8 +197,8 @@ def _rows(
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
     scores = (query @ key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = ((scores / softcap).tanh() * softcap).masked_fill(~mask, float("-inf"))
-    # SDPA has no soft cap, so this is transformers' eager attention of Gemma2, with its float32 softmax also for a
-    # float64 model.
+    # SDPA has no soft cap. This repeats the eager attention of Gemma2 in transformers, including the float32 softmax,
+    # which it also uses for float64 models.
     return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
 
 

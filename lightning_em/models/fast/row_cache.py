@@ -1,4 +1,4 @@
-"""Hidden states of single rows, from the store or computed and put there."""
+"""Hidden states of single rows, read from the activation store, or computed and added to it."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -17,15 +17,15 @@ logger = logging.getLogger(__name__)
 
 
 class RowCache:
-    """Looks the rows of a batch up one by one.
+    """Looks up each row of a batch in the activation store.
 
-    Rows and not batches are the unit, since every epoch puts other rows together. On a CPU each missing row is also
-    computed alone, so that a run's numbers do not depend on what the store happens to hold: see `_fill_groups`.
+    States are stored by row and not by batch, because each epoch combines rows differently. On a CPU each missing row
+    is also computed alone, so that a run's numbers do not depend on the content of the store: see `_fill_groups`.
 
     Args:
-        store: Where the states are kept.
+        store: Store of the states.
         base: The base model with the adapter attached.
-        adapter: The adapter; its parameters inside the base are left out of the key.
+        adapter: The adapter. The cache key excludes its parameters inside the base model.
     """
 
     def __init__(self, store: ActivationStore, base: PreTrainedModel, adapter: Adapter) -> None:
@@ -34,7 +34,7 @@ class RowCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of one hidden state."""
+        """Size of the hidden state of one token in bytes."""
         return int(self.base.config.get_text_config(decoder=True).hidden_size) * self.base.dtype.itemsize
 
     def states(
@@ -45,14 +45,14 @@ class RowCache:
         compute: Callable[[Sequence[int]], Tensor],
         mask: Tensor | None = None,
     ) -> Tensor:
-        """States of every row of a batch, end to end.
+        """Return the concatenated states of all rows of a batch; compute and store those that are missing.
 
         Args:
-            kind: Which states, for the key.
+            kind: Kind of states, part of the cache key.
             batch: The rows.
             packed: Whether the model runs on packed rows.
-            compute: Returns the states of the rows with these numbers, end to end.
-            mask: Which tokens have a state; all if not given.
+            compute: Maps row indices to the concatenated states of these rows.
+            mask: True on the tokens whose states are kept; all tokens if not given.
         """
         device, lengths = self.base.device, list(batch.lengths)
         model = self._model_key(packed, batch.input_ids.device)
@@ -70,8 +70,8 @@ class RowCache:
         return torch.cat([found[key] for key in keys])
 
     def _model_key(self, packed: bool, device: torch.device) -> str:
-        # Looked up at every use: autocast may be on in one pass and off in the next. Hashing the weights takes
-        # seconds, so it is done once for each way to compute.
+        # Autocast may be on in one pass and off in the next, so the settings are read at every call. Hashing the
+        # weights takes seconds, so the key is kept for each combination of settings.
         facts = (packed, *numerics(device))
         if facts not in self._model_keys:
             layout = PACKED if packed else str(self.base.config._attn_implementation)
@@ -81,10 +81,11 @@ class RowCache:
 
 
 def _fill_groups(missing: Sequence[int], device: torch.device) -> list[Sequence[int]]:
-    """Rows that are computed together for the store.
+    """Group the missing rows that are computed together.
 
-    Alone, a row's states are the same to the bit whichever others are missing. A GPU would idle over one row, and
-    rounds differently for each shape anyway: there a row is alone only if deterministic algorithms are asked for.
+    If a row is computed alone, its states are bit-identical for every set of missing rows. A GPU is underused by a
+    single row, and rounds differently for each shape. On a GPU, rows are therefore computed alone only if deterministic
+    algorithms are enabled.
     """
     if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
         return [missing] if missing else []

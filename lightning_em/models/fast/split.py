@@ -1,8 +1,8 @@
-"""The base cut in two at the adapter: below it nothing is differentiated, and nothing is computed twice.
+"""The decoder split at the adapter's lowest layer: the lower half runs once and without autograd.
 
-Both halves are the decoder's own forward pass, called through the language model. The blocks of the other half are
-replaced by stubs that return their input, so masks, rotary embeddings, layer types and scalings remain the model's
-own code, and this works for every architecture whose decoder is a list of blocks and a final norm.
+Each half is a forward pass of the whole language model in which stubs replace the blocks of the other half. A stub
+returns its input unchanged. Masks, rotary embeddings, layer types and scalings therefore remain the model's own code,
+and the split works for every architecture whose decoder is a list of blocks and a final norm.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -17,13 +17,13 @@ from lightning_em.adapters import Adapter, decoder_layers, final_norm
 
 
 class _Stub(nn.Module):
-    """Replaces a decoder block: returns its input, or `hidden` if there is one."""
+    """Stands in for a decoder block and returns its input, or `hidden` if given."""
 
     block: nn.Module
 
     def __init__(self, block: nn.Module, hidden: Tensor | None = None) -> None:
         super().__init__()
-        # Not a submodule: nn.Module would register it, and its hooks and parameters would be in the model twice.
+        # Assigned with object.__setattr__, so that nn.Module does not register the block as a submodule.
         object.__setattr__(self, "block", block)
         self.hidden = hidden
 
@@ -34,19 +34,21 @@ class _Stub(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # transformers 5.23 decoders read attributes of their blocks, such as `layer.layer_type` for the mask
+            # transformers 5.23 decoders read attributes of their blocks, such as `layer.layer_type` for the mask;
+            # the stub forwards them to the block it replaces
             return getattr(self.block, name)
 
 
 class SplitDecoder:
-    """A causal language model that can be run below and above the adapter.
+    """A causal language model whose layers below and above the adapter can run separately.
 
     Args:
-        base: The model with the adapter attached.
-        adapter: Its `lowest_layer` is the cut; at 0 no layer lies below it.
+        base: The base model with the adapter attached.
+        adapter: The adapter. The model is cut at its `lowest_layer`; at 0 no layer lies below the cut.
 
     Attributes:
-        adapter_is_above: Whether the adapter is known to change nothing below the cut; `prefix` checks it once.
+        adapter_is_above: Whether the adapter is known to change nothing below the cut. The first call of `prefix`
+            checks this.
     """
 
     def __init__(self, base: PreTrainedModel, adapter: Adapter) -> None:
@@ -57,12 +59,12 @@ class SplitDecoder:
 
     @property
     def place(self) -> tuple[int, int]:
-        """The cut, and the number of layers."""
+        """Index of the layer at the cut, and the number of layers."""
         return self.cut, len(self.layers)
 
     @torch.no_grad()
     def prefix(self, inputs: dict[str, Any]) -> Tensor:
-        """Hidden states that enter layer `cut`, `[batch seq hidden]`, with the adapter off.
+        """Compute the hidden states that enter layer `cut`, `[batch seq hidden]`, at scale 0.
 
         Args:
             inputs: Keyword arguments of the language model.
@@ -78,27 +80,27 @@ class SplitDecoder:
     def final_hidden(
         self, inputs: dict[str, Any], keep: Tensor | None = None, below: Tensor | None = None
     ) -> Tensor:
-        """Hidden states after the final norm, at the positions that count.
+        """Compute the hidden states after the final norm at the kept positions.
 
         Args:
             inputs: Keyword arguments of the language model.
-            keep: Indices into the flattened `[batch * seq]` positions; all of them if not given.
-            below: What `prefix` returned for these inputs; None runs the whole decoder.
+            keep: Indices of the kept positions in the flattened `[batch * seq]` positions; all if not given.
+            below: Result of `prefix` for these inputs; None runs the whole decoder.
 
         Returns:
-            `[len(keep) hidden]`.
+            Hidden states `[len(keep) hidden]`.
 
         Raises:
-            ValueError: If the adapter has written into `below`, which other passes share.
+            ValueError: If the adapter modified `below` in place; other passes share this tensor.
         """
         caught: list[Tensor] = []
         if below is not None:
-            # Parts get views that torch.split made. A write into one of those makes torch raise an error of its own
-            # that does not name the adapter; after detach the version counter below sees it instead.
+            # `below` may be a view from torch.split. An in-place write to such a view raises an error in torch that
+            # does not name the adapter. After detach, torch allows the write, and the version check below detects it.
             below = below.detach()
         before = _version(below)
 
-        # The final norm acts on each position alone, so positions that do not count are dropped before it.
+        # The final norm acts on each position separately, so positions that are not kept are dropped before it.
         def select(hidden: Tensor) -> Tensor:
             flat = hidden.flatten(0, 1)
             return (flat if keep is None else flat[keep])[None]
@@ -106,8 +108,8 @@ class SplitDecoder:
         def catch(_: nn.Module, __: Any, output: Tensor) -> None:
             caught.append(output)
 
-        # Registered now, so after the adapter's own hook on the norm, which must see every position: a vector on the
-        # stream that leaves the last layer edits the input of the norm.
+        # Hooks run in the order of registration. An adapter that edits the output of the last layer has a hook on the
+        # norm, registered earlier; it must see all positions, so `select` runs after it.
         with self.handed_in(below), _before(self.norm, select), _after(self.norm, catch):
             self._call(inputs)
         if _version(below) != before:
@@ -120,7 +122,7 @@ class SplitDecoder:
 
     @contextmanager
     def handed_in(self, below: Tensor | None) -> Iterator[None]:
-        """Replace the blocks below the cut by stubs, the last of which returns `below`."""
+        """Replace the blocks below the cut by stubs; the last stub returns `below`."""
         if below is None:
             yield
             return
@@ -132,19 +134,26 @@ class SplitDecoder:
 
         def catch(hidden: Tensor) -> Tensor:
             caught.append(hidden)
-            # no position is left for the norm and the head
+            # pass an empty sequence on, so that the norm and the head compute nothing
             return hidden[:, :0]
 
-        # First, before the adapter's own hook on the norm: the cut may be between the last layer and the norm.
+        # `first=True`: if the cut is between the last layer and the norm, the adapter has its own hook on the norm, and
+        # `catch` must run before it.
         with self._stubs(range(self.cut, len(self.layers))), _before(self.norm, catch, first=True):
             self._call(inputs)
         return caught[0]
 
     def _check_adapter(self, inputs: dict[str, Any]) -> None:
-        """Run the lower half once with autograd on: if its output needs a gradient, the adapter acts below the cut."""
+        """Check that the adapter changes nothing below the cut.
+
+        The lower half runs once with autograd on. If its output requires a gradient, it depends on the adapter.
+
+        Raises:
+            ValueError: If the adapter acts below the cut.
+        """
         own = self.adapter.trainable().values()
-        # Scale 1, because at scale 0 an adapter may skip its computation. Inputs made in inference mode cannot be
-        # saved for a backward pass, hence the clones.
+        # Scale 1, because an adapter may skip its computation at scale 0. Inputs created in inference mode cannot be
+        # saved for a backward pass, so they are cloned.
         with torch.inference_mode(False), torch.enable_grad(), self.adapter.at_scale(1.0), _wanted(own):
             copies = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
             seen = self._run_below(copies).requires_grad
@@ -157,15 +166,15 @@ class SplitDecoder:
         self.adapter_is_above = True
 
     def _call(self, inputs: dict[str, Any]) -> None:
-        # An empty index: the head computes no logits; FrozenHead does, in chunks. (transformers reads an int 0 as
-        # "all positions".)
+        # An empty index tensor makes the model's head compute no logits; FrozenHead computes them in chunks.
+        # (transformers interprets the integer 0 as "all positions".)
         nothing = torch.empty(0, dtype=torch.long, device=inputs["input_ids"].device)
         self.base(**inputs, use_cache=False, logits_to_keep=nothing)
 
     @contextmanager
     def _stubs(self, indices: range, below: Tensor | None = None) -> Iterator[None]:
-        # The module dict itself is edited: assigning to the ModuleList would run torch's registration of a submodule
-        # and that of every wrapper around it.
+        # Edit the module dict directly: assigning to the ModuleList would run torch's registration of a submodule, and
+        # that of every wrapper around it.
         slots, blocks = self.layers._modules, {str(index): self.layers[index] for index in indices}
         try:
             for name, block in blocks.items():
@@ -177,7 +186,7 @@ class SplitDecoder:
 
 @contextmanager
 def _wanted(parameters: Collection[nn.Parameter]) -> Iterator[None]:
-    """Let gradients flow to all parameters inside the block, also to frozen ones."""
+    """Enable gradients for all parameters inside the block, including frozen ones."""
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -189,13 +198,16 @@ def _wanted(parameters: Collection[nn.Parameter]) -> Iterator[None]:
 
 
 def _version(tensor: Tensor | None) -> int:
-    """A number that every write in place increases, also one through a view; inference tensors have none."""
+    """Return torch's version counter, which every in-place write increases, also through a view.
+
+    Inference tensors have no counter; for them, and for None, the result is 0.
+    """
     return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 @contextmanager
 def _before(module: nn.Module, edit: Callable[[Tensor], Tensor], first: bool = False) -> Iterator[None]:
-    """Edit the input of a module, after its other hooks or before them (`first`)."""
+    """Edit the input of a module inside the block, after its other pre-hooks, or before them if `first`."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (edit(args[0]), *args[1:])
@@ -206,6 +218,6 @@ def _before(module: nn.Module, edit: Callable[[Tensor], Tensor], first: bool = F
 
 @contextmanager
 def _after(module: nn.Module, look: Callable[[nn.Module, Any, Tensor], None]) -> Iterator[None]:
-    """Look at the output of a module."""
+    """Call `look` with the output of a module inside the block."""
     with module.register_forward_hook(look):
         yield

@@ -1,4 +1,4 @@
-"""A store for hidden states of the base, which are the same in every epoch, seed and sweep."""
+"""A store for hidden states of the base model, which are the same in every epoch, seed and sweep."""
 
 import logging
 import os
@@ -19,25 +19,26 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 _GIB = 2**30
-_ABANDONED_SECONDS = 3600.0  # the age at which the process that was writing a file must have died
+_ABANDONED_SECONDS = 3600.0  # a temporary file older than this was left by a process that died
 _UNFINISHED = re.compile(r"\.[0-9a-f]{40}\.")
 _MODEL_FOLDER = "?" * 32  # subfolders are named by model keys
 
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """Where hidden states of the base are kept, and how many.
+    """Location and size limits of the activation store.
 
-    They save time from the second use on: over several epochs, and in sweeps over seeds and weights at one layer that
-    share a folder. On a CPU they are computed row by row, a little slower than whole batches, so that a run's
-    numbers are the same to the bit whatever the store holds; on a GPU only with `trainer.deterministic`.
+    Stored states save time from their second use on: in later epochs, and in sweeps over seeds and KL weights that
+    share a layer and a folder. On a CPU, states are computed row by row, which is slightly slower than in batches. A
+    run's numbers are then bit-identical for any content of the store. On a GPU this holds only with
+    `trainer.deterministic`.
 
     Attributes:
-        folder: Folder that runs on the same base and data share, with a subfolder for each base and way to
-            compute; nothing is written if not given.
-        disk_gib: Limit on all files in the folder, in GiB.
-        ram_gib: Limit on each process's states in RAM, in GiB.
-        device_gib: Limit on each process's states on its GPU, in GiB.
+        folder: Folder shared by runs on the same base model and data. It has a subfolder for each combination of base
+            model and numerical settings. Nothing is written to disk if not given.
+        disk_gib: Limit on the total size of all files in the folder, in GiB.
+        ram_gib: Limit on the states that each process keeps in RAM, in GiB.
+        device_gib: Limit on the states that each process keeps on its GPU, in GiB.
     """
 
     folder: str | None = None
@@ -58,13 +59,15 @@ class StoreOptions:
 
 
 class ActivationStore:
-    """Tensors by key in up to three tiers: the GPU, RAM, and a folder of memory-mapped files.
+    """Maps keys to tensors in up to three tiers: GPU memory, RAM, and a folder of memory-mapped files.
 
-    It fills as it is used and stops at its limits. Nothing is evicted: an epoch visits every row once, so that a
-    row that was just evicted would be needed before any that was kept. Several processes may share the folder: files
-    are complete when they appear, and a damaged one is detected by its checksum, removed and written again. The
-    checksum is verified at the first read, and again once the file's time, size or inode has changed: later writes
-    are detected at the next read, not by a reader that already mapped the file.
+    The store fills with use and stops at its limits. Nothing is evicted: an epoch visits every row once, so an evicted
+    row would be needed again before the rows that were kept in its place.
+
+    Several processes may share the folder. Files appear complete, by an atomic rename. A damaged file is detected by
+    its checksum, removed and written again. The checksum is verified at the first read, and again if the file's
+    modification time, size or inode has changed. Later writes are detected at the next read, not by a reader that
+    already mapped the file.
 
     Args:
         options: Folder and limits.
@@ -85,7 +88,7 @@ class ActivationStore:
         self._full: set[str] = set()
 
     def get(self, key: str, device: torch.device) -> Tensor | None:
-        """The tensor on `device`, or None if it is missing or damaged."""
+        """Return the tensor on `device`, or None if it is missing or damaged."""
         for tensors in self._tensors.values():
             if key in tensors:
                 return tensors[key].to(device, non_blocking=True)
@@ -96,7 +99,7 @@ class ActivationStore:
         return value.to(device)
 
     def put(self, key: str, value: Tensor) -> None:
-        """Keep a tensor in each tier that has room."""
+        """Store a tensor in one tier of memory and in the folder, where they have room."""
         value = value.detach()
         self._keep(key, value, value.device)
         if not self.limits["disk"]:
@@ -109,11 +112,11 @@ class ActivationStore:
             self.limits["disk"] = 0
 
     def announce(self, num_bytes: int, what: str) -> None:
-        """Log how much room something will take before it is filled, and whether one tier can hold all of it.
+        """Log the expected size of the data, and whether the largest tier can hold all of it.
 
         Args:
-            num_bytes: Bytes that it will take.
-            what: Name for the message.
+            num_bytes: Expected size in bytes.
+            what: Name of the data, for the message.
         """
         limit = max(self.limits.values())
         logger.info(
@@ -125,12 +128,12 @@ class ActivationStore:
         )
 
     def _keep(self, key: str, value: Tensor, device: torch.device) -> None:
-        # each tensor is in one tier of memory: the GPU while there is room, then RAM
+        # each tensor is in at most one tier of memory: on the GPU while it has room, then in RAM
         tier = "device" if device.type != "cpu" and self._has_room("device", value.nbytes) else "ram"
         if key in self._tensors[tier] or not self._has_room(tier, value.nbytes):
             return
-        # A copy: a view would keep a whole batch alive, and a memory map would read the file again. Outside inference
-        # mode: training differentiates through what validation has stored, and autograd refuses inference tensors.
+        # Copy: a view would keep its whole batch in memory, and a memory-mapped tensor would read the file again.
+        # Outside inference mode: training uses states that validation stored, and autograd refuses inference tensors.
         with torch.inference_mode(False):
             self._tensors[tier][key] = value.to(device if tier == "device" else "cpu", copy=True)
         self.used[tier] += value.nbytes
@@ -149,7 +152,7 @@ class ActivationStore:
 
     def _warn_of_full_folder(self) -> None:
         assert self.folder is not None
-        # subfolders that this process has not used: other models, or other ways to compute
+        # subfolders that this process has not used belong to other models or numerical settings
         others = sorted(
             path.name for path in self.folder.glob(_MODEL_FOLDER) if path.name not in self._models
         )
@@ -163,7 +166,7 @@ class ActivationStore:
         )
 
     def _count_files(self, num_bytes: int) -> None:
-        """List the folder again after every 1/64 of the limit: other processes write into it too."""
+        """Measure the folder again after each 1/64 of the limit, because other processes write to it too."""
         if self._since_scan is None or self._since_scan > self.limits["disk"] // 64:
             assert self.folder is not None
             files = list(self.folder.glob(f"{_MODEL_FOLDER}/??/*"))
@@ -173,7 +176,10 @@ class ActivationStore:
         self._since_scan += num_bytes
 
     def _path(self, key: str) -> Path:
-        """File of the key `<model>/<row>`; two levels, as a folder with a million files is slow to list."""
+        """Return the file of the key `<model>/<row>`.
+
+        Rows are spread over subfolders, because a folder with a million files is slow to list.
+        """
         assert self.folder is not None
         model, _, row = key.partition("/")
         self._models.add(model)
@@ -185,8 +191,9 @@ class ActivationStore:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         data = value.cpu().contiguous()
-        # A hidden sibling, renamed when complete: rename is atomic within one file system, so that a reader sees either
-        # no file or all of it. Host and process in the name: two ranks may write the same row.
+        # Write a hidden file in the same folder and rename it when complete. A rename is atomic within a file system,
+        # so a reader sees either no file or the complete file. The name contains host and process id, because two ranks
+        # may write the same row.
         unfinished = path.with_name(f".{path.stem}.{platform.node()}.{os.getpid()}")
         try:
             save_file({"states": data}, unfinished, metadata={"crc32": str(_checksum(data))})
@@ -200,22 +207,22 @@ class ActivationStore:
             return None
         path = self._path(key)
         try:
-            # taken before the content is read, so that a write in between is seen at the next read
+            # stat before reading: a write between the two is then detected at the next read
             status = path.stat()
             mark = (status.st_mtime_ns, status.st_size, status.st_ino)
             with safe_open(path, framework="pt") as file:  # maps the file; pages are read when touched
                 value: Tensor = file.get_tensor("states")
+                # computing the checksum reads the whole file, so an unchanged file is verified only once
                 seen = self._verified.get(key) == mark
                 whole = seen or (file.metadata() or {}).get("crc32") == str(_checksum(value))
-        except (
-            OSError
-        ):  # missing or temporarily unreadable, as with too many open files: no reason to remove it
+        except OSError:
+            # missing or temporarily unreadable, for example with too many open files; keep the file
             return None
         except SafetensorError:
             whole = False
         if not whole:
             logger.warning("activation store: %s is damaged and will be computed again", path)
-            with suppress(OSError):  # a folder that may only be read
+            with suppress(OSError):  # the folder may be read-only
                 path.unlink(missing_ok=True)
             return None
         self._verified[key] = mark
@@ -230,7 +237,7 @@ def _size(path: Path) -> int:
 
 
 def _remove_abandoned(files: Iterable[Path]) -> None:
-    """Remove the unfinished files of killed processes."""
+    """Remove temporary files of killed processes."""
     for path in files:
         with suppress(OSError):
             if _UNFINISHED.match(path.name) and time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
