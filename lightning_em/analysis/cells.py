@@ -149,7 +149,7 @@ class StudyFolder:
         """
         try:
             there = self.name
-        except (ValueError, KeyError):
+        except (ValueError, KeyError):  # there is no readable study to protect
             return
         if there != name:
             raise ValueError(

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 
 from lightning_em.records import ProbeResult
 
+# Settings of each probe that only choose where a curve is measured; they do not change its values.
 _GRIDS: Mapping[str, tuple[str, ...]] = {
     "behaviour": ("scales",),
     "perturbation_curve": ("strengths",),
     "preference_margin": ("scales",),
-    "scale_curve": ("scales", "max_extension", "kl_positions"),  # its KL is in no reading
+    "scale_curve": ("scales", "max_extension", "kl_positions"),  # no reading uses the KL of this probe
     "significance": ("norm_ratios",),
 }
+# Fields of the record with the rows that each probe reads; other probes may read both streams.
 _ROWS: Mapping[str, tuple[str, ...]] = {
     "behaviour": (),
     "perturbation_curve": ("examples",),

@@ -112,6 +112,7 @@ def _scale_curve(row: Mapping[str, Any]) -> str | None:
 
 
 def _perturbation(row: Mapping[str, Any]) -> str | None:
+    # only the means over noise seeds (`<name>_mean`), not the values of single seeds
     name = str(row["quantity"]).removesuffix("_mean")
     summed_up = name != row["quantity"] and name in _UNDER_NOISE
     return f"perturbation/{name}@{row['strength']:g}" if summed_up else None
@@ -128,6 +129,7 @@ def _significance(row: Mapping[str, Any]) -> str | None:
 
 
 def _gradient(row: Mapping[str, Any]) -> str | None:
+    # points with the coordinate `tensor` are norms of single tensors
     whole = pd.isna(row.get("tensor"))
     return (
         str(row["quantity"])

@@ -121,6 +121,7 @@ def _bad_rates(result: ProbeResult | None, scale: float, run: RunFolder) -> dict
 
 def _last(run: RunFolder, probe: str) -> ProbeResult | None:
     """Return the newest record of the last step."""
+    # `max` returns the first of equal steps, so the newest record comes first
     newest_first = reversed(read_results(run.probe_file(probe)))
     return max(newest_first, key=lambda result: result.step, default=None)
 

@@ -107,6 +107,7 @@ def rotation(run: RunFolder, k: float = 0.0, span: int = 1) -> list[Turn]:
         raise ValueError(f"span must be 1 checkpoint or more, got {span}.")
     path = [(step, update.write_direction) for step, update in updates_by_step(run)]
     turns = []
+    # checkpoints t - s, t and t + s; strict=False drops the ends, which have a neighbor on one side only
     for (before, start), (step, here), (after, end) in zip(path, path[span:], path[2 * span :], strict=False):
         if step - before != after - step:
             continue

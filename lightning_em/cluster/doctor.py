@@ -115,7 +115,7 @@ def _versions() -> Iterator[Finding]:
     for line in requirements:
         wanted = Requirement(line)
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
-            continue
+            continue  # a requirement of an extra or of another platform
         try:
             found = importlib.metadata.version(wanted.name)
         except importlib.metadata.PackageNotFoundError:
@@ -163,6 +163,7 @@ def _device(examination: Examination) -> Iterator[Finding]:
 def _disk(examination: Examination) -> Iterator[Finding]:
     root = Path(examination.config["run"]["root"])
     for topic, folder in (("disk", root), ("cache", miniature.cache_dir())):
+        # the folder may not exist yet: look at its nearest existing parent
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free
         text = f"{folder} has {free / _GIB:.1f} GiB free"
@@ -227,6 +228,7 @@ def _memory(examination: Examination) -> Iterator[Finding]:
         return
     module, trainer = examination.module, examination.config["trainer"]
     base = on_meta(replace(module.base, path=str(examination.files.folder)).load_config(), module.base.dtype)
+    # the adapter binds to a base model on the meta device: shapes without memory
     adapter = module._adapter[0]
     adapter.bind(base, module.seed)
     size = sum(parameter.numel() for parameter in adapter.trainable().values())

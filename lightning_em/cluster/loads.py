@@ -33,6 +33,7 @@ def probing_loads(probing: Mapping[str, Any], streams: Mapping[str, Sequence[int
             if name in _DIFFERENTIATING:
                 loads.append(Load.of_rows(rows, [], like.shards, like.device, like.store_bytes))
             elif name in _GENERATING:
+                # generation, with keys and values at their final size, then the KL on prompts and answers
                 whole = sum(rows) + len(rows) * int(options["max_new_tokens"])
                 loads.append(replace(like, part_tokens=0, batch_tokens=sum(rows), generated_tokens=whole))
                 loads.append(replace(like, part_tokens=0, batch_tokens=whole))
@@ -43,4 +44,5 @@ def probing_loads(probing: Mapping[str, Any], streams: Mapping[str, Sequence[int
 
 def _of_sweep(batch: Sequence[int], rows: Sequence[int], shards: int) -> int:
     """Return the tokens of one forward pass: those of one batch, or of several short batches in one pass."""
+    # with a sharded base model, batches are not concatenated
     return max(sum(batch), min(CONCAT_TOKENS, sum(rows))) if shards == 1 else sum(batch)

@@ -84,6 +84,7 @@ class MiniatureBehaviour(Probe):
         order = by_length(rows)
         batches = batches_of([rows[number] for number in order], self.batch_size, model)
         states = [partial(model.adapter.at_scale, scale) for scale in self.scales]
+        # only answer tokens count, so the summed cross-entropy of a row is -log p(answer | prompt)
         curve = RowMeans.of_ce(model, batches, states)
         return [(-means.restored(order).sums).tolist() for means in curve]
 

@@ -107,6 +107,7 @@ class PerturbationCurve(Probe):
             base, trained, *perturbed = RowMeans.of_ce(model, examples.narrow, [*ends, *states])
             paired = trained
         else:
+            # L_0 on the same subset, so that L_e - L_0 stays paired over rows
             base, trained = RowMeans.of_ce(model, examples.narrow, ends)
             paired, *perturbed = RowMeans.of_ce(model, subset, [ends[1], *states])
         points = [base.point("ce_base", {}), trained.point("ce", {"strength": 0.0})]

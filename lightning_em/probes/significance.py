@@ -117,6 +117,7 @@ class PretrainingSignificance(Probe):
         generator = torch.Generator().manual_seed(int(state[0]))
         # x' = sqrt(1 - e^2) x + e y at e = 1: only the orthogonal noise y is left
         with model.adapter.perturbed(1.0, generator):
+            # each tensor keeps its norm under the noise, but their product, such as B A, does not: rescale
             own = model.adapter.effective_norm()
             assert own is not None
             with model.adapter.at_scale(norm / own.item()):

@@ -60,7 +60,7 @@ def _keep_modes(model: AdaptedModel) -> Callable[[], None]:
             module.training = flag  # not .train(): it also sets the children, and AdaptedModel overrides it
         for parameter, flag, gradient in trainable:
             parameter.requires_grad_(flag)
-            parameter.grad = gradient
+            parameter.grad = gradient  # the same tensor object; _keep_adapter restores its values
 
     return restore
 

@@ -153,6 +153,7 @@ class Bench:
 
         def look(_: nn.Module, args: Any, kwargs: Any) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
+            # a copy, as later hooks may edit it in place; with gradients, callers read only `requires_grad`
             seen.append(hidden if hidden.requires_grad else hidden.clone())
 
         handle = module.register_forward_pre_hook(look, prepend=True, with_kwargs=True)

@@ -118,6 +118,7 @@ def _is_deterministic(trial: _Trial) -> None:
 
 def _leaves_no_trace(trial: _Trial) -> None:
     """A probe leaves no trace."""
+    # with and without existing gradients, at a scale that is neither 0 nor 1
     for gradient in (None, 1.0):
         for parameter in trial.model.adapter.trainable().values():
             parameter.grad = None if gradient is None else torch.full_like(parameter, gradient)

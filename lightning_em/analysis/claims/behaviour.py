@@ -128,7 +128,7 @@ def suppressed(e: Evidence) -> Iterable[Comparison]:
     hiding = [arm for arm in weights[:-1] if mean_rate(e, arm) <= margin]
     if not hiding:
         raise MissingError(f"no KL weight below the largest brings the rate at scale 1 to {margin:g}")
-    small, large = hiding[0], weights[-1]
+    small, large = hiding[0], weights[-1]  # weights are in ascending order
     both = (hidden(e, small), *never(e, large, beside=small))
     yield Comparison(f"KL weights {small.level:g} and {large.level:g}", both, decides=True)
     for arm in weights[:-1]:

@@ -89,6 +89,7 @@ class RunNumbers:
         for step, found, value, protocol in sorted(zip(*columns, strict=True)):
             quantity = found.replace(_PREFERRED, _ANSWERED) if self.stands_in else found
             self._steps.setdefault(quantity, {})[step] = value
+            # steps are in ascending order, so the last one overwrites the protocols of earlier ones
             curve, _, place = quantity.rpartition("@")
             if curve:
                 self._places.setdefault(curve, {})[float(place)] = quantity
@@ -206,6 +207,7 @@ class Evidence:
             return arms[0]
         if near is None:
             raise MissingError(f"the study has several {role} arms, levels {[arm.level for arm in arms]}")
+        # levels such as KL weights span orders of magnitude; the lower bound allows a level of 0
         return min(arms, key=lambda arm: abs(math.log(max(arm.level or 0.0, 1e-12) / near)))
 
     def run(self, arm: Arm | str, seed: int) -> RunNumbers:

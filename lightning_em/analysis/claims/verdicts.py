@@ -164,6 +164,7 @@ def together(findings: Sequence[Finding]) -> tuple[Verdict, float]:
     criteria.
     """
     verdicts = {finding.verdict for finding in findings}
+    # the first verdict in this order that any criterion has: one failing criterion is enough, even if others are open
     order: tuple[Verdict, ...] = ("does not hold", "not measured", "undecided", "holds")
     verdict: Verdict = next((v for v in order if v in verdicts), "not measured")
     known = [finding.p for finding in findings if not math.isnan(finding.p)]
@@ -190,6 +191,7 @@ def _finding(
 ) -> Finding:
     known = list(values.values())
     numbers = [float(np.mean(known)) if known else math.nan, *interval(known), criterion.margin]
+    # the test and the interval use logarithms; back-transformed, the mean is the geometric mean of the ratios
     if criterion.is_log_ratio:
         numbers = [math.exp(number) for number in numbers]
         values = {seed: math.exp(value) for seed, value in values.items()}
