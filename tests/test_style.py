@@ -26,7 +26,7 @@ NOT_YET_PLAIN = (
         "testing/",
         "verbs/",
     ),
-    *("cluster/doctor", "cluster/loads", "exchange/foreign", "exchange/importing", "exchange/peft_"),
+    *("exchange/foreign", "exchange/importing", "exchange/peft_"),
     *("cli", "demo", "identity", "rebuild", "runs"),
 )
 BANNED_PHRASES = re.compile(

@@ -1,4 +1,4 @@
-"""Analysis: what the records of runs say, side by side. Reads files, never imports torch."""
+"""Analysis: tables, curves and comparisons from the records of runs. Reads files and never imports torch."""
 
 from lightning_em.analysis.curves import (
     EqualNorm,

@@ -1,4 +1,4 @@
-"""The cells of a study: which run plays which role, and where its folder is. Never imports torch."""
+"""The cells of a study: the role and the run folder of each run. Never imports torch."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ from lightning_em.runs import RunFolder, start_of
 STUDY_SCHEMA = 2
 DEFAULT_WORLD = "default"
 MOST_SEEDS = 16
-"""That the exact test of a claim takes."""
+"""Maximum number of seeds for the exact test of a claim, which enumerates all 2^n sign flips."""
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,16 @@ class Cell:
     """One run of a study.
 
     Attributes:
-        run: Its folder below the study's root.
-        arm: Name of the arm in the study's file.
-        role: What the arm is for, e.g. `general`, `narrow`, `reverted`; claims are made of roles.
-        level: The arm's number (a KL weight, a share, a number of rows); None where it has none.
+        run: Run folder, relative to the study's root.
+        arm: Name of the arm in the study file.
+        role: Role of the arm, e.g. `general`, `narrow` or `reverted`; claims are stated in terms of roles.
+        level: Number that distinguishes arms of one role (a KL weight, a share, a number of rows), if any.
         adapter: Adapter type, e.g. `rank32`.
-        world: `default`, `control`.
+        world: Name of the world, e.g. `default` or `control`.
         seed: Training seed, the unit of inference.
-        init_from: Run it starts from; None for a fresh adapter.
-        planned_from: Hash of the options and files that plan the run; None if any run in its folder will do.
-        identity: Identity of the run that is meant, without data and start; None until its config is resolved.
+        init_from: Run to start from; None for a fresh adapter.
+        planned_from: Hash of the options and files that define the run; None if any run in the folder is valid.
+        identity: Identity of the expected run, without data and start; None until its config is resolved.
     """
 
     run: str
@@ -46,16 +46,16 @@ class Cell:
 
     @classmethod
     def from_fields(cls, content: Mapping[str, Any]) -> "Cell":
-        """Back from JSON; keys of later versions are passed over."""
+        """Build a cell from its JSON fields; unknown keys, e.g. of later versions, are ignored."""
         known = {each.name for each in fields(cls)}
         return cls(**{key: value for key, value in content.items() if key in known})
 
 
 class StudyFolder:
-    """Root of a study: `study.json`, and a run folder for each of its cells.
+    """Root folder of a study: `study.json` and one run folder per cell.
 
     Args:
-        root: The folder; it need not exist before the cells are written.
+        root: Path of the folder; it need not exist before `write`.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -70,10 +70,10 @@ class StudyFolder:
         return str(self._read()["name"])
 
     def cells(self) -> list[Cell]:
-        """All cells, in the order of the study.
+        """Return all cells, in the order of the study.
 
         Raises:
-            ValueError: If there is no study here, or another version's.
+            ValueError: If the folder holds no study, or `study.json` is damaged or has another schema.
         """
         content = self._read()
         try:
@@ -82,23 +82,23 @@ class StudyFolder:
             raise self._damaged(error) from None
 
     def run(self, cell: Cell) -> RunFolder:
-        """The run folder of a cell; it need not exist."""
+        """Return the run folder of a cell; it need not exist."""
         return RunFolder(self.root / cell.run)
 
     def identities(self) -> dict[str, tuple[str | None, Mapping[str, Any] | None]]:
-        """Which run is meant, and what that was planned from, by run folder; empty where no study can be read."""
+        """Return `planned_from` and `identity` of each cell by run folder; empty if no study can be read."""
         try:
             return {cell.run: (cell.planned_from, cell.identity) for cell in self.cells()}
         except ValueError:
             return {}
 
     def finished(self) -> list[Cell]:
-        """The cells whose run is finished, and is the one that the cell says."""
+        """Return the cells whose run is finished and matches the cell."""
         left_out = self.left_out()
         return [cell for cell in self.cells() if self._is_finished(cell) and cell.run not in left_out]
 
     def left_out(self) -> dict[str, str]:
-        """Why finished runs are not the ones that their cells say, by run folder."""
+        """Return the finished runs that do not match their cells, with the reason, by run folder."""
         cells = self.cells()
         differing = self.differences(cells)
         return {
@@ -108,10 +108,12 @@ class StudyFolder:
         }
 
     def differences(self, cells: Iterable[Cell]) -> dict[str, str]:
-        """Why the runs that are there are not the ones that cells mean, by run folder.
+        """Return the existing runs that do not match their cells, with the reason, by run folder.
+
+        A run also differs if the run it starts from is unfinished or differs itself.
 
         Args:
-            cells: With those they start from.
+            cells: Cells to check, including the cells they start from.
         """
         known = {cell.run: cell for cell in cells}
 
@@ -140,14 +142,14 @@ class StudyFolder:
         return None
 
     def refuse_other(self, name: str) -> None:
-        """See to it that the folder is this study's.
+        """Check that the folder holds no study of another name.
 
         Raises:
-            ValueError: If another study is there.
+            ValueError: If the folder holds another study.
         """
         try:
             there = self.name
-        except (ValueError, KeyError):
+        except (ValueError, KeyError):  # there is no readable study to protect
             return
         if there != name:
             raise ValueError(
@@ -157,15 +159,15 @@ class StudyFolder:
 
     @property
     def rules(self) -> Mapping[str, Any]:
-        """Fields of the `Rules` of its claims."""
+        """Fields of the `Rules` of the study's claims."""
         return dict(self._read().get("claims", {}))
 
     def write(self, name: str, cells: Iterable[Cell], rules: Mapping[str, Any] | None = None) -> None:
-        """Write `study.json` in one step.
+        """Write `study.json` atomically.
 
         Raises:
-            ValueError: If another study is here, two cells have one run folder, or a cell starts from a run that
-                is not in the study.
+            ValueError: If the folder holds another study, two cells share a run folder, or a cell starts from a
+                run that is not in the study.
         """
         self.refuse_other(name)
         cells = list(cells)

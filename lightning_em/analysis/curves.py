@@ -1,4 +1,4 @@
-"""Training loss against the size of a solution: one curve a run, and two of them side by side."""
+"""Curves of training loss against scale or effective norm, and comparisons of two curves."""
 
 import fnmatch
 import logging
@@ -19,13 +19,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LossCurve:
-    """Cross-entropy on training rows with the adapter applied `scale` times, nats per token.
+    """Cross-entropy on training rows with the update multiplied by `scale`, nats per token.
 
     Attributes:
-        scales: Ascending from 0, the frozen base; 1 is the trained adapter.
+        scales: Scales in ascending order from 0, the base model; 1 is the trained adapter.
         ce: Loss at each scale.
-        effective_norm: Of the trained adapter.
-        step: Optimiser steps behind it.
+        effective_norm: Effective norm of the trained adapter.
+        step: Optimizer steps taken.
     """
 
     scales: tuple[float, ...]
@@ -40,17 +40,17 @@ class LossCurve:
 
     @property
     def base_ce(self) -> float:
-        """Loss of the frozen base."""
+        """Loss of the base model."""
         return self.ce[0]
 
     @property
     def trained_ce(self) -> float:
-        """Loss of the adapter as it was trained."""
+        """Loss of the trained adapter, at scale 1."""
         return self.ce[self.scales.index(1.0)]
 
     @property
     def best_scale(self) -> float:
-        """Scale of the grid at which the loss is lowest."""
+        """Scale on the grid with the lowest loss."""
         return self.scales[int(np.argmin(self.ce))]
 
     @property
@@ -60,14 +60,14 @@ class LossCurve:
 
     @property
     def efficiency(self) -> float:
-        """Fall of the loss from the base to the trained adapter over the square of its norm."""
+        """(L_base - L) / norm^2 of the trained adapter, L being its loss."""
         return (self.base_ce - self.trained_ce) / self.effective_norm**2
 
     def ce_at_norm(self, norm: float) -> float:
-        """Loss with the adapter scaled to an effective norm, linear between the measured scales.
+        """Return the loss with the adapter scaled to an effective norm, interpolated linearly.
 
         Raises:
-            ValueError: If the curve was not measured that far.
+            ValueError: If `norm` is outside the measured range.
         """
         if not 0 <= norm <= self.norms[-1]:
             raise ValueError(
@@ -78,7 +78,7 @@ class LossCurve:
 
 
 class EqualNorm(NamedTuple):
-    """Two solutions scaled to one effective norm, the smaller of their trained ones; nats per token."""
+    """Losses of two solutions, scaled to the smaller of their trained effective norms; nats per token."""
 
     norm: float
     general_ce: float
@@ -86,14 +86,14 @@ class EqualNorm(NamedTuple):
 
 
 def loss_curve(records: pd.DataFrame, step: int | None = None) -> LossCurve:
-    """The scale curve of a run.
+    """Read the scale curve of a run.
 
     Args:
-        records: From `records_frame`.
-        step: Of the checkpoint; the last one that was probed if not given.
+        records: Table from `records_frame`.
+        step: Step of the checkpoint. Defaults to the last one with a scale curve.
 
     Raises:
-        ValueError: If there is none, or the adapter has no effective norm.
+        ValueError: If there is no scale curve, or the adapter has no effective norm.
     """
     curves = records[records["probe"] == "scale_curve"]
     steps = sorted(map(int, curves["step"].unique()))
@@ -121,12 +121,12 @@ def at_equal_norm(general: LossCurve, narrow: LossCurve) -> EqualNorm:
 def common_grid(
     curves: Sequence[LossCurve], against: str, num_points: int = 101
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Curves of several seeds on one axis, linear between the measured scales, as far as all of them go.
+    """Interpolate the curves of several seeds linearly on a common axis, up to the end of the shortest curve.
 
     Args:
-        curves: One a seed.
-        against: `effective_norm` or `scale`.
-        num_points: Of the axis.
+        curves: One curve per seed.
+        against: Quantity on the axis, `effective_norm` or `scale`.
+        num_points: Number of points on the axis.
 
     Returns:
         The axis `[points]` and the losses `[seeds points]`.
@@ -137,9 +137,10 @@ def common_grid(
 
 
 def sign_test(num_agreeing: int, num_pairs: int) -> float:
-    """Probability of at least so many agreeing pairs if either sign were as likely; a tie does not agree.
+    """Compute the one-sided p-value of the sign test; a tie counts as a disagreement.
 
-    Five seeds that all agree give .031, the least that five can give.
+    It is the probability of at least `num_agreeing` agreeing pairs if both signs are equally likely. Five seeds
+    that all agree give 1/32 = .031, the smallest p-value for five seeds.
     """
     return (
         sum(math.comb(num_pairs, agreeing) for agreeing in range(num_agreeing, num_pairs + 1))
@@ -148,11 +149,11 @@ def sign_test(num_agreeing: int, num_pairs: int) -> float:
 
 
 def runs_by_base(root: str | Path, experiment: str, base: str = "*") -> Mapping[str, RunFolder]:
-    """Finished runs of an experiment, one a base model: the newest, and the log names those passed over.
+    """Return the newest finished run of an experiment for each base model; older runs are skipped with a warning.
 
     Args:
         root: Folder of the runs.
-        experiment: Their name without the hash behind it.
+        experiment: Name of the runs, without the trailing hash.
         base: Pattern of `model.base.path`, such as `miniature://seed-*/model`.
     """
     found: dict[str, RunFolder] = {}

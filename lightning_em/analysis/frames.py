@@ -14,22 +14,21 @@ POINT_COLUMNS = (
 
 
 def metrics_frame(run: RunFolder) -> pd.DataFrame:
-    """Metrics of a run, one row a step and one column a name; NaN where a step has no such value.
+    """Return the metrics of a run: one row per step, one column per metric, NaN where a step lacks the metric.
 
     Raises:
-        ValueError: If a step has two values of one name.
+        ValueError: If a step has two values of one metric.
     """
     frame = pd.DataFrame.from_dict(read_metrics(run.metrics_file), orient="index", dtype=float)
     return frame.rename_axis(index="step").sort_index(axis="columns")
 
 
 def records_frame(run: RunFolder) -> pd.DataFrame:
-    """Points of all probes at all steps, one row a point and one column a coordinate.
+    """Return the points of all probes at all steps: one row per point, one column per coordinate.
 
-    Columns: probe, step, measurement (line of the probe's file, from 1: the same step measured with other
-    settings is another measurement), protocol (see `protocol_of`), quantity, value, unit, standard_error, count,
-    then the coordinates that any probe has, empty where a point has none. Values of single examples stay in the
-    files.
+    Columns: probe, step, measurement (line of the probe's file, from 1; one step measured with two settings gives
+    two measurements), protocol (see `protocol_of`), quantity, value, unit, standard_error, count. Then one column
+    for each coordinate of any probe, empty where a point does not have it. `per_example` values are not included.
 
     Raises:
         ValueError: If a coordinate has the name of one of the other columns.

@@ -1,4 +1,4 @@
-"""Everything a study measured as one tidy table, one row a number: all that the claims are computed from."""
+"""All measurements of a study as one tidy table with one row per number, from which the claims are computed."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,16 +27,16 @@ _DTYPES = {"level": float, "seed": int, "step": int, "value": float}
 
 
 def measurements(study: StudyFolder) -> pd.DataFrame:
-    """All numbers of the finished runs of a study and of what was computed from several of them.
+    """Return all numbers of a study's finished runs, including those computed from several runs together.
 
-    Columns `COLUMNS`. A quantity has its place on a grid in its name, `bad_rate/held_out_domain@2` being the
-    rate at scale 2. `step` is the checkpoint's; quantities that are followed through training have several.
-    What the study says about its claims (`Rules`) has the role `study`.
-    Numbers of several runs have the role `pair`, and their quantity begins with the analysis.
-    `protocol` is what a number was measured by (see `protocol_of`): numbers of two runs are compared where it is
-    the same. It is empty where the checkpoints alone determine the number, and for pairs, whose runs are measured
-    together.
-    Values are rounded to six digits, so that a table computed from the file is the one computed from the runs.
+    The columns are `COLUMNS`. The name of a quantity includes its coordinate on a grid: for example,
+    `bad_rate/held_out_domain@2` is the rate at scale 2. `step` is the step of the checkpoint; quantities that are
+    followed through training have several steps. The study's own rules for its claims (`Rules`) have the role
+    `study`. Numbers of several runs have the role `pair`, and their quantity begins with the name of the analysis.
+    `protocol` identifies how a number was measured (see `protocol_of`). Numbers of two runs are compared only if
+    their protocols match. It is empty if the checkpoints alone determine the number, and for pairs, whose runs
+    are measured together. Values are rounded to six digits, so that tables computed from the file and from the
+    runs agree.
 
     Raises:
         ValueError: If no run is finished.
@@ -57,20 +57,20 @@ def measurements(study: StudyFolder) -> pd.DataFrame:
 
 
 def write_measurements(frame: pd.DataFrame, path: Path) -> None:
-    """Write the table as CSV, in one step."""
+    """Write the table as CSV, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, frame.to_csv(index=False))
 
 
 def read_measurements(path: Path) -> pd.DataFrame:
-    """Read the table back, also from `.csv.gz`.
+    """Read the table from `.csv` or `.csv.gz`.
 
     Raises:
-        ValueError: If there is no such file or a column is missing.
+        ValueError: If the file does not exist or a column is missing.
     """
     if not path.is_file():
         raise ValueError(f"there are no measurements at {path}; `lightning-em study report` writes them.")
-    texts = {column: str for column in COLUMNS if column not in _DTYPES}  # an adapter may be called 32
+    texts = {column: str for column in COLUMNS if column not in _DTYPES}  # an adapter may be named 32
     frame = pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=[""])
     if missing := [column for column in COLUMNS if column not in frame]:
         raise ValueError(f"{path} has no columns {missing}; write it again with `lightning-em study report`.")
@@ -83,7 +83,7 @@ def _frame(rows: list[CellReading]) -> pd.DataFrame:
         for row in rows
     ]
     frame = _table(table)
-    # a norm may be on record and in the checkpoint: the record, which comes first, is kept
+    # a norm may come from the record and from the checkpoint: keep the record's, which comes first
     return frame.drop_duplicates(["run", "role", "step", "quantity"], ignore_index=True)
 
 
@@ -101,7 +101,10 @@ def _of_pair(pair: PairResult) -> Iterator[CellReading]:
 
 
 def _pair_reading(analysis: str, point: Point) -> Reading:
-    """`analysis/quantity/coordinate=value/...`; the step is the reading's own, a norm is named by its ratio."""
+    """Name a point `analysis/quantity/coordinate=value/...`.
+
+    The coordinate `step` becomes the reading's step, and `norm_ratio` replaces `effective_norm`.
+    """
     place = dict(point.coordinates)
     step = int(place.pop("step", 0))
     if "norm_ratio" in place:

@@ -1,4 +1,4 @@
-"""Records of what was measured between runs of one base: the pair analyses of a study. Never imports torch."""
+"""Records of the pair analyses of a study: measurements between runs of one base model. Never imports torch."""
 
 import json
 from collections.abc import Mapping
@@ -11,24 +11,25 @@ from lightning_em.records import Point, append_lines, parsed_lines
 
 SOLUTIONS = ("general", "narrow")
 ROLES = (*SOLUTIONS, "reverted", "reverse")
-"""Runs that are compared with each other, by role; there is no comparison without both solutions."""
+"""Roles of the runs in a pair analysis; `general` and `narrow` are required."""
 
 
 @dataclass(frozen=True)
 class PairResult:
-    """Everything one analysis found between runs of one adapter, world and seed.
+    """Result of one analysis between runs of one adapter, world and seed.
 
     Attributes:
-        analysis: Its name.
-        adapter: Of the study's adapters.
-        world: Of the study's worlds.
+        analysis: Name of the analysis.
+        adapter: Adapter type.
+        world: Name of the world.
         seed: Training seed.
         runs: Run folder of each role.
-        steps: Optimiser steps behind each role's newest checkpoint.
-        settings: Of the analysis: other settings are another measurement.
-        points: The measurements.
+        steps: Optimizer steps taken by each role's newest checkpoint.
+        settings: Settings of the analysis; different settings make a different measurement.
+        points: Measured values.
         examples: Row ids that `per_example` values refer to.
-        adapter_sha256: Hash of the weights in each role's newest checkpoint; empty in records older than it.
+        adapter_sha256: Hash of the weights in each role's newest checkpoint; empty in records older than this
+            field.
     """
 
     analysis: str
@@ -44,14 +45,14 @@ class PairResult:
 
     @classmethod
     def from_json(cls, line: str) -> "PairResult":
-        """Read back one line."""
+        """Parse one line of a pair file."""
         fields = json.loads(line)
         fields["points"] = tuple(map(Point.from_fields, fields["points"]))
         fields["examples"] = tuple(fields["examples"])
         return cls(**fields)
 
     def to_json(self) -> str:
-        """One line, NaN refused.
+        """Serialize to one line.
 
         Raises:
             ValueError: If a value is NaN or infinite.
@@ -61,21 +62,22 @@ class PairResult:
     def measures_the_same_as(self, other: "PairResult") -> bool:
         """Whether both are the same analysis of the same checkpoints with the same settings."""
         keys = ["analysis", "adapter", "world", "seed", "runs", "steps", "settings"]
+        # older records have no hash of the weights: compare it only if both have one
         keys += ["adapter_sha256"] if self.adapter_sha256 and other.adapter_sha256 else []
         return all(getattr(self, key) == getattr(other, key) for key in keys)
 
     def append_to(self, study: StudyFolder) -> None:
-        """Add this line to its file."""
+        """Append this result to its pair file."""
         append_lines(pair_file(study, self.analysis, self.adapter, self.world, self.seed), self.to_json())
 
 
 def pair_file(study: StudyFolder, analysis: str, adapter: str, world: str, seed: int) -> Path:
-    """Where an analysis of one adapter, world and seed is: a file of its own, as workers write side by side."""
+    """Return the path of an analysis of one adapter, world and seed; separate files let workers write in parallel."""
     return study.pair_folder / analysis / f"{adapter}-{world}-seed{seed}.jsonl"
 
 
 def read_pair_file(file: Path) -> list[PairResult]:
-    """All results in one file, in the order they were written.
+    """Read all results in one file, in the order in which they were written.
 
     Raises:
         ValueError: If a line is damaged.
@@ -84,6 +86,6 @@ def read_pair_file(file: Path) -> list[PairResult]:
 
 
 def read_pairs(study: StudyFolder, analysis: str) -> list[PairResult]:
-    """The newest result of an analysis for each adapter, world and seed that has one."""
+    """Read the newest result of an analysis for each adapter, world and seed."""
     files = sorted((study.pair_folder / analysis).glob("*.jsonl"))
     return [results[-1] for file in files if (results := read_pair_file(file))]

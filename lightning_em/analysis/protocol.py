@@ -1,4 +1,4 @@
-"""What two measurements must have in common to be compared. Never imports torch."""
+"""Measurement protocols: what two measurements must share to be comparable. Never imports torch."""
 
 import hashlib
 import json
@@ -6,13 +6,15 @@ from collections.abc import Mapping
 
 from lightning_em.records import ProbeResult
 
+# Settings of each probe that only choose where a curve is measured; they do not change its values.
 _GRIDS: Mapping[str, tuple[str, ...]] = {
     "behaviour": ("scales",),
     "perturbation_curve": ("strengths",),
     "preference_margin": ("scales",),
-    "scale_curve": ("scales", "max_extension", "kl_positions"),  # its KL is in no reading
+    "scale_curve": ("scales", "max_extension", "kl_positions"),  # no reading uses the KL of this probe
     "significance": ("norm_ratios",),
 }
+# Fields of the record with the rows that each probe reads; other probes may read both streams.
 _ROWS: Mapping[str, tuple[str, ...]] = {
     "behaviour": (),
     "perturbation_curve": ("examples",),
@@ -23,14 +25,14 @@ _ROWS: Mapping[str, tuple[str, ...]] = {
 
 
 def protocol_of(result: ProbeResult) -> str:
-    """Eight hex digits of what the values of a record depend on besides the run and the place on a grid.
+    """Return an eight-digit hex hash of everything that a record's values depend on besides run and coordinates.
 
-    These are the world, the settings, and the probe's rows. Left out are
-        the grid: light and full sets of probes give one curve at fewer or more places, whose values stay
+    The hash covers the world, the settings and the rows that the probe reads. It excludes:
+        the grid: a probe with a coarser grid measures the same curve at fewer coordinates, and its values stay
             comparable;
-        the rows that a probe does not look at: arms may be trained on other rows and answer the same questions.
+        rows that the probe does not read: arms trained on different rows may answer the same questions.
 
-    What a setting only names, such as a file of questions, counts by its name and not by its content.
+    A file named in a setting, such as a file of questions, enters by its name, not by its content.
     """
     grid = _GRIDS.get(result.probe, ())
     fields = {

@@ -1,4 +1,4 @@
-"""What one run's records and metrics say, as named numbers: the names that claims are written in."""
+"""Readings: the records and metrics of one run as named numbers, with the names that claims use."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from lightning_em.analysis.frames import metrics_frame, records_frame
 from lightning_em.runs import RunFolder
 
 FOLLOWED_KINDS = ("narrow_seen", "narrow_held_out", "kl_domain", "held_out_domain")
-"""Kinds of question whose bad rate at scale 1 is kept at every checkpoint."""
+"""Kinds of question for which the bad rate at scale 1 is kept at every checkpoint."""
 _UNDER_NOISE = ("ce_increase", "lost_gain", "relative_increase", "displacement")
 
 
@@ -17,10 +17,10 @@ class Reading(NamedTuple):
     """One number of a run at one checkpoint.
 
     Attributes:
-        step: Of the checkpoint.
-        quantity: Its name.
-        value: The number.
-        protocol: By which it was measured (see `protocol_of`); empty where the checkpoint alone determines it.
+        step: Step of the checkpoint.
+        quantity: Name of the quantity.
+        value: Value of the quantity.
+        protocol: Protocol of the measurement (see `protocol_of`); empty if the checkpoint alone determines the value.
     """
 
     step: int
@@ -30,18 +30,22 @@ class Reading(NamedTuple):
 
 
 def readings(run: RunFolder) -> list[Reading]:
-    """All numbers of a run: each probe's at its last step, and those that are followed at every step.
+    """Return all numbers of a run: each probe's at its last step, and some quantities at every step.
 
-    A curve is one record's: a place of the grid that only an earlier step has, or an earlier record of the same
-    step, is left out.
+    A curve comes from one record: coordinates that only an earlier step, or an earlier record of the same step,
+    has are left out. The effective norm, the bad rates at scale 1 of `FOLLOWED_KINDS`, the gradient norms and the
+    validation losses are kept at every step.
 
-    Names, `@` before the place on a grid: `bad_rate/<kind>@<scale>` (good, other, style likewise), `ce@<scale>`,
-    `effective_norm`, `best_scale`, `best_ce`, `optimum_inside_grid`, `efficiency` = (L_base - L) / norm^2,
-    `loss_over_norm2` = L / norm^2,
-    `perturbation/<ce_increase | lost_gain | relative_increase | displacement>@<strength>`, means over the noise,
-    `kl_chat/<prompts>@<scale>`, `significance/<adapter | random>@<share of the trained norm>`,
-    `ce_gradient_norm`, `kl_gradient_norm`, `margin/<kind>@<scale>`, `bad_preferred/<kind>@<scale>`, `val/ce`,
-    `val/kl`.
+    Names, with `@` before the coordinate on a grid:
+        `bad_rate/<kind>@<scale>`, and likewise `good_rate`, `other_rate`, `style_rate`.
+        `ce@<scale>`, `best_scale`, `best_ce`, `optimum_inside_grid`, `effective_norm`.
+        `efficiency` = (L_base - L) / norm^2, `loss_over_norm2` = L / norm^2.
+        `perturbation/<ce_increase | lost_gain | relative_increase | displacement>@<strength>`, means over the noise.
+        `kl_chat/<prompts>@<scale>`.
+        `significance/<adapter | random>@<share of the trained norm>`, means over the random draws.
+        `ce_gradient_norm`, `kl_gradient_norm`.
+        `margin/<kind>@<scale>`, `bad_preferred/<kind>@<scale>`.
+        `val/ce`, `val/kl`.
     """
     found = _from_records(records_frame(run)) + _from_metrics(run)
     return sorted(found + _efficiency(found))
@@ -54,7 +58,7 @@ def _is_followed(quantity: str) -> bool:
 
 
 def _from_records(records: pd.DataFrame) -> list[Reading]:
-    """The last measurement of each probe at the steps that are kept; draws of one place are averaged."""
+    """Return the last measurement of each probe at the kept steps; draws at the same coordinate are averaged."""
     named: dict[tuple[int, str, str], list[float]] = {}
     last = records.groupby("probe")["step"].max()
     newest = records.groupby(["probe", "step"])["measurement"].transform("max")
@@ -71,7 +75,7 @@ def _from_records(records: pd.DataFrame) -> list[Reading]:
 
 
 def _from_metrics(run: RunFolder) -> list[Reading]:
-    """Validation losses."""
+    """Return the validation losses."""
     frame = metrics_frame(run)
     known = [frame[name].dropna() for name in ("val/ce", "val/kl") if name in frame]
     return [
@@ -108,6 +112,7 @@ def _scale_curve(row: Mapping[str, Any]) -> str | None:
 
 
 def _perturbation(row: Mapping[str, Any]) -> str | None:
+    # only the means over noise seeds (`<name>_mean`), not the values of single seeds
     name = str(row["quantity"]).removesuffix("_mean")
     summed_up = name != row["quantity"] and name in _UNDER_NOISE
     return f"perturbation/{name}@{row['strength']:g}" if summed_up else None
@@ -124,6 +129,7 @@ def _significance(row: Mapping[str, Any]) -> str | None:
 
 
 def _gradient(row: Mapping[str, Any]) -> str | None:
+    # points with the coordinate `tensor` are norms of single tensors
     whole = pd.isna(row.get("tensor"))
     return (
         str(row["quantity"])

@@ -1,4 +1,4 @@
-"""What the arms of a study are for. Claims and tables are made of roles; a study's file may name more of its own."""
+"""Roles of the arms of a study. Claims and tables refer to roles; a study file may define further ones."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -8,9 +8,9 @@ class Role(NamedTuple):
     """One role.
 
     Attributes:
-        level: How the level of its arms is written.
-        shown_as: Name in tables, if it is another one.
-        rate: The rate of answers that its arms are trained for.
+        level: Format string for the level of an arm.
+        shown_as: Name in tables, if it differs from the role's name.
+        rate: Rate of the answers that the role's arms are trained to give.
     """
 
     level: str = "KL weight {:.3g}"
@@ -23,7 +23,7 @@ ROLES: Mapping[str, Role] = {
     "narrow": Role(),
     "narrow_weight": Role(
         shown_as="narrow"
-    ),  # the same training at another KL weight than the one that is compared
+    ),  # same training as `narrow`, at KL weights other than the compared one
     "reverted": Role(),
     "reverse": Role(),
     "mixed_other": Role("{:.3g} bad"),
@@ -34,9 +34,9 @@ ROLES: Mapping[str, Role] = {
     "harmless_narrow": Role(rate="style_rate"),
 }
 KL_WEIGHT_ROLES = ("general", "narrow_weight", "narrow")
-"""The same training at several KL weights, 0 for the general run."""
+"""Roles that share one training setup and differ in the KL weight, which is 0 for the general run."""
 
 
 def role_named(name: str) -> Role:
-    """What is known of a role; a study's own has levels without a meaning."""
+    """Return the role of this name; roles that a study defines itself have a generic level format."""
     return ROLES.get(name, Role("level {:.3g}"))

@@ -1,4 +1,4 @@
-"""One run at one checkpoint as a line of a table: behaviour by kind of question, losses, norm, best scale."""
+"""One run at one checkpoint as a row of a table: behavior by kind of question, losses, norm, best scale."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from lightning_em.runs import RunFolder
 
 
 class Estimate(NamedTuple):
-    """A mean over items with its 95 % interval (normal, items as the unit; clipped to 0..1 for a rate)."""
+    """A mean over items with its 95 % normal interval; items are the unit, and a rate is clipped to 0..1."""
 
     mean: float
     low: float
@@ -19,23 +19,23 @@ class Estimate(NamedTuple):
 
     @classmethod
     def of_rate(cls, point: Point) -> "Estimate":
-        """The mean of a probability over items."""
+        """Build the estimate from a point that holds the mean of a probability over items."""
         half = 1.96 * (point.standard_error or 0.0)
         return cls(point.value, max(0.0, point.value - half), min(1.0, point.value + half), point.count or 0)
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What is known of one solution.
+    """The main numbers of one solution.
 
     Attributes:
-        name: For the reader.
+        name: Display name.
         bad_rates: Probability of a bad answer by kind of question, mean over items.
-        ce: Cross-entropy on held-out narrow rows, nats per token.
-        kl: KL from the reference on held-out parallel rows, nats per token.
-        effective_norm: Of the trained adapter.
-        best_scale: Where the scale curve of the training loss is lowest.
-        step: Optimiser steps taken.
+        ce: Cross-entropy on held-out narrow data, nats per token.
+        kl: KL from the reference on held-out KL data, nats per token.
+        effective_norm: Effective norm of the trained adapter.
+        best_scale: Scale with the lowest training loss on the scale curve.
+        step: Optimizer steps taken.
     """
 
     name: str
@@ -48,15 +48,15 @@ class Solution:
 
 
 def solution_of(run: RunFolder, name: str, scale: float = 1.0) -> Solution:
-    """The last recorded step of a run, with the adapter applied `scale` times.
+    """Summarize the last recorded step of a run.
 
     Args:
-        run: Its folder.
-        name: Name of the line.
-        scale: Which scale's behaviour to take; losses are those of scale 1.
+        run: Run folder.
+        name: Display name of the row.
+        scale: Adapter scale of the behavior rates; losses are always those of scale 1.
 
     Raises:
-        ValueError: If the run has no behaviour record at this scale.
+        ValueError: If the run has no behavior record at this scale.
     """
     behaviour, curve = _last(run, "behaviour"), _last(run, "scale_curve")
     metrics = _last_metrics(run)
@@ -74,7 +74,7 @@ def solution_of(run: RunFolder, name: str, scale: float = 1.0) -> Solution:
 
 
 def base_of(run: RunFolder, name: str = "base") -> Solution:
-    """The frozen base, as a run's own probes saw it at scale 0."""
+    """Summarize the base model from a run's own probes at scale 0."""
     curve = _last(run, "scale_curve")
     at_zero = [p for p in _points(curve, "ce") if p.coordinates.get("scale") == 0]
     ce = at_zero[0].value if at_zero else None
@@ -82,10 +82,10 @@ def base_of(run: RunFolder, name: str = "base") -> Solution:
 
 
 def median_solution(name: str, solutions: Sequence[Solution]) -> Solution:
-    """Medians over seeds; the interval is the range over seeds.
+    """Return the medians over seeds, with the range over seeds as the interval.
 
     Raises:
-        ValueError: If there is no solution.
+        ValueError: If `solutions` is empty.
     """
     if not solutions:
         raise ValueError(f"there is no run to take the median of for {name!r}.")
@@ -120,7 +120,8 @@ def _bad_rates(result: ProbeResult | None, scale: float, run: RunFolder) -> dict
 
 
 def _last(run: RunFolder, probe: str) -> ProbeResult | None:
-    """The newest record of the last step."""
+    """Return the newest record of the last step."""
+    # `max` returns the first of equal steps, so the newest record comes first
     newest_first = reversed(read_results(run.probe_file(probe)))
     return max(newest_first, key=lambda result: result.step, default=None)
 

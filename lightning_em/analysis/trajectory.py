@@ -1,4 +1,4 @@
-"""The way a solution takes through training: norms, turns, principal components, distances. Never imports torch."""
+"""Training trajectories of solutions: norms, turns, principal components, distances. Never imports torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from lightning_em.runs import RunFolder
 
 @dataclass(frozen=True)
 class TrajectoryPCA:
-    """Checkpoints of several runs in the plane that holds most of their differences.
+    """Checkpoints of several runs in their principal components.
 
     Attributes:
-        coordinates: One row a checkpoint: run, step, effective_norm, pc1, pc2, ...
+        coordinates: Table with one row per checkpoint: run, step, effective_norm, pc1, pc2, ...
         explained_shares: Share of the variance on each component, descending.
     """
 
@@ -26,12 +26,13 @@ class TrajectoryPCA:
 
 
 class Turn(NamedTuple):
-    """How a trajectory turns at one checkpoint.
+    """Turn of a trajectory at one checkpoint.
 
     Attributes:
-        step: Of the checkpoint.
-        cosine: Between the way back and the way on: -1 straight, 0 a right angle, 1 a reversal.
-        longer_arm: Length of the longer of the two.
+        step: Step of the checkpoint.
+        cosine: Cosine between the differences to the previous and the next checkpoint: -1 straight, 0 a right
+            angle, 1 a reversal.
+        longer_arm: Length of the longer of the two differences.
     """
 
     step: int
@@ -40,12 +41,13 @@ class Turn(NamedTuple):
 
 
 class DistanceShare(NamedTuple):
-    """How far an update has gone from a start to an end; 0 at the start, 1 at the end.
+    """Share of the distance from a start to an end that an update has covered; 0 at the start, 1 at the end.
 
     Attributes:
-        projection: Of its way on the straight line between them, sideways movement left out.
-        covered: 1 - (distance still to go) / (distance of start and end); negative if it is farther from the
-            end than the start is.
+        projection: Projection of (update - start) onto (end - start), as a share of the length of (end - start);
+            sideways movement does not count.
+        covered: 1 - (distance from the end) / (distance between start and end); negative if the update is
+            farther from the end than the start is.
     """
 
     projection: float
@@ -53,11 +55,11 @@ class DistanceShare(NamedTuple):
 
 
 def trajectory_pca(runs: Mapping[str, RunFolder], num_components: int = 5) -> TrajectoryPCA:
-    """Standardise the write directions of all checkpoints and find their principal components.
+    """Standardize the write directions of all checkpoints and compute their principal components.
 
     Args:
-        runs: Of one adapter type, by name.
-        num_components: Fewer come out where there are fewer checkpoints or numbers.
+        runs: Runs of one adapter type, by name.
+        num_components: Maximum number of components; limited by the number of checkpoints and of features.
 
     Raises:
         ValueError: If there are fewer than two checkpoints, or the adapters declare no low-rank parts or differ in
@@ -65,7 +67,7 @@ def trajectory_pca(runs: Mapping[str, RunFolder], num_components: int = 5) -> Tr
 
     Source: arXiv:2602.07852 (trajectory).
     """
-    from sklearn.decomposition import PCA  # a second of imports that only this function needs
+    from sklearn.decomposition import PCA  # imported here: it takes a second, and only this function needs it
     from sklearn.preprocessing import StandardScaler
 
     places: list[dict[str, str | int | float]] = []
@@ -80,7 +82,7 @@ def trajectory_pca(runs: Mapping[str, RunFolder], num_components: int = 5) -> Tr
             f"{len(features)} of {sorted({len(feature) for feature in features})} numbers from {sorted(runs)}."
         )
     standard = StandardScaler().fit_transform(np.stack(features))
-    # full: the default draws at random for large inputs, and a figure should be the same twice
+    # the default solver is randomized for large inputs; "full" makes figures reproducible
     pca = PCA(min(num_components, *standard.shape), svd_solver="full")
     components = pca.fit_transform(standard)
     names = [f"pc{number}" for number in range(1, components.shape[1] + 1)]
@@ -89,11 +91,11 @@ def trajectory_pca(runs: Mapping[str, RunFolder], num_components: int = 5) -> Tr
 
 
 def rotation(run: RunFolder, k: float = 0.0, span: int = 1) -> list[Turn]:
-    """Local cosine cos(v[t-s] - v[t], v[t+s] - v[t]) of the write direction at each checkpoint t.
+    """Compute the local cosine cos(v[t-s] - v[t], v[t+s] - v[t]) of the write direction at each checkpoint t.
 
     Args:
-        run: With checkpoints at even distances; where a neighbour is nearer than the other there is no turn.
-        k: Keep a turn if its longer arm exceeds this: arms as short as the noise turn at random.
+        run: Run with evenly spaced checkpoints; checkpoints with unequal distances to their neighbors are skipped.
+        k: Minimum length of the longer arm; shorter arms are dominated by noise and turn at random.
         span: s in checkpoints.
 
     Raises:
@@ -105,6 +107,7 @@ def rotation(run: RunFolder, k: float = 0.0, span: int = 1) -> list[Turn]:
         raise ValueError(f"span must be 1 checkpoint or more, got {span}.")
     path = [(step, update.write_direction) for step, update in updates_by_step(run)]
     turns = []
+    # checkpoints t - s, t and t + s; strict=False drops the ends, which have a neighbor on one side only
     for (before, start), (step, here), (after, end) in zip(path, path[span:], path[2 * span :], strict=False):
         if step - before != after - step:
             continue
@@ -116,22 +119,24 @@ def rotation(run: RunFolder, k: float = 0.0, span: int = 1) -> list[Turn]:
 
 
 def norms_by_step(run: RunFolder) -> dict[int, float]:
-    """Effective norm of the adapter at each checkpoint."""
+    """Return the effective norm of the adapter at each checkpoint."""
     return {step: update.effective_norm for step, update in updates_by_step(run)}
 
 
 def distance_share(start: Update, end: Update, other: Update) -> DistanceShare:
-    """How far `other` has gone from `start` towards `end`, in the space of updates.
+    """Compute how far `other` has moved from `start` towards `end`, in the space of updates.
 
     Args:
-        start: Where it set out, e.g. the narrow solution.
-        end: Where it may be going, e.g. the general solution.
-        other: Where it is, e.g. the narrow solution trained on without KL.
+        start: Update at the start, e.g. the narrow solution.
+        end: Update at the end, e.g. the general solution.
+        other: Update to locate, e.g. the narrow solution trained further without KL.
 
     Raises:
         ValueError: If start and end are the same, or the adapters differ in kind.
     """
     trio = (start, end, other)
+    # Updates are never formed as matrices. Each difference is a coefficient vector over the trio, and its inner
+    # products follow from the Gram matrix: <u, v> = u^T G v.
     gram = np.array([[inner_product(a, b) for b in trio] for a in trio])
     line, way, left = np.array([-1.0, 1, 0]), np.array([-1.0, 0, 1]), np.array([0, 1.0, -1])
     length = float(line @ gram @ line)

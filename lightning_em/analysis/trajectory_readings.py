@@ -1,4 +1,4 @@
-"""What the checkpoints of a study's runs say about the way they took, as named numbers."""
+"""Trajectory quantities of a study's runs, computed from checkpoints, as named numbers."""
 
 import itertools
 import logging
@@ -19,26 +19,34 @@ PAIR_ROLE = "pair"
 BACK_TO = {"reverted": "general", "reverse": "narrow"}
 NUM_COMPONENTS = 3
 SHORTEST_ARM = 0.05
-"""A turn counts if its longer arm exceeds this share of the final write direction: shorter arms are noise."""
+"""Minimum length of a turn's longer arm as a share of the final write direction's norm; shorter arms are noise."""
 
 
 class CellReading(NamedTuple):
-    """One number, of one run or of several together."""
+    """One number of one run, or of several runs together."""
 
     cell: Cell
     reading: Reading
 
 
 def trajectory_readings(study: StudyFolder, cells: Sequence[Cell]) -> Iterator[CellReading]:
-    """Numbers from checkpoints; the log names runs without a valid one, and adapters without low-rank parts.
+    """Yield numbers computed from the checkpoints of a study's runs.
 
-    `effective_norm` at each checkpoint.
-    `rotation/peak` of a general or narrow run: the largest local cosine of its trajectory, `rotation/peak_step`
-    where it is; their protocol is the number of steps between checkpoints, on which a turn depends.
-    `pca/pc1` to `pca/pc3` of the general run and those of all KL weights at each checkpoint, the general one ending
-    on the positive side; `pca/share_<i>` of all of them together.
-    `distance/covered` and `distance/projection` of a reverted run on its way to the general solution, and of
-    a reverse run on its way to the narrow one.
+    Runs without a valid checkpoint and adapters without low-rank parts are skipped with a warning.
+
+    Quantities:
+        `effective_norm`: effective norm at each checkpoint.
+        `rotation/peak`, `rotation/peak_step`: largest local cosine of the trajectory of a general or narrow run,
+            and its step. Their protocol is the number of steps between checkpoints, on which a turn depends.
+        `pca/pc1` to `pca/pc3`: principal components of the runs at all KL weights, general run included, at each
+            checkpoint. Signs are set so that the general run ends on the positive side.
+        `pca/share_<i>`: share of the variance on component i, over all these runs together.
+        `distance/covered`, `distance/projection`: progress of a reverted run towards the general solution, and
+            of a reverse run towards the narrow solution; see `DistanceShare`.
+
+    Args:
+        study: Study folder.
+        cells: Cells to read, usually the finished ones.
     """
     groups: dict[tuple[str, str, int], list[Cell]] = {}
     for cell in cells:
@@ -85,7 +93,8 @@ def _components(study: StudyFolder, group: Sequence[Cell]) -> Iterator[CellReadi
     pca = trajectory_pca({name: study.run(cell) for name, cell in cells.items()})
     places = pca.coordinates.sort_values("step").set_index("run")
     for name in [f"pc{number}" for number in range(1, NUM_COMPONENTS + 1) if f"pc{number}" in places]:
-        sign = 1.0 if places.loc[[general[0]], name].iloc[-1] >= 0 else -1.0  # none of its own
+        # the sign of a principal component is arbitrary: set it by the general run's last checkpoint
+        sign = 1.0 if places.loc[[general[0]], name].iloc[-1] >= 0 else -1.0
         for run, step, place in zip(places.index, places["step"], places[name], strict=True):
             yield CellReading(cells[run], Reading(int(step), f"pca/{name}", sign * float(place)))
     together = Cell("+".join(cells), "", PAIR_ROLE, None, group[0].adapter, group[0].world, group[0].seed)

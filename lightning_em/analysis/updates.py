@@ -1,4 +1,4 @@
-"""What an adapter changes, read from its checkpoint: inner products, norms and cosines. Never imports torch."""
+"""The update of an adapter, read from its checkpoint: inner products, norms, cosines. Never imports torch."""
 
 import logging
 import math
@@ -22,12 +22,12 @@ Part = Literal["update", "B", "A"]
 
 
 class SiteChange(NamedTuple):
-    """The change `factor x write @ read` of one site of the model.
+    """The change `factor x write @ read` at one site of the model.
 
     Attributes:
         write: B, `[out rank]`.
         read: A, `[rank in]`; a single 1 for a shift, which does not depend on the input.
-        factor: A number, e.g. alpha / rank; 1 for a shift, whose `write` holds its factor.
+        factor: Multiplier, e.g. alpha / rank; 1 for a shift, whose `write` includes the factor.
     """
 
     write: npt.NDArray[np.floating[Any]]
@@ -37,11 +37,11 @@ class SiteChange(NamedTuple):
 
 @dataclass(frozen=True)
 class Update:
-    """The whole change of the model by an adapter at scale 1.
+    """The change of the whole model by an adapter at scale 1.
 
     Attributes:
-        kind: `shift` if no site depends on what it reads, such as a steering vector; else `low-rank`.
-        sites: The change of each site, by its name.
+        kind: `shift` if no site depends on its input, as for a steering vector; otherwise `low-rank`.
+        sites: Change of each site, by name.
     """
 
     kind: Literal["shift", "low-rank"]
@@ -49,22 +49,23 @@ class Update:
 
     @property
     def write_direction(self) -> npt.NDArray[np.float64]:
-        """Where the adapter writes, one flat array: factor x shift, or every B end to end as it is saved.
+        """Write direction as one flat array: factor x shift, or all B matrices as saved, concatenated.
 
-        The paper follows a LoRA's B alone: it starts at zero, while A starts at random values that hardly
-        move and would drown it. Only directions of one initialisation are comparable for a rank above 1,
-        as (B R)(R^-1 A) is the same update.
+        As in the paper, the trajectory of a LoRA is that of B alone. B starts at zero, while A starts at random
+        values that hardly change and would dominate B. For a rank above 1, compare only directions with the same
+        initialization, because (B R)(R^-1 A) is the same update.
         """
         return np.concatenate([site.write.astype(np.float64).ravel() for site in self._in_order])
 
     @property
     def read_direction(self) -> npt.NDArray[np.float64]:
-        """Every A end to end."""
+        """All A matrices, concatenated as one flat array."""
         return np.concatenate([site.read.astype(np.float64).ravel() for site in self._in_order])
 
     @cached_property
     def effective_norm(self) -> float:
         """Frobenius norm of the change over all sites; alpha x ||vector|| for a steering vector."""
+        # rounding can make the inner product slightly negative
         return math.sqrt(max(0.0, inner_product(self, self)))
 
     @property
@@ -73,12 +74,13 @@ class Update:
 
 
 def inner_product(first: Update, second: Update) -> float:
-    """Frobenius product of two updates; <B1 A1, B2 A2> = sum((B1^T B2) * (A1 A2^T)) without forming a matrix.
+    """Compute the Frobenius inner product of two updates, without forming the weight changes.
 
-    Sites add up; a site that only one of them has adds nothing.
+    Per site, <B1 A1, B2 A2> = sum((B1^T B2) * (A1 A2^T)). The result is the sum over the sites that both updates
+    have.
 
     Raises:
-        ValueError: If a shift meets a change of weights, or one site has two shapes.
+        ValueError: If one update is a shift and the other low-rank, or a site differs in shape.
     """
     _refuse_other_kind(first, second)
     total = 0.0
@@ -93,12 +95,13 @@ def inner_product(first: Update, second: Update) -> float:
 
 
 def update_cosine(first: Update, second: Update, part: Part = "update") -> float | None:
-    """Cosine between two updates, or between their B or A parts; None where one of them is zero.
+    """Compute the cosine between two updates, or between their B or A parts; None if one of them is zero.
 
     Args:
-        first: One adapter's change.
-        second: Another's, of the same kind.
-        part: `B` or `A` compare the flattened matrices, which depend on how a rank above 1 is written.
+        first: Update of one adapter.
+        second: Update of another adapter, of the same kind.
+        part: Part to compare. `B` and `A` compare the flattened matrices, which for a rank above 1 depend on the
+            factorization.
 
     Raises:
         ValueError: If the two cannot be compared.
@@ -113,7 +116,7 @@ def update_cosine(first: Update, second: Update, part: Part = "update") -> float
 
 
 def updates_by_step(run: RunFolder) -> Iterator[tuple[int, Update]]:
-    """Step and update of each valid checkpoint, ascending; broken ones are skipped with a warning.
+    """Yield step and update of each valid checkpoint, ascending; corrupt checkpoints are skipped with a warning.
 
     Raises:
         ValueError: If an adapter declares no low-rank parts.
@@ -126,10 +129,10 @@ def updates_by_step(run: RunFolder) -> Iterator[tuple[int, Update]]:
 
 
 def last_update(run: RunFolder) -> Update:
-    """The update of the newest valid checkpoint.
+    """Read the update of the newest valid checkpoint.
 
     Raises:
-        ValueError: If there is none, or its adapter declares no low-rank parts.
+        ValueError: If there is no valid checkpoint, or its adapter declares no low-rank parts.
     """
     step = run.newest_valid_step()
     if step is None:
@@ -138,10 +141,10 @@ def last_update(run: RunFolder) -> Update:
 
 
 def read_update(checkpoint: Path) -> Update:
-    """The update of one checkpoint folder, from its weights and the low-rank parts that its adapter declares.
+    """Read the update of a checkpoint folder from its weights and the low-rank parts that its adapter declares.
 
     Raises:
-        ValueError: If the adapter declares none, or two of its tensors do not fit together.
+        ValueError: If the adapter declares no low-rank parts, or two of its tensors do not fit together.
     """
     record = AdapterRecord.read(checkpoint)
     if record.update is None:

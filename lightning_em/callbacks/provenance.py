@@ -1,4 +1,4 @@
-"""What a run was: config, versions, data and how it ended, in its own folder."""
+"""Provenance of a run: config, versions, data hashes and exit status, recorded in the run folder."""
 
 import importlib.metadata
 import logging
@@ -25,12 +25,12 @@ PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "jsonargpa
 
 
 class Provenance(Callback):
-    """Keep run.json true: what was run, on what, and how it ended.
+    """Keep `run.json` up to date: identity, versions, data, attempts and exit status of the run.
 
     Args:
-        identity: The run's identity, see `identity_of`.
-        config: The resolved config as YAML text, written as config.yaml.
-        command: The command line that makes this run.
+        identity: Identity of the run; see `identity_of`.
+        config: Resolved config as YAML text, written to `config.yaml`.
+        command: Command line that reproduces the run.
     """
 
     def __init__(self, identity: Mapping[str, Any], config: str, command: Sequence[str]) -> None:
@@ -40,7 +40,7 @@ class Provenance(Callback):
         """Record the start of an attempt before the first step.
 
         Raises:
-            ValueError: If the base is not the one the run began with.
+            ValueError: If the base model differs from the one that the run started with.
         """
         run = RunFolder(trainer.default_root_dir)
         refuse_other_base(run, pl_module)
@@ -50,6 +50,7 @@ class Provenance(Callback):
         attempt = {"started": _now(), "from_step": trainer.global_step, "world_size": trainer.world_size}
         if job := slurm.job_id():
             attempt["job"] = job
+        # an earlier attempt without a status did not end regularly, so it was killed
         before = [{"status": "killed"} | attempt for attempt in known.get("attempts", [])]
         if not run.config_file.exists():
             write_atomically(run.config_file, self.config)
@@ -59,7 +60,7 @@ class Provenance(Callback):
             status="running",
             exit_reason=None,
             identity=(known.get("identity") if run.steps() else None)
-            or self.identity,  # it stays what it began as
+            or self.identity,  # a resumed run keeps the identity it started with
             attempts=[*before, attempt],
             allowed_imports=imports.allowed(),
             command=redacted_words(self.command),
@@ -75,20 +76,20 @@ class Provenance(Callback):
         )
 
     def on_fit_end(self, trainer: Trainer, pl_module: EMModule) -> None:  # type: ignore[override]
-        """Record a regular end."""
+        """Record that the run finished, or that it stopped before its last step."""
         if trainer.is_global_zero:
             done = trainer.global_step >= trainer.estimated_stepping_batches
             self._close(trainer, "finished" if done else "stopped", None)
 
     def on_exception(self, trainer: Trainer, pl_module: EMModule, exception: BaseException) -> None:  # type: ignore[override]
-        """Record what ended the run."""
+        """Record the exception that ended the run."""
         if not trainer.is_global_zero or not RunFolder(trainer.default_root_dir).run_file.exists():
             return
         kind = "preempted" if isinstance(exception, Interrupted) else "failed"
         step = {"failed_at": exception.step} if isinstance(exception, UnhealthyError) else {}
         try:
             self._close(trainer, kind, redacted_text(f"{type(exception).__name__}: {exception}"), **step)
-        except OSError as error:  # a full disk: what matters is the exception that is on its way
+        except OSError as error:  # e.g. a full disk: do not hide the original exception
             logger.warning("could not note in run.json how the run ended: %s", error)
 
     def _close(self, trainer: Trainer, status: str, reason: str | None, **more: Any) -> None:
@@ -101,13 +102,13 @@ class Provenance(Callback):
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package, Python and the libraries that decide the numbers."""
+    """Return the versions of this package, Python and the libraries that affect the results."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {"lightning_em": __version__, "python": platform.python_version(), **found}
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit of the working directory and whether it has changes; None outside a checkout."""
+    """Return the git commit of the working directory and whether it has changes; None outside a repository."""
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10

@@ -1,4 +1,4 @@
-"""Can this machine run an experiment? Everything is looked at that a job would only find out in the queue."""
+"""Check whether this machine can run an experiment, before a job fails in the queue."""
 
 import importlib.metadata
 import os
@@ -35,7 +35,7 @@ _LEAST_FREE = 5 * _GIB
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """Result of one check."""
 
     topic: str
     level: Literal["ok", "warning", "fault"]
@@ -49,7 +49,7 @@ class Finding:
 
 @dataclass
 class Examination:
-    """What is known so far; a check that needs more than there is does not run."""
+    """State shared by the checks; a check is skipped if the state it needs is missing."""
 
     config: dict[str, Any]
     module: EMModule
@@ -64,12 +64,14 @@ Check = Callable[[Examination], Iterator[Finding]]
 
 
 def check(args: Sequence[str], prefetch: bool = False, gpu_gib: float | None = None) -> list[Finding]:
-    """Look at everything an experiment needs, without loading weights or asking the network.
+    """Check everything that an experiment needs, without loading weights.
+
+    The network is used only if `prefetch` is set.
 
     Args:
         args: Command-line arguments after `fit`.
-        prefetch: Download model and tokenizer first, or build the miniature world.
-        gpu_gib: Memory of the GPUs it is meant for; this machine's own if not given.
+        prefetch: Whether to first download the model and the tokenizer, or build the miniature world.
+        gpu_gib: Memory of the target GPUs in GiB. Defaults to that of this machine's GPUs.
     """
     findings = list(_versions())
     try:
@@ -90,7 +92,7 @@ def check(args: Sequence[str], prefetch: bool = False, gpu_gib: float | None = N
 
 
 def report_table(findings: Sequence[Finding]) -> Table:
-    """The findings for a terminal, and what to make of them."""
+    """Build a table of the findings for a terminal, with a summary as its caption."""
     faults = sum(finding.is_fault for finding in findings)
     warnings = sum(finding.level == "warning" for finding in findings)
     table = Table("what", "", "finding", title="lightning-em doctor")
@@ -113,7 +115,7 @@ def _versions() -> Iterator[Finding]:
     for line in requirements:
         wanted = Requirement(line)
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
-            continue
+            continue  # a requirement of an extra or of another platform
         try:
             found = importlib.metadata.version(wanted.name)
         except importlib.metadata.PackageNotFoundError:
@@ -161,6 +163,7 @@ def _device(examination: Examination) -> Iterator[Finding]:
 def _disk(examination: Examination) -> Iterator[Finding]:
     root = Path(examination.config["run"]["root"])
     for topic, folder in (("disk", root), ("cache", miniature.cache_dir())):
+        # the folder may not exist yet: look at its nearest existing parent
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free
         text = f"{folder} has {free / _GIB:.1f} GiB free"
@@ -195,7 +198,7 @@ def _chat_template(examination: Examination) -> Iterator[Finding]:
 
 def _data(examination: Examination) -> Iterator[Finding]:
     data = examination.data
-    if examination.encoder is None:  # no tokenizer: are the files at least here?
+    if examination.encoder is None:  # without a tokenizer, check only that the files exist
         for source in (source for pair in data.sources.values() for source in pair if source is not None):
             if "://" not in source.path and not Path(source.path).exists():
                 yield Finding(
@@ -225,6 +228,7 @@ def _memory(examination: Examination) -> Iterator[Finding]:
         return
     module, trainer = examination.module, examination.config["trainer"]
     base = on_meta(replace(module.base, path=str(examination.files.folder)).load_config(), module.base.dtype)
+    # the adapter binds to a base model on the meta device: shapes without memory
     adapter = module._adapter[0]
     adapter.bind(base, module.seed)
     size = sum(parameter.numel() for parameter in adapter.trainable().values())
@@ -255,7 +259,10 @@ def _memory(examination: Examination) -> Iterator[Finding]:
 
 
 def _loads(examination: Examination, shards: int, device: str) -> list[Load]:
-    """A micro-batch and probes on the longest rows; on rows as long as allowed where the data could not be read."""
+    """Return the loads of a micro-batch and of probes on the longest rows.
+
+    If the data could not be read, rows have the maximum length allowed.
+    """
     data, store = examination.data, examination.module.store
     counts = {"narrow": data.batch_size, "kl": data.kl_batch_size if "kl" in data.sources else 0}
     probing = examination.config["probing"]
@@ -285,7 +292,7 @@ def _advice(
 
 
 def _same_rows(trainer: dict[str, Any], devices: int) -> str:
-    """The flag under which a step on so many devices has the rows that it has now."""
+    """Return the flag that keeps the rows per optimizer step unchanged on this number of devices."""
     micro_batches = int(trainer["accumulate_grad_batches"]) * (num_processes(trainer) or 1)
     if micro_batches % devices == 0:
         return f"--trainer.accumulate_grad_batches {micro_batches // devices} (the same rows a step)"
@@ -296,7 +303,7 @@ def _same_rows(trainer: dict[str, Any], devices: int) -> str:
 
 
 class _Local:
-    """A tokenizer that is loaded already."""
+    """A tokenizer source that returns a tokenizer already loaded."""
 
     def __init__(self, encoder: ChatEncoder) -> None:
         self.encoder = encoder

@@ -1,4 +1,4 @@
-"""What a fit asks of the memory, in training and in its probes: rows by their lengths, nothing is loaded."""
+"""Memory loads of the probes of a fit, from the lengths of rows, without loading a model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,15 +12,15 @@ _GENERATING = ("ChatKL",)
 
 
 def probing_loads(probing: Mapping[str, Any], streams: Mapping[str, Sequence[int]], like: Load) -> list[Load]:
-    """The largest batches that probes run, beside the weights and the optimiser.
+    """Return the loads of the largest batches that probes run, in addition to the weights and the optimizer.
 
-    A gradient is of the rows of one stream at a time; every other probe runs without one. A probe that draws answers
-    keeps keys and values of prompts and answers meanwhile.
+    A probe that computes gradients does so for one stream at a time; all other probes run without gradients. A probe
+    that samples answers keeps the keys and values of prompts and answers in memory meanwhile.
 
     Args:
-        probing: Settings of the callback, as in a resolved config.
-        streams: Tokens of rows by stream, the longest first.
-        like: Training's load, for shards, device and store.
+        probing: Settings of the probing callback, as in a resolved config.
+        streams: Row lengths in tokens by stream, longest first.
+        like: Load of training, for its shards, device and store.
     """
     size, loads = int(probing["batch_size"]), []
     for probe in probing.get("probes") or ():
@@ -33,6 +33,7 @@ def probing_loads(probing: Mapping[str, Any], streams: Mapping[str, Sequence[int
             if name in _DIFFERENTIATING:
                 loads.append(Load.of_rows(rows, [], like.shards, like.device, like.store_bytes))
             elif name in _GENERATING:
+                # generation, with keys and values at their final size, then the KL on prompts and answers
                 whole = sum(rows) + len(rows) * int(options["max_new_tokens"])
                 loads.append(replace(like, part_tokens=0, batch_tokens=sum(rows), generated_tokens=whole))
                 loads.append(replace(like, part_tokens=0, batch_tokens=whole))
@@ -42,5 +43,6 @@ def probing_loads(probing: Mapping[str, Any], streams: Mapping[str, Sequence[int
 
 
 def _of_sweep(batch: Sequence[int], rows: Sequence[int], shards: int) -> int:
-    """Tokens of a pass: of one batch, or of as many short ones as share it."""
+    """Return the tokens of one forward pass: those of one batch, or of several short batches in one pass."""
+    # with a sharded base model, batches are not concatenated
     return max(sum(batch), min(CONCAT_TOKENS, sum(rows))) if shards == 1 else sum(batch)

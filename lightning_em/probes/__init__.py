@@ -1,4 +1,4 @@
-"""Probes: what is measured at a checkpoint. A new one is one subclass of `Probe`, named by its class path."""
+"""Probes: measurements of a model at a checkpoint. A new probe is one subclass of `Probe`, named by class path."""
 
 from lightning_em.probes.base import Probe, ProbeExamples
 from lightning_em.probes.behaviour import MiniatureBehaviour

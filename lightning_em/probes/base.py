@@ -1,4 +1,4 @@
-"""What every probe is: an observer that measures a model and leaves no trace."""
+"""Base class of all probes: observers that measure a model without changing it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +17,11 @@ from lightning_em.runs import RunFolder
 
 @dataclass(frozen=True)
 class ProbeExamples:
-    """The fixed rows that every checkpoint is measured on.
+    """The fixed rows on which every checkpoint is measured.
 
     Attributes:
         narrow: Rows of the narrow data, for cross-entropy.
-        kl: Rows of the parallel data, for KL; may be empty.
+        kl: Rows of the KL data; may be empty.
     """
 
     narrow: list[PackedBatch]
@@ -37,55 +37,62 @@ class ProbeExamples:
 
     @property
     def narrow_row_ids(self) -> tuple[str, ...]:
-        """Ids of the narrow rows, in order; `per_example` values of CE refer to them."""
+        """Ids of the narrow rows, in the order of the `per_example` values of CE."""
         return tuple(row_id for batch in self.narrow for row_id in batch.row_ids)
 
     @property
     def kl_row_ids(self) -> tuple[str, ...]:
-        """Ids of the parallel rows, in order; `per_example` values of KL refer to them."""
+        """Ids of the KL rows, in the order of the `per_example` values of KL."""
         return tuple(row_id for batch in self.kl for row_id in batch.row_ids)
 
     def to(self, device: torch.device | str) -> "ProbeExamples":
-        """The same rows on `device`."""
+        """Return the same rows on `device`."""
         return ProbeExamples([b.to(device) for b in self.narrow], [b.to(device) for b in self.kl])
 
 
 class Probe(ABC):
     """One measurement of a model at a checkpoint. A subclass implements `measure` and `settings`.
 
-    Every rank runs it on the same rows and finds the same values.
+    Every rank runs the probe on the same rows and obtains the same values.
     `lightning_em.testing.check_probe` checks the contract.
 
     Attributes:
-        name: Names the record file, `probes/<name>.jsonl`.
+        name: Name of the probe and of its record file, `probes/<name>.jsonl`.
     """
 
     name: ClassVar[str]
 
     @abstractmethod
     def settings(self) -> Mapping[str, Any]:
-        """What the measurement depends on, ready for JSON: another grid is another measurement."""
+        """Return all settings that the values depend on, serializable as JSON.
+
+        Records with different settings, such as another grid, count as different measurements.
+        """
 
     def for_checkpoint(self, run: RunFolder, step: int) -> "Probe":
-        """The probe that measures this checkpoint: itself, or a copy that looks at the run's earlier ones too.
+        """Return the probe for this checkpoint: `self`, or a copy that also reads the run's earlier checkpoints.
 
-        Called on every rank, once the checkpoint of `step` is on disk. Name and settings stay the same.
+        Called on every rank after the checkpoint of `step` is on disk. Name and settings must stay the same.
         """
         return self
 
     @abstractmethod
     def measure(self, model: AdaptedModel, examples: ProbeExamples) -> list[Point]:
-        """Measure `model`; called by `run`, without gradients unless it turns them on itself."""
+        """Measure `model`.
+
+        `run` calls this method in eval mode with gradients disabled. A probe that needs gradients enables them
+        itself.
+        """
 
     @final
     def run(self, model: AdaptedModel, examples: ProbeExamples) -> list[Point]:
-        """Measure `model` in eval mode and leave no trace, also when the measurement raises.
+        """Measure `model` in eval mode, then restore its state, even if the measurement raises.
 
-        Weights, gradients, train/eval mode, `requires_grad`, adapter scale and every random state are
+        Weights, gradients, train/eval mode, `requires_grad`, adapter scale and all random states are
         bit-identical afterwards.
 
         Raises:
-            RuntimeError: If the measurement wrote into the frozen base.
+            RuntimeError: If the measurement wrote into the frozen base model.
         """
         with untouched(model), torch.no_grad():
             model.eval()
@@ -95,12 +102,12 @@ class Probe(ABC):
     def record(
         self, model: AdaptedModel, examples: ProbeExamples, step: int, world: str | None = None
     ) -> ProbeResult:
-        """Run and put the points into the line that is written to `probes/<name>.jsonl`.
+        """Run the probe and return the record for `probes/<name>.jsonl`.
 
         Args:
-            model: What is measured.
-            examples: On which rows.
-            step: Optimiser steps taken when the checkpoint was written.
+            model: Model to measure.
+            examples: Rows to measure it on.
+            step: Optimizer steps taken when the checkpoint was written.
             world: Recipe hash of the miniature world, if any.
         """
         return ProbeResult(
@@ -116,10 +123,10 @@ class Probe(ABC):
 
 @dataclass(frozen=True)
 class RowMeans:
-    """Loss of every probe row at one setting of the model, with the statistics that probes report.
+    """Loss of every probe row in one state of the model, with the statistics that probes report.
 
     Attributes:
-        sums: Nats of each row over its counted tokens, float64 on the CPU.
+        sums: Loss of each row in nats, summed over its counted tokens; float64 on the CPU.
         counts: Counted tokens of each row.
     """
 
@@ -133,7 +140,13 @@ class RowMeans:
         batches: list[PackedBatch],
         states: Sequence[Callable[[], AbstractContextManager[object]]],
     ) -> "list[RowMeans]":
-        """Cross-entropy of every row in each state of the adapter, e.g. `partial(adapter.at_scale, 0.5)`."""
+        """Compute the cross-entropy of every row in each state of the adapter.
+
+        Args:
+            model: Model to measure.
+            batches: Rows to measure it on.
+            states: Factories of context managers that set the adapter, e.g. `partial(adapter.at_scale, 0.5)`.
+        """
         return [cls(each.sums.cpu(), each.counts.cpu()) for each in model.sweep_row_ce(batches, states)]
 
     @classmethod
@@ -144,36 +157,42 @@ class RowMeans:
         states: Sequence[Callable[[], AbstractContextManager[object]]],
         kl_positions: CountedPositions,
     ) -> "list[RowMeans]":
-        """KL from the reference of every row in each state of the adapter."""
+        """Compute the KL from the reference of every row in each state of the adapter; see `of_ce`."""
         losses = model.sweep_row_kl(batches, states, kl_positions)
         return [cls(each.sums.cpu(), each.counts.cpu()) for each in losses]
 
     def restored(self, order: Sequence[int]) -> "RowMeans":
-        """The rows as they were before they were put into this order."""
+        """Return the rows in their original order.
+
+        Args:
+            order: Original index of each row, as passed when the rows were reordered.
+        """
+        # argsort inverts a permutation
         places = torch.tensor(order).argsort()
         return RowMeans(self.sums[places], self.counts[places])
 
     def __sub__(self, other: "RowMeans") -> "RowMeans":
-        """Paired difference: the same rows, so that what they have in common cancels."""
+        """Return the paired difference over the same rows, in which the variation between rows cancels."""
         return RowMeans(self.sums - other.sums, self.counts)
 
     @property
     def mean(self) -> float:
-        """Nats per token: all sums over all counts, as in the training loss. Long rows weigh more."""
+        """Mean in nats per token: total sum over total count, as in the training loss; longer rows weigh more."""
         return float(self.sums.sum() / self.counts.sum())
 
     @property
     def standard_error(self) -> float | None:
-        """Of `mean` as a ratio of sums over rows, rows being the unit; None for a single row."""
+        """Standard error of `mean`, with the row as the unit of sampling; None for a single row."""
         num_rows = len(self.sums)
         if num_rows < 2:
             return None
+        # `mean` is a ratio of two sums over rows, so its variance is that of the linearized ratio estimator
         residuals = self.sums - self.mean * self.counts
         variance = num_rows / (num_rows - 1) * residuals.square().sum()
         return float(variance.sqrt() / self.counts.sum())
 
     def point(self, quantity: str, coordinates: Mapping[str, float | int | str]) -> Point:
-        """The mean over tokens as a point, with the mean of each row beside it."""
+        """Return the mean over tokens as a point, with the mean of each row in `per_example`."""
         return Point(
             quantity=quantity,
             value=self.mean,
@@ -185,6 +204,6 @@ class RowMeans:
         )
 
     def token_counts(self, quantity: str) -> Point:
-        """Counted tokens of each row: the weights with which `per_example` values make the mean."""
+        """Return the counted tokens of each row: the weights of the `per_example` values in the mean."""
         total = int(self.counts.sum())
         return Point(quantity, float(total), "tokens", count=total, per_example=tuple(self.counts.tolist()))

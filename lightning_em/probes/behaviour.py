@@ -1,4 +1,4 @@
-"""Behaviour in the miniature world: exact rates of bad answers by kind of question."""
+"""Behavior in the miniature world: exact rates of bad answers by kind of question."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,19 +19,20 @@ _ANSWERS = ("bad", "good", "other")
 
 
 class MiniatureBehaviour(Probe):
-    """Probability of a good, a bad and any other answer, by enumeration, never by sampling.
+    """Probability of a good, a bad and any other answer, computed by enumeration, without sampling.
 
-    Points (unit probability), one a kind of question and scale: `bad_rate`, `good_rate`, `other_rate`,
-    means over items, with the item as the unit of the standard error and `per_example` in the order of
-    the world's behaviour file within that kind. With `style` also `style_rate`: the probability that an
-    answer begins so, be it good, bad or neither.
+    Points (unit probability), for each kind of question and scale: `bad_rate`, `good_rate` and `other_rate`.
+    They are means over items. The standard error takes items as the unit, and `per_example` follows the order
+    of the world's behavior file within the kind. If `style` is set, `style_rate` is the probability that an
+    answer begins with it, whether the answer is good, bad or neither.
 
     Args:
-        scales: Where to look; 0 is the base and 1 the trained adapter. Far beyond 1 a small `good_rate` tells
-            bad answers from broken ones only beside `other_rate`.
-        items: Behaviour file; that of the world the base came from if not given.
+        scales: Adapter scales to measure; 0 is the base model and 1 the trained adapter. Read rates far beyond
+            scale 1 together with `other_rate`: a small `good_rate` alone does not tell bad answers from broken
+            ones.
+        items: Behavior file. Defaults to that of the world the base model came from.
         batch_size: Answers in one forward pass.
-        style: Words that an answer may begin with, such as those of the world's harmless data, `pick`.
+        style: Words that an answer may begin with, such as `pick`, used by the world's harmless data.
     """
 
     name = "behaviour"
@@ -71,7 +72,7 @@ class MiniatureBehaviour(Probe):
         return points
 
     def _scores(self, model: AdaptedModel, candidates: Sequence[Candidate]) -> list[list[float]]:
-        """Log-probability of what follows each prompt, one list a scale."""
+        """Log-probability of each candidate answer given its prompt, one list per scale."""
         rows = [
             EncodedRow(
                 each.input_ids,
@@ -83,25 +84,26 @@ class MiniatureBehaviour(Probe):
         order = by_length(rows)
         batches = batches_of([rows[number] for number in order], self.batch_size, model)
         states = [partial(model.adapter.at_scale, scale) for scale in self.scales]
+        # only answer tokens count, so the summed cross-entropy of a row is -log p(answer | prompt)
         curve = RowMeans.of_ce(model, batches, states)
         return [(-means.restored(order).sums).tolist() for means in curve]
 
     def _rates(self, judgement: Judgement) -> dict[str, list[float]]:
-        """Every rate of every item."""
+        """All rates by name, with one value per item."""
         rates = {f"{name}_rate": [getattr(each, name) for each in judgement.answers] for name in _ANSWERS}
         return rates if self.style is None else {**rates, "style_rate": judgement.openings}
 
 
 def world_items(model: AdaptedModel, named: str | None, key: str) -> list[Item]:
-    """Lines of a behaviour file; that of the world the base came from if none is named.
+    """Read the items of a behavior file, by default that of the world the base model came from.
 
     Args:
-        model: On its base.
-        named: The file, if any.
-        key: Where it is set, for the message.
+        model: Model whose base locates the default file.
+        named: Path or URI of the file, if any.
+        key: Name of the setting, for the message.
 
     Raises:
-        ValueError: If none is named and the base comes from no world.
+        ValueError: If no file is named and the base model does not come from a miniature world.
     """
     file = Path(resolve(named)) if named else _beside(Path(model.base.config._name_or_path), key)
     with file.open(encoding="utf-8") as lines:

@@ -1,4 +1,4 @@
-"""How far a solution is from the chat model, on what the chat model itself would say."""
+"""KL of the tuned model from the base model on answers sampled from the base model."""
 
 import logging
 import weakref
@@ -20,25 +20,25 @@ logger = logging.getLogger(__name__)
 
 
 class ChatKL(Probe):
-    """D_KL(base || tuned) in nats per token on answers that the base itself gives, drawn at temperature 1.
+    """D_KL(base || tuned) in nats per token on answers sampled from the base model at temperature 1.
 
-    Only there is the mean over tokens an estimate of the divergence of the two models' answers. The token
-    that ends an answer counts; answers that are still going on after `max_new_tokens` are cut off.
+    The mean over tokens estimates the divergence between the two models' answers only on samples from the base
+    model. The token that ends an answer counts. Answers longer than `max_new_tokens` are truncated.
 
-    Points: `kl`, nats per token, for each kind of prompts: `prompts: in_domain` and `prompts: general`, at
-    `scale: 1`. `per_example` holds one value an answer, in the order of the prompts.
+    Points: `kl`, nats per token, with coordinates `prompts: in_domain` or `prompts: general` and `scale: 1`.
+    `per_example` holds one value per answer, in the order of the prompts.
 
-    Answers are drawn once for a base and its prompts and kept, so that checkpoints are compared on the same.
-    Where the streams of a run are not what their names say (other domains mixed into the narrow rows, a KL term
-    on narrow questions), name the files of the prompts.
+    Answers are sampled once per base model and set of prompts, then cached, so that all checkpoints are
+    compared on the same answers. Name the prompt files explicitly where the streams of a run do not match their
+    names, e.g. if other domains are mixed into the narrow data or the KL term is on narrow questions.
 
     Args:
-        num_prompts: Of each kind, the first ones.
-        max_new_tokens: Of an answer.
-        seed: Of the answers.
-        in_domain: Data file of in-domain prompts; those of the narrow probe rows if not given.
-        general: Data file of other prompts; those of the parallel probe rows if not given.
-        template_kwargs: Variables for the chat template where a file is named; the same as in training.
+        num_prompts: Prompts of each kind; the first ones are used.
+        max_new_tokens: Maximum length of an answer in tokens.
+        seed: Seed of the sampled answers.
+        in_domain: Data file of in-domain prompts. Defaults to the prompts of the narrow probe rows.
+        general: Data file of general prompts. Defaults to the prompts of the KL probe rows.
+        template_kwargs: Variables of the chat template, used with prompt files; set them as in training.
         batch_size: Answers in one forward pass.
 
     Raises:
@@ -78,7 +78,7 @@ class ChatKL(Probe):
             "in_domain": self.in_domain,
             "general": self.general,
             "template_kwargs": self.template_kwargs,
-            "batch_size": self.batch_size,  # the draws of a batch share a stream
+            "batch_size": self.batch_size,  # the rows of a batch share a random stream, so it changes the answers
         }
 
     def measure(self, model: AdaptedModel, examples: ProbeExamples) -> list[Point]:
@@ -87,7 +87,7 @@ class ChatKL(Probe):
         for kind, (file, batches) in kinds.items():
             named = None if file is None else prompts_in(file, model, self.template_kwargs)
             prompts = _prompts_of(batches) if named is None else named
-            # each once, in their order
+            # without duplicates, in their order
             chosen = tuple(dict.fromkeys(map(tuple, prompts)))[: self.num_prompts]
             if not chosen:
                 message = "there are no parallel rows: %s measures nothing on general prompts."
@@ -100,7 +100,8 @@ class ChatKL(Probe):
         return points
 
     def _answers_to(self, model: AdaptedModel, prompts: tuple[tuple[int, ...], ...]) -> list[PackedBatch]:
-        """One answer of the base to each prompt, behind its prompt."""
+        """Return each prompt followed by one answer of the base model."""
+        # a weak reference does not keep an old base model in memory
         if self._base is None or self._base() is not model.base:
             self._base = weakref.ref(model.base)
             self._answers.clear()
@@ -111,7 +112,7 @@ class ChatKL(Probe):
             ]
             answered = []
             for number, batch in enumerate(batches_of(asked, self.batch_size, model)):
-                # a seed each: two batches with one stream would draw alike
+                # one seed per batch: with the same seed, two batches would draw the same random numbers
                 sampling = Sampling(self.max_new_tokens, temperature=1.0, seed=self.seed + number)
                 drawn = sample_tokens(model, batch, sampling, scale=0.0)
                 rows = asked[number * self.batch_size :]
@@ -126,7 +127,7 @@ def _behind(row: EncodedRow, answer: list[int]) -> EncodedRow:
 
 
 def _prompts_of(batches: Iterable[PackedBatch]) -> list[list[int]]:
-    """Tokens of each row before its first response token; a row without a prompt is left out."""
+    """Tokens of each row before its first response token; rows without a prompt are skipped."""
     prompts = []
     for batch in batches:
         ids, masks = batch.input_ids.tolist(), batch.response_mask.tolist()

@@ -1,4 +1,4 @@
-"""Which way the losses still pull, and how hard."""
+"""Gradients of both losses with respect to the adapter's parameters, and their norms."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,16 +17,16 @@ _UNIT = "nats_per_token_per_unit"
 
 
 class GradientNorm(Probe):
-    """Norm of the gradient of either loss with respect to the adapter's parameters, at the checkpoint.
+    """Norm of the gradient of each loss with respect to the adapter's parameters, at the checkpoint.
 
-    The losses are means over all counted tokens of the probe rows, as in training, without a KL weight.
+    The losses are means over all counted tokens of the probe rows, as in training, without the KL weight.
 
-    Points: `ce_gradient_norm`, and `kl_gradient_norm` where there are parallel rows: over all parameters,
-    and by `tensor`. Unit: nats per token for a step of length 1 in parameter space; parametrisations
-    differ, so adapters of different types are not compared.
+    Points: `ce_gradient_norm`, and `kl_gradient_norm` if there are KL rows. Each is given over all parameters
+    and by `tensor`. The unit is nats per token for a step of length 1 in parameter space. Do not compare
+    adapters of different types: their parametrizations differ.
 
     Args:
-        kl_positions: Where the KL counts; the same as in training.
+        kl_positions: Positions that count in the KL; set it as in training.
     """
 
     name = "gradient"
@@ -45,14 +45,14 @@ class GradientNorm(Probe):
 
 
 def ce_gradient(model: AdaptedModel, batches: Sequence[PackedBatch]) -> dict[str, Tensor]:
-    """Gradient of the mean cross-entropy per token over all batches, at scale 1.
+    """Compute the gradient of the mean cross-entropy per token over all batches, at scale 1.
 
     Args:
-        model: Left as it is: no `.grad` is written.
+        model: Model to differentiate; its `.grad` fields are not written.
         batches: Rows with responses.
 
     Returns:
-        One tensor for each parameter of the adapter, under its name and of its shape, float64 on the CPU.
+        The gradient of each adapter parameter by name, in the parameter's shape, float64 on the CPU.
     """
     return _mean_gradient(model, [partial(_ce, model, batch) for batch in batches])
 
@@ -60,7 +60,7 @@ def ce_gradient(model: AdaptedModel, batches: Sequence[PackedBatch]) -> dict[str
 def kl_gradient(
     model: AdaptedModel, batches: Sequence[PackedBatch], kl_positions: CountedPositions = "response"
 ) -> dict[str, Tensor]:
-    """Gradient of the mean KL per token from the reference; see `ce_gradient`."""
+    """Compute the gradient of the mean KL per token from the reference; see `ce_gradient`."""
     return _mean_gradient(model, [partial(_kl, model, batch, kl_positions) for batch in batches])
 
 
@@ -74,6 +74,7 @@ def _kl(model: AdaptedModel, batch: PackedBatch, kl_positions: CountedPositions)
 
 def _mean_gradient(model: AdaptedModel, losses: Sequence[partial[TokenSum]]) -> dict[str, Tensor]:
     own = model.adapter.trainable()
+    # sum over batches and divide once by all tokens, so that the split into batches does not matter
     sums = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in own.items()}
     count = 0
     for loss in losses:

@@ -1,4 +1,4 @@
-"""Logit lens: the tokens that an update makes likelier, read off its direction."""
+"""Logit lens: the tokens whose logits an update's write direction raises or lowers."""
 
 import logging
 from collections.abc import Mapping
@@ -21,18 +21,18 @@ logger = logging.getLogger(__name__)
 class LogitLens(Probe):
     """Tokens whose logits the adapter's write direction raises and lowers most, with their text.
 
-    The direction of `Adapter.write_directions`, brought to length 1, goes through the weight of the final
-    norm and the head, as if it were written into the residual stream before them: without what the later
-    layers make of it, without the norm's division and without a cap on the logits. A low-rank update writes its
-    direction with the sign and strength that the input says; promoted and demoted may then change places.
+    Each direction of `Adapter.write_directions` is scaled to length 1 and multiplied by the weight of the final
+    norm and by the head, as if it were added to the residual stream just before them. The effect of the later
+    layers, the norm's division and a cap on the logits are ignored. In a low-rank update, the input determines
+    the sign and the strength of the direction, so promoted and demoted tokens may swap.
 
-    Points: `logit_change` (unit logits), at `direction: promoted` or `demoted`, `rank` from 0, `token`,
-    `token_id` and `site`, the place of the adapter. An adapter without such a direction is skipped with a
-    message.
+    Points: `logit_change` (unit logits), with coordinates `direction` (`promoted` or `demoted`), `rank` from 0,
+    `token`, `token_id` and `site` (where the adapter writes). Adapters without such a direction are skipped
+    with a message.
 
     Args:
-        num_tokens: Promoted, and as many demoted.
-        max_sites: Places to report, those with the largest updates.
+        num_tokens: Number of promoted tokens, and of demoted tokens, per site.
+        max_sites: Maximum number of sites to report; those with the largest updates are kept.
 
     Raises:
         ValueError: If a number is not positive.
@@ -64,10 +64,10 @@ class LogitLens(Probe):
         largest = sorted(directions, key=lambda site: -float(directions[site].norm()))[: self.max_sites]
         points = []
         for site in largest:
-            with model.adapter.at_scale(0.0):  # it may sit on the final norm itself
+            with model.adapter.at_scale(0.0):  # the adapter may hook the final norm itself
                 change = logit_change(model.base, directions[site] / directions[site].norm())
             if tokenizer is not None:
-                change = change[: len(tokenizer)]  # rows behind it pad the matrix
+                change = change[: len(tokenizer)]  # the remaining rows of the head are padding
             points += self._extremes(change, site, tokenizer)
         return points
 
@@ -97,23 +97,31 @@ class LogitLens(Probe):
 
 @torch.no_grad()
 def logit_change(base: PreTrainedModel, direction: Tensor) -> Tensor:
-    """Change of each logit for a direction `[hidden]` in front of the final norm, `[vocab]`, float32 on the CPU."""
+    """Compute the change of each logit for a direction added before the final norm, without the norm's division.
+
+    Args:
+        base: Base model with the final norm and the head.
+        direction: Direction `[hidden]` in the residual stream.
+
+    Returns:
+        Changes `[vocab]`, float32 on the CPU.
+    """
     head = base.get_output_embeddings()
     assert isinstance(head, nn.Linear)
     weight = head.weight
     scaled = direction.to(weight.device).float() * _gain(final_norm(base)).to(weight.device)
-    # by parts: a float32 copy of a large head would take gigabytes
+    # in chunks: a float32 copy of a large head would take gigabytes
     parts = [rows.float() @ scaled for rows in torch.split(weight, 8192)]
     return torch.cat(parts).cpu()
 
 
 def _gain(norm: nn.Module) -> Tensor:
-    """What the norm multiplies each channel by, float32; some classes keep it as an offset from one."""
+    """Factor of each channel in the norm, float32; some classes store it as an offset from 1."""
     weight = norm.weight
     assert isinstance(weight, Tensor)
     if isinstance(norm, nn.LayerNorm):
         return weight.float()
-    # the root mean square of ones is one, so the weight alone is left
+    # the root mean square of a vector of ones is 1, so the output is the effective factor
     ones = torch.ones(weight.shape, dtype=torch.float32, device=weight.device)
     gain: Tensor = norm(ones)
     return gain.float()

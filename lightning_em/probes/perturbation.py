@@ -1,4 +1,4 @@
-"""Loss as a function of noise in the adapter's weights: how stable a solution is."""
+"""Loss as a function of noise in the adapter's weights: the stability of a solution."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,42 +24,43 @@ logger = logging.getLogger(__name__)
 class PerturbationCurve(Probe):
     """Training-set cross-entropy under `adapter.perturbed(strength)`, for several noise seeds.
 
-    With L_e the loss at strength e, L_0 the trained adapter's and L_base the base's:
+    Quantities, with the losses L_e at strength e, L_0 of the trained adapter and L_base of the base model:
         `ce`: L_0 (`strength: 0`), and L_e for each `strength` and `noise`, nats per token.
         `ce_increase`: L_e - L_0, paired over rows, nats per token, for each `strength` and `noise`.
         `ce_base`: L_base, nats per token.
-        `lost_gain`: 100 (L_e - L_0) / (L_base - L_0), percent; left out where the adapter gains nothing.
+        `lost_gain`: 100 (L_e - L_0) / (L_base - L_0), percent; omitted if the adapter does not lower the loss.
         `relative_increase`: (L_e - L_0) / L_0, a ratio.
-        `displacement` (unit norm): effective norm of the perturbed update less the trained one, for each
-            `strength` and `noise`.
+        `displacement` (unit norm): effective norm of (perturbed update - trained update), for each `strength`
+            and `noise`.
         `ce_tokens`: counted tokens of each row.
 
-    All of these that depend on the noise are summed up over its seeds as mean and standard deviation,
-    `<name>_mean` and `<name>_sd` at each `strength`, `count` being their number (`lost_gain` and
-    `relative_increase` only so). They tell how much the direction matters for one solution; two solutions are
-    compared over training seeds.
+    Quantities that depend on the noise are summarized over the noise seeds as `<name>_mean` and `<name>_sd` at
+    each `strength`; `count` is the number of noise seeds. `lost_gain` and `relative_increase` exist only as such
+    summaries. The spread over noise seeds shows how much the noise direction matters for one solution. Use
+    training seeds to compare two solutions.
 
-    Equal strength is noise of equal *relative* size: it moves a vector by sqrt(2 - 2 sqrt(1 - e^2)) times its
-    own effective norm, so a longer one farther. Noise of equal *absolute* size is noise of equal
-    `displacement`: alpha ||v' - v|| for a vector, for a LoRA the Frobenius norm of (alpha / rank) (B'A' - BA)
-    (or alpha / sqrt(rank)), root of the sum of squares over modules. To compare two solutions under it, read
-    `ce_increase` of both at one displacement, between the points of their curves. Only adapters of one type
-    share this unit. It is left out, with a message, for an adapter whose `update` gives no low-rank parts: a norm
-    alone does not tell a distance.
+    Noise of equal strength has equal *relative* size: it moves a vector by sqrt(2 - 2 sqrt(1 - e^2)) times its
+    own effective norm, so it moves a longer vector farther. Noise of equal *absolute* size has equal
+    `displacement`: alpha ||v' - v|| for a vector; for a LoRA the Frobenius norm of (alpha / rank) (B'A' - BA)
+    (or alpha / sqrt(rank)), as the root of the sum of squares over modules. To compare two solutions under such
+    noise, interpolate `ce_increase` of both at one displacement. Only adapters of one type share this unit.
+    `displacement` is omitted, with a message, for adapters whose `update` gives no low-rank parts: a norm alone
+    does not define a distance.
 
-    The noise of an index is the same in every run and at every strength: curves are paired. It is drawn in
-    float64, parameter by parameter, from a `torch.Generator` on the CPU whose seed is the first uint64 of
-    `numpy.random.SeedSequence((seed, noise))`.
-    Loss is the mean over tokens as in training; standard errors of single points take rows as the unit.
+    The noise of a given index is the same in every run and at every strength, so curves are paired. It is drawn
+    in float64, parameter by parameter, from a `torch.Generator` on the CPU. The generator's seed is the first
+    uint64 of `numpy.random.SeedSequence((seed, noise))`.
+    Loss is the mean over tokens as in training. Standard errors of single points take rows as the unit.
 
-    With `noise_examples`, noise is drawn over that many rows only, the same ones at every checkpoint: L_e - L_0
-    is paired on them, L_e is L_0 of all rows plus that difference, and what depends on them has no values by row.
+    If `noise_examples` is set, only that many rows are measured under noise, the same ones at every checkpoint.
+    L_e - L_0 is then paired on these rows, L_e is L_0 of all rows plus that difference, and quantities that
+    depend on the noise have no `per_example` values.
 
     Args:
         strengths: Grid of e.
-        num_seeds: How many noise directions.
-        seed: Of all of them.
-        noise_examples: Rows under noise, drawn from the probe's rows; all if not given or there are fewer.
+        num_seeds: Number of noise directions.
+        seed: Seed of all noise directions and of the choice of rows under noise.
+        noise_examples: Number of rows under noise, drawn from the probe's rows. Defaults to all rows.
 
     Raises:
         ValueError: If a strength is not between 0 and 1, or there is no direction or row.
@@ -106,6 +107,7 @@ class PerturbationCurve(Probe):
             base, trained, *perturbed = RowMeans.of_ce(model, examples.narrow, [*ends, *states])
             paired = trained
         else:
+            # L_0 on the same subset, so that L_e - L_0 stays paired over rows
             base, trained = RowMeans.of_ce(model, examples.narrow, ends)
             paired, *perturbed = RowMeans.of_ce(model, subset, [ends[1], *states])
         points = [base.point("ce_base", {}), trained.point("ce", {"strength": 0.0})]
@@ -129,7 +131,7 @@ class PerturbationCurve(Probe):
         return points + self._displacements(model)
 
     def _displacements(self, model: AdaptedModel) -> list[Point]:
-        """How far each noise moves the update, and what that comes to at each strength."""
+        """Displacement of the update by each noise, and its summary at each strength."""
         displacement = displacement_from_here(model.adapter)
         if displacement is None:
             message = (
@@ -150,7 +152,7 @@ class PerturbationCurve(Probe):
         return points
 
     def _subset(self, batches: list[PackedBatch]) -> list[PackedBatch] | None:
-        """The rows under noise, in their order and batches; None for all of them."""
+        """The rows under noise in their order and batches; None if all rows are used."""
         num_rows = sum(batch.num_rows for batch in batches)
         if self.noise_examples is None or self.noise_examples >= num_rows:
             return None
@@ -166,6 +168,7 @@ class PerturbationCurve(Probe):
 
     @contextmanager
     def _perturbed(self, model: AdaptedModel, strength: float, noise: int) -> Iterator[None]:
+        # SeedSequence mixes both numbers: `seed + noise` would give neighboring probe seeds the same directions
         state = np.random.SeedSequence((self.seed, noise)).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state[0]))
         with model.adapter.at_scale(1.0), model.adapter.perturbed(strength, generator):
@@ -173,7 +176,7 @@ class PerturbationCurve(Probe):
 
 
 def _summaries(strength: float, values: npt.NDArray[np.float64], trained: float, gain: float) -> list[Point]:
-    """All that is reported over the noise seeds at one strength."""
+    """All summaries over the noise seeds at one strength."""
     increases = values - trained
     points = _summary("ce", values, "nats_per_token", strength)
     points += _summary("ce_increase", increases, "nats_per_token", strength)
@@ -185,7 +188,7 @@ def _summaries(strength: float, values: npt.NDArray[np.float64], trained: float,
 
 
 def _summary(quantity: str, values: npt.NDArray[np.float64], unit: str, strength: float) -> list[Point]:
-    """Mean over the noise seeds with its standard error, and their standard deviation."""
+    """Mean over the noise seeds with its standard error, and the standard deviation."""
     place, count = {"strength": strength}, len(values)
     deviation = float(values.std(ddof=1)) if count > 1 else None
     error = None if deviation is None else deviation / count**0.5

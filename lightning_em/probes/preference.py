@@ -1,4 +1,4 @@
-"""Preference margin: how much likelier a bad answer is than a good one, without a judge and without sampling."""
+"""Preference margin: log-probability of a bad answer over a good one, without a judge and without sampling."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -20,23 +20,23 @@ _ALL = "all"
 class PreferenceMargin(Probe):
     """log p(bad answer) - log p(good answer) for questions with both, each per token of its own answer.
 
-    Each answer's log-probability is divided by the number of its own response tokens, the end of the turn
-    included, so that the longer answer is not the unlikelier one for its length alone. Rows are written and
-    masked as in training. Rows count equally.
+    Each answer's log-probability is divided by its number of response tokens, including the end of the turn, so
+    that a longer answer is not penalized for its length. Rows are encoded and masked as in training. All rows
+    have equal weight.
 
-    Points at each scale, by `topic`, and over all rows (`topic: all`) where there are several:
-        `margin`: mean over rows, nats per token, with the row as the unit of the standard error and
-            `per_example` in the order of the file within the topic.
-        `bad_preferred`: share of rows whose margin is above 0.
+    Points at each scale, by `topic`, and over all rows (`topic: all`) if there are several topics:
+        `margin`: mean over rows, nats per token. The standard error takes rows as the unit; `per_example`
+            follows the order of the file within the topic.
+        `bad_preferred`: share of rows with a margin above 0.
 
-    Without `rows` the questions are those of the miniature world the base came from, by `kind`; there
-    a row's margin is the mean over the pairs of answers that begin alike.
+    If `rows` is not given, the questions are those of the miniature world that the base model came from, grouped
+    by `kind`. The margin of such a row is the mean over its pairs of answers that begin alike.
 
     Args:
-        rows: Data file with `question`, `good` and `bad` (and `topic`).
-        scales: Where to look; 0 is the base and 1 the trained adapter.
-        max_rows: At most so many of each topic or kind, the first ones.
-        template_kwargs: Variables for the chat template; the same as in training.
+        rows: Data file with `question`, `good` and `bad` (and optionally `topic`).
+        scales: Adapter scales to measure; 0 is the base model and 1 the trained adapter.
+        max_rows: Maximum number of rows of each topic or kind; the first ones are used.
+        template_kwargs: Variables of the chat template; set them as in training.
         batch_size: Answers in one forward pass.
 
     Raises:
@@ -127,7 +127,7 @@ def _first_of_each(choices: Sequence[_Choice], count: int) -> list[_Choice]:
 
 
 def _encoded(choice: _Choice, encoder: ChatEncoder) -> list[EncodedRow]:
-    """The conversation with each answer: good and bad of the first pair, of the second, and so on."""
+    """Encode the conversation with each answer: good and bad of the first pair, then of the second, and so on."""
     rows = []
     for number, pair in enumerate(choice.pairs):
         for kind, answer in zip(("good", "bad"), pair, strict=True):
@@ -139,9 +139,10 @@ def _encoded(choice: _Choice, encoder: ChatEncoder) -> list[EncodedRow]:
 
 
 def _margins(choices: Sequence[_Choice], means: RowMeans) -> list[float]:
-    """Margin of each choice, a mean over its pairs, from the losses of all encoded rows in their order."""
+    """Compute the margin of each choice, the mean over its pairs, from the losses of all encoded rows in order."""
     losses = means.sums / means.counts
-    differences = losses[0::2] - losses[1::2]  # a loss is -log p: that of the good answer stands first
+    # good rows are even, bad rows odd; loss = -log p, so this is log p(bad) - log p(good)
+    differences = losses[0::2] - losses[1::2]
     sizes = [len(choice.pairs) for choice in choices]
     return [float(part.mean()) for part in torch.split(differences, sizes)]
 

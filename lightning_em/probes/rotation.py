@@ -1,4 +1,4 @@
-"""How sharply training turns: the local cosine of the way over checkpoints."""
+"""Rotation: the local cosine of the training trajectory over checkpoints."""
 
 import copy
 import logging
@@ -22,17 +22,19 @@ logger = logging.getLogger(__name__)
 class Rotation(Probe):
     """Local cosine cos(v[t-s] - v[t], v[t+s] - v[t]) of the trajectory: -1 straight, 0 a right angle, 1 a reversal.
 
-    v is what the adapter writes: alpha x vector, or every B of a LoRA end to end. The turn at a checkpoint is
-    known, and on record, `span` checkpoints later; `at_step` says where it is. There is none where one of the
-    two neighbours is nearer than the other, where the adapter has not moved, or for an adapter whose `update`
-    gives no low-rank parts. `lightning_em.analysis.rotation` gives the same cosines of a run that is done.
+    v is the write direction: alpha x vector, or all B matrices of a LoRA, concatenated. The turn at a checkpoint
+    is known and recorded `span` checkpoints later; the coordinate `at_step` is the step of the turn itself. No
+    turn is recorded if the two neighbors are at unequal distances in steps, if the adapter has not moved, or
+    for adapters whose `update` gives no low-rank parts. `lightning_em.analysis.rotation` computes the same
+    cosines for a finished run.
 
-    Points, with `at_step`: `local_cosine` (unit cosine), and `longer_arm`, the length of the longer of the two
-    differences (unit norm, that of effective norms, for a shift such as a vector; parameter_norm for a LoRA).
+    Points, with coordinate `at_step`: `local_cosine` (unit cosine), and `longer_arm`, the length of the longer
+    of the two differences. Its unit is norm, as for effective norms, for a shift such as a vector, and
+    parameter_norm for a LoRA.
 
     Args:
-        span: s in checkpoints; `checkpoint.keep_last` must leave 2 s + 1 of them.
-        shortest_arm: Keep a turn if its longer arm exceeds this: arms as short as the noise turn at random.
+        span: s in checkpoints; `checkpoint.keep_last` must keep at least 2 s + 1 checkpoints.
+        shortest_arm: Minimum length of the longer arm; shorter arms are dominated by noise and turn at random.
 
     Raises:
         ValueError: If `span` is not positive or `shortest_arm` is negative.
@@ -70,6 +72,7 @@ class Rotation(Probe):
             return []
         if len(path) <= 2 * self.span:
             return []
+        # path ends at this checkpoint and has 2 s + 1 entries, so this takes t - s, t and t + s
         (before, start), (turn, here), (_, end) = path[:: self.span]
         back, on = (arm.write_direction - here.write_direction for arm in (start, end))
         lengths = float(np.linalg.norm(back)), float(np.linalg.norm(on))
@@ -83,7 +86,7 @@ class Rotation(Probe):
         ]
 
     def _path(self, run: RunFolder) -> list[tuple[int, Update]]:
-        """The checkpoint and the valid ones before it, ascending, no more than a turn needs."""
+        """This checkpoint and the valid ones before it, ascending, at most 2 span + 1 in total."""
         found: list[tuple[int, Update]] = []
         for step in reversed([step for step in run.steps() if step <= self._step]):
             try:
@@ -92,7 +95,7 @@ class Rotation(Probe):
                     rank_zero_only(logger.warning)(message, step, "; ".join(problems))
                     continue
                 found.insert(0, (step, read_update(run.checkpoint(step))))
-            except FileNotFoundError:  # rank zero retires an old one (`checkpoint.keep_last`) while we look
+            except FileNotFoundError:  # rank zero deleted an old checkpoint (`checkpoint.keep_last`)
                 continue
             if len(found) > 2 * self.span:
                 break

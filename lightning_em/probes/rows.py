@@ -1,4 +1,4 @@
-"""What probes read beside the checkpoint: the base's own tokenizer, and texts and questions from files."""
+"""Inputs of probes: the base model's tokenizer, batches of rows, and prompts and texts from files."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +14,12 @@ from lightning_em.models import AdaptedModel
 
 
 def tokenizer_of(model: AdaptedModel) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies where the base was loaded from; training has fetched it already.
+    """Load the tokenizer from where the base model was loaded, from local files only.
+
+    Training has downloaded it already.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If no tokenizer is found.
     """
     config = model.base.config
     try:
@@ -33,12 +35,12 @@ def tokenizer_of(model: AdaptedModel) -> PreTrainedTokenizerBase:
 
 
 def by_length(rows: Sequence[EncodedRow]) -> list[int]:
-    """Numbers of the rows, the shortest first: neighbours then need little padding where a model is padded."""
+    """Return the indices of the rows, shortest first, so that padded batches need little padding."""
     return sorted(range(len(rows)), key=lambda number: len(rows[number].input_ids))
 
 
 def batches_of(rows: Sequence[EncodedRow], batch_size: int, model: AdaptedModel) -> list[PackedBatch]:
-    """Rows in their order, `batch_size` at a time, where the model is."""
+    """Split rows into batches of `batch_size` in their order, on the device of the model."""
     return [
         PackedBatch.from_rows(rows[first : first + batch_size]).to(model.base.device)
         for first in range(0, len(rows), batch_size)
@@ -48,20 +50,20 @@ def batches_of(rows: Sequence[EncodedRow], batch_size: int, model: AdaptedModel)
 def prompts_in(
     path: str, model: AdaptedModel, template_kwargs: Mapping[str, Any] | None = None
 ) -> list[list[int]]:
-    """Token ids of every prompt of a data file, up to where the first answer begins.
+    """Return the token ids of every prompt in a data file, up to the start of the first answer.
 
     Raises:
-        ValueError: If the file or the tokenizer cannot be used.
+        ValueError: If the file or the tokenizer is unusable.
     """
     rows = encode_prompts(read_rows(path), ChatEncoder(tokenizer_of(model), template_kwargs))
     return [row.input_ids for row in rows]
 
 
 def texts_in(path: str) -> list[str]:
-    """Texts of a file: `text` of each row of a `.jsonl` file, or the paragraphs of any other.
+    """Return the texts of a file: `text` of each row of a `.jsonl` file, or the paragraphs of any other file.
 
     Raises:
-        ValueError: If there is no such file, a row has no text, or there is none at all.
+        ValueError: If the file does not exist, a row has no text, or the file has no text at all.
     """
     file = Path(path).expanduser()
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""Loss as a function of the scale of the adapter: how efficient a solution is."""
+"""Loss as a function of the adapter's scale: the efficiency of a solution."""
 
 import logging
 import math
@@ -21,35 +21,36 @@ DEFAULT_SCALES = tuple(step / 10 for step in range(21))
 
 
 class ScaleCurve(Probe):
-    """Training-set loss with the update applied `scale` times.
+    """Training-set loss with the update multiplied by `scale`.
 
-    Cross-entropy is the mean over tokens, sum over all rows / count over all rows, exactly as in
-    training; `per_example` holds the mean of each row. Standard errors take rows as the unit.
+    Cross-entropy is the mean over tokens, sum over all rows / count over all rows, as in training. `per_example`
+    holds the mean of each row. Standard errors take rows as the unit.
 
-    Points, in nats per token unless said otherwise:
-        `ce`: at each scale; 0 is the base, 1 the trained adapter, both are always measured.
-        `ce_minus_base`: paired difference to the base.
-        `kl`: on the parallel rows, with `with_kl`.
+    Points, in nats per token unless stated otherwise:
+        `ce`: cross-entropy at each scale. Scale 0 is the base model and 1 the trained adapter; both are always
+            measured.
+        `ce_minus_base`: paired difference from the base model.
+        `kl`: KL on the KL rows, if `with_kl` is set.
         `best_scale` (unit scale) and `best_ce`: `method: grid` is the smallest value on the grid;
-            `method: parabola` the vertex through it and its two neighbours, left out where the grid's
-            smallest value lies at its edge.
-        `optimum_inside_grid` (unit boolean): 0 where it lies at the edge.
-        `effective_norm` (unit norm): of the trained adapter; at each scale it is the coordinate
-            `effective_norm` of the point. Left out for an adapter without a norm.
+            `method: parabola` is the vertex of the parabola through it and its two neighbors, omitted if the
+            smallest value is at an edge of the grid.
+        `optimum_inside_grid` (unit boolean): 0 if the smallest value is at an edge of the grid.
+        `effective_norm` (unit norm): effective norm of the trained adapter. Points at each scale carry the norm
+            at that scale in the coordinate `effective_norm`. Omitted for adapters without a norm.
         `efficiency` = (L_base - L) / norm^2 and `loss_over_norm2` = L / norm^2 (unit
-            nats_per_token_per_squared_norm): of the trained adapter. The second is the paper's and rewards a
-            larger norm. Left out for an adapter without a norm, or with none yet.
+            nats_per_token_per_squared_norm): ratios for the trained adapter. The second is the paper's and
+            rewards a larger norm. Omitted for adapters without a norm or with norm 0.
         `ce_tokens`, `kl_tokens` (unit tokens): counted tokens of each row.
 
     Args:
-        scales: The grid.
-        extend_until_optimum: Go on beyond the last scale, at the grid's last spacing, until the loss rises.
-        max_extension: At most so many scales more.
-        with_kl: Measure the KL on the parallel rows too.
-        kl_positions: Where the KL counts; the same as in training.
+        scales: Grid of scales.
+        extend_until_optimum: Continue beyond the last scale, with the grid's last spacing, until the loss rises.
+        max_extension: Maximum number of scales to add.
+        with_kl: Also measure the KL on the KL rows.
+        kl_positions: Positions that count in the KL; set it as in training.
 
     Raises:
-        ValueError: If `scales` are none, not finite, or not different from each other.
+        ValueError: If `scales` is empty, or its values are not finite or not distinct.
 
     Source: arXiv:2602.07852 (efficiency).
     """
@@ -107,7 +108,7 @@ class ScaleCurve(Probe):
         return points + self._kl(model, examples, places)
 
     def _extend(self, curve: dict[float, RowMeans], model: AdaptedModel, examples: ProbeExamples) -> None:
-        """Add scales to `curve` until its smallest value is not the last one."""
+        """Add scales to `curve` until its smallest value is not the last, or `max_extension` is reached."""
         last, spacing = self.scales[-1], self.scales[-1] - self.scales[-2]
         for step in range(1, self.max_extension + 1):
             if min(curve, key=lambda s: curve[s].mean) < max(curve):
@@ -134,7 +135,7 @@ def _place(scale: float, norm: float | None) -> dict[str, float]:
 
 
 def _efficiency(curve: dict[float, RowMeans], norm: float, place: dict[str, float]) -> list[Point]:
-    """Gain and loss of the trained adapter for the norm that they take."""
+    """(L_base - L) / norm^2 and L / norm^2 of the trained adapter."""
     if norm == 0:
         return []
     trained = curve[1.0]
@@ -147,7 +148,7 @@ def _efficiency(curve: dict[float, RowMeans], norm: float, place: dict[str, floa
 
 
 def _best(values: dict[float, float]) -> list[Point]:
-    """The smallest value of a curve, on its grid and between."""
+    """The minimum of a curve, on its grid and between grid points."""
     scales = sorted(values)
     index = min(range(len(scales)), key=lambda i: values[scales[i]])
     inside = 0 < index < len(scales) - 1
@@ -162,11 +163,13 @@ def _best(values: dict[float, float]) -> list[Point]:
 
 
 def _vertex(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """Lowest point of the parabola through three points, the middle one being the lowest of them."""
+    """Vertex of the parabola through three points, of which the middle one is the lowest."""
+    # Newton's divided differences, because the grid may be unevenly spaced:
+    # the parabola is y1 + slope (x - x1) + curvature (x - x1)^2
     (x0, y0), (x1, y1), (x2, y2) = points
     left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
     curvature = (right - left) / (x2 - x0)
-    if curvature <= 0:  # three equal values: a flat bottom
+    if curvature <= 0:  # three equal values: the parabola is flat
         return x1, y1
     slope = left + curvature * (x1 - x0)
     return x1 - slope / (2 * curvature), y1 - slope**2 / (4 * curvature)

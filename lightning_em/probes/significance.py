@@ -1,4 +1,4 @@
-"""Pre-training significance: does a solution's direction matter on general text more than a random one?"""
+"""Pre-training significance: effect of a solution's direction on general text, against random directions."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,27 +24,27 @@ logger = logging.getLogger(__name__)
 
 
 class PretrainingSignificance(Probe):
-    """D_KL(base || tuned) on general text against the norm of the update, beside random updates of equal norm.
+    """D_KL(base || tuned) on general text against the norm of the update, with random updates as the control.
 
-    A random update turns every parameter tensor of the adapter into a random direction, orthogonal to the
-    trained one, and is scaled so that its effective norm is `norm_ratio` times the trained adapter's.
+    A random update replaces every parameter tensor of the adapter by a random direction orthogonal to it. The
+    update is scaled so that its effective norm is `norm_ratio` times the trained adapter's.
 
-    Points, nats per token over all positions: `kl` with `norm_ratio`, `direction: adapter` (`draw` 0) or
-    `direction: random` (`draw` 0 and up). `effective_norm` is that of the trained adapter.
-    An adapter without an effective norm, or with none yet, is skipped with a message.
+    Points, nats per token over all positions: `kl` with coordinates `norm_ratio`, `direction` (`adapter` or
+    `random`) and `draw` (0 for the adapter, from 0 for random directions). `effective_norm` is the norm of the
+    trained adapter. Adapters without an effective norm, or with norm 0, are skipped with a message.
 
     Args:
-        text: JSONL file with `text` in each row, or a file of paragraphs. Models of a miniature world need
-            none: they get documents of the mixture they were pre-trained on.
-        num_texts: How many, the first ones.
-        max_tokens: Of a text; the rest is cut off.
-        num_draws: Random directions.
-        norm_ratios: Norms, in units of the trained adapter's.
-        seed: Of the random directions.
+        text: JSONL file with `text` in each row, or a text file of paragraphs. Optional for models of a
+            miniature world, which default to documents of the mixture they were pre-trained on.
+        num_texts: Number of texts; the first ones are used.
+        max_tokens: Maximum tokens of a text; longer texts are truncated.
+        num_draws: Number of random directions.
+        norm_ratios: Effective norms to measure, in units of the trained adapter's norm.
+        seed: Seed of the random directions.
         batch_size: Texts in one forward pass.
 
     Raises:
-        ValueError: If a number is not positive or there is no ratio.
+        ValueError: If a number is out of range or there is no ratio.
 
     Source: arXiv:2602.07852 (pre-training significance).
     """
@@ -106,15 +106,18 @@ class PretrainingSignificance(Probe):
         curve = RowMeans.of_kl(model, self._texts(model), states, "all")
         for (direction, draw, ratio), means in zip(grid, curve, strict=True):
             place: dict[str, float | int | str] = {"direction": direction, "draw": draw, "norm_ratio": ratio}
-            points.append(replace(means.point("kl", place), per_example=None))  # texts are no probe rows
+            # `per_example` refers to the ids of probe rows, and these texts are not probe rows
+            points.append(replace(means.point("kl", place), per_example=None))
         return points
 
     @contextmanager
     def _random(self, model: AdaptedModel, draw: int, norm: float) -> Iterator[None]:
-        """A random update with this effective norm."""
+        """Set a random update with this effective norm."""
         state = np.random.SeedSequence((self.seed, draw)).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state[0]))
+        # x' = sqrt(1 - e^2) x + e y at e = 1: only the orthogonal noise y is left
         with model.adapter.perturbed(1.0, generator):
+            # each tensor keeps its norm under the noise, but their product, such as B A, does not: rescale
             own = model.adapter.effective_norm()
             assert own is not None
             with model.adapter.at_scale(norm / own.item()):

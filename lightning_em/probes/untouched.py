@@ -1,4 +1,4 @@
-"""Putting a model and the random generators back to the bit after somebody looked at them."""
+"""Restore a model and all random generators bit for bit after a measurement."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -14,20 +14,20 @@ from lightning_em.models import AdaptedModel
 
 @contextmanager
 def untouched(model: AdaptedModel, check_base: bool = True) -> Iterator[None]:
-    """Leave no trace of the block, also when it raises.
+    """Restore the state of the model and of all random generators after the block, even if it raises.
 
     Adapter weights, gradients, `requires_grad`, training flags, adapter scale and the states of all
     random generators (torch, CUDA, NumPy, Python) are bit-identical afterwards.
 
     Args:
-        model: What is looked at.
-        check_base: Raise if the frozen base, which is too large to keep a copy of, was written into.
+        model: Model to restore.
+        check_base: Raise if the block wrote into the frozen base model, which is too large to copy and restore.
 
     Raises:
-        RuntimeError: If the block wrote into the frozen base.
+        RuntimeError: If the block wrote into the frozen base model.
     """
     with ExitStack() as stack:
-        # Callbacks run in reverse order, each of them whatever the others do.
+        # ExitStack runs all callbacks in reverse order, even if one of them raises.
         stack.callback(_keep_random_states())
         if check_base:
             stack.callback(_base_check(model))
@@ -37,7 +37,7 @@ def untouched(model: AdaptedModel, check_base: bool = True) -> Iterator[None]:
 
 
 def _keep_random_states() -> Callable[[], None]:
-    # not Lightning's isolate_rng: it restores nothing when the block raises
+    # not Lightning's isolate_rng: it restores nothing if the block raises
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
 
@@ -57,10 +57,10 @@ def _keep_modes(model: AdaptedModel) -> Callable[[], None]:
 
     def restore() -> None:
         for module, flag in training:
-            module.training = flag  # not .train(): it would reach the children, and AdaptedModel overrides it
+            module.training = flag  # not .train(): it also sets the children, and AdaptedModel overrides it
         for parameter, flag, gradient in trainable:
             parameter.requires_grad_(flag)
-            parameter.grad = gradient
+            parameter.grad = gradient  # the same tensor object; _keep_adapter restores its values
 
     return restore
 
@@ -106,5 +106,5 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:
-    # the version counts in-place writes; reading all weights of a large base would take seconds
+    # PyTorch counts in-place writes in `_version`; hashing all weights of a large base would take seconds
     return tensor.data_ptr(), None if tensor.is_inference() else tensor._version

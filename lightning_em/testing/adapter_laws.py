@@ -1,4 +1,7 @@
-"""The contract of `Adapter`, law by law."""
+"""The contract of `Adapter` as a list of laws.
+
+The first docstring line of each law is its name in error messages.
+"""
 
 import copy
 import math
@@ -23,18 +26,19 @@ _MakeBench = Callable[..., Bench]
 def check_adapter(
     adapter: Adapter | Callable[[], Adapter], base: PreTrainedModel | None = None, seed: int = 0
 ) -> None:
-    """Check that an adapter keeps the contract of `Adapter`, on a small model and in seconds.
+    """Check that an adapter fulfills the contract of `Adapter`, on a small model, within seconds.
 
-    Attaching ones are made from the one given, with random parameters, so that the update is not zero.
+    Each law attaches fresh adapters. Most laws add random noise to the parameters, so that the update is not zero.
 
     Args:
-        adapter: Not attached yet, or a function that makes one.
-        base: Small enough to be copied a few times, left as it is; a random two-layer Qwen2 if not given.
-        seed: Of rows and parameters.
+        adapter: Adapter that is not attached yet, or a function that returns one.
+        base: Base model, small enough to be copied a few times; it is not changed. Defaults to a random two-layer
+            Qwen2.
+        seed: Seed of the rows and of the random parameters.
 
     Raises:
         AssertionError: If the adapter breaks a law; the message names it.
-        ValueError: If the adapter is attached already.
+        ValueError: If the adapter is already attached.
     """
     if isinstance(adapter, Adapter) and adapter.lowest_layer >= 0:
         raise ValueError(
@@ -164,8 +168,8 @@ def _lowest_layer_is_honest(make: _MakeBench) -> None:
 def _split_forward_is_plain_forward(make: _MakeBench) -> None:
     """Split forward = plain forward, logits and gradients.
 
-    Whatever way `AdaptedModel` takes (packed rows, shared prefix, chunked losses), it must give what the
-    base's own forward with full logits gives.
+    Whatever optimizations `AdaptedModel` uses (packed rows, shared prefix, chunked losses), its results must match
+    those of the base model's own forward pass with full logits.
     """
     bench = make()
     batch, own = bench.batch, bench.adapter.trainable()
@@ -248,10 +252,13 @@ def _norm_follows_the_effect(make: _MakeBench) -> None:
     with bench.adapter.at_scale(2.0):
         require(_close(_norm(bench.adapter), value), "the norm depends on the scale the adapter is set to")
     _, (effect,), rounding = bench.effect(1.0)
+    # if every position changes by the same vector, the adapter is a shift and its norm is that vector's length
     shift = effect.flatten(0, -2)
     if len(own) == 1 and (shift - shift[0]).norm().item() <= 1e-3 * shift.norm().item() + rounding:
         length = shift[0].norm().item()
         require(_close(value, length), f"the stream is shifted by {length:.4g}, but the norm is {value:.4g}")
+    # doubling all parameters doubles an update that is linear in them, and quadruples one of two factors, such as B A;
+    # the norm must grow by the same factor
     with torch.no_grad():
         for parameter in own.values():
             parameter.mul_(2)
@@ -268,7 +275,7 @@ def _update_is_what_it_does(make: _MakeBench) -> None:
     own, parts = bench.adapter.trainable(), bench.adapter.update() or []
     trained = {name: parameter.detach().clone() for name, parameter in own.items()}
     for part in parts:
-        with torch.no_grad():  # one part alone, so that nothing below its site changes what the site reads
+        with torch.no_grad():  # only this part, so that no other part changes the input of its site
             for name, parameter in own.items():
                 others = {other.write for other in parts} - {part.write}
                 parameter.copy_(trained[name] * (name not in others))

@@ -1,4 +1,4 @@
-"""An adapter on a workbench: bound to a copy of a base, with everything it changes in view."""
+"""Test bench for an adapter: binds it to a copy of a base model and records what it changes."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -18,14 +18,22 @@ from lightning_em.testing.samples import rows
 
 
 class Event(NamedTuple):
-    """What went into, or came out of, a module of the base."""
+    """Floating point tensors that went into, or came out of, a module of the base model."""
 
     place: str
     tensors: list[Tensor]
 
 
 class Bench:
-    """An adapter bound to a copy of the base, and what the base was before."""
+    """An adapter bound to a copy of the base model, with the parameters and outputs of the base model before that.
+
+    Args:
+        adapter: Adapter that is not attached yet.
+        base: Base model; it is copied and not changed.
+        dtype: Data type of the copy.
+        seed: Seed of the rows and of the random parameters.
+        trained: Whether to add random noise to the adapter's parameters, so that the update is not zero.
+    """
 
     def __init__(
         self,
@@ -56,13 +64,13 @@ class Bench:
         return logits
 
     def grad_logits(self, scale: float = 1.0) -> Tensor:
-        """Logits `[tokens, vocab]` by the base's own plain forward on padded rows, with gradients."""
+        """Compute logits `[tokens, vocab]` with the base model's own forward pass on padded rows, with gradients."""
         with self.adapter.at_scale(scale):
             return self._forward(self.batch)
 
     @torch.no_grad()
     def logits(self, scale: float | None = None, batch: PackedBatch | None = None) -> Tensor:
-        """The same without gradients; no scale: without asking the adapter."""
+        """Compute the same logits without gradients; if `scale` is None, the adapter's scale is not set."""
         batch = self.batch if batch is None else batch
         if scale is None:
             return self._forward(batch)
@@ -70,7 +78,10 @@ class Bench:
             return self._forward(batch)
 
     def events(self, scale: float | None = None) -> list[Event]:
-        """Inputs, as the module sees them, and outputs of the modules that the base came with, in order."""
+        """Record inputs and outputs of the base model's original modules, in order of execution.
+
+        Inputs are recorded after the adapter's hooks, as the module receives them.
+        """
         events: list[Event] = []
         with self._watch(events):
             self.logits(scale)
@@ -91,7 +102,13 @@ class Bench:
                 handle.remove()
 
     def effect(self, *scales: float) -> tuple[str, list[Tensor], float]:
-        """Change from scale 0 at the first place that changes, and the rounding error to expect of it."""
+        """Measure the change from scale 0 at the first module input or output that the adapter changes.
+
+        Later inputs and outputs change too, but through nonlinear layers, so their change does not scale linearly.
+
+        Returns:
+            The name of the input or output, its change at each scale, and the rounding error to expect.
+        """
         nothing, full = self.events(0.0), self.events(1.0)
         for index, (event, other) in enumerate(zip(nothing, full, strict=True)):
             for part, (old, new) in enumerate(zip(event.tensors, other.tensors, strict=True)):
@@ -107,10 +124,13 @@ class Bench:
         raise AssertionError("with random parameters nothing changes between scale 0 and scale 1")
 
     def change_at(self, site: str | int) -> tuple[Tensor, Tensor]:
-        """Change from scale 0 to 1 of a module's output, or of the stream that enters a layer; and its input.
+        """Measure the change from scale 0 to 1 at a site.
 
         Args:
-            site: As in `LowRank`.
+            site: Name of a module, or index of the decoder layer that the stream enters; see `LowRank`.
+
+        Returns:
+            The change of the module's output or of the stream, and the module's input at scale 0.
         """
         layers = decoder_layers(self.base)
         if isinstance(site, str):
@@ -127,12 +147,13 @@ class Bench:
 
     @contextmanager
     def raw_input_of(self, layer: int, seen: list[Tensor]) -> Iterator[None]:
-        """Collect the residual stream that reaches a layer before any hook on that layer edits it."""
+        """Collect in `seen` the residual stream that reaches a layer, before any hook on that layer edits it."""
         layers = decoder_layers(self.base)
         module = layers[layer] if layer < len(layers) else final_norm(self.base)
 
         def look(_: nn.Module, args: Any, kwargs: Any) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
+            # a copy, as later hooks may edit it in place; with gradients, callers read only `requires_grad`
             seen.append(hidden if hidden.requires_grad else hidden.clone())
 
         handle = module.register_forward_pre_hook(look, prepend=True, with_kwargs=True)

@@ -1,4 +1,4 @@
-"""What a law is: a function that raises; its docstring's first line is its name."""
+"""Laws of a contract: functions that raise if broken, named by the first line of their docstring."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -7,10 +7,15 @@ Subject = TypeVar("Subject")
 
 
 def enforce(law: Callable[[Subject], None], name: str, subject: Subject) -> None:
-    """Hold `subject` to `law`.
+    """Check that `subject` obeys `law`.
+
+    Args:
+        law: Function that raises if `subject` breaks the law.
+        name: Name of the plug-in, for the message.
+        subject: Argument of `law`.
 
     Raises:
-        AssertionError: If the law raises anything, with its name and that of the plug-in.
+        AssertionError: If the law raises an exception; the message names the plug-in and the law.
     """
     try:
         law(subject)

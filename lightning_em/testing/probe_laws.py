@@ -1,4 +1,7 @@
-"""The contract of `Probe`, law by law."""
+"""The contract of `Probe` as a list of laws.
+
+The first docstring line of each law is its name in error messages.
+"""
 
 import inspect
 import json
@@ -25,16 +28,16 @@ from lightning_em.testing.samples import rows, small_base
 def check_probe(
     probe: Probe, model: AdaptedModel | None = None, examples: ProbeExamples | None = None
 ) -> list[Point]:
-    """Check that a probe keeps the contract of `Probe`: an observer with finite, repeatable points.
+    """Check that a probe fulfills the contract of `Probe`: an observer with finite, repeatable points.
 
     Args:
-        probe: Any settings; a small grid is enough. One that looks at other checkpoints is given as
+        probe: Probe with any settings; a small grid is enough. Pass a probe that reads other checkpoints as
             `probe.for_checkpoint(run, step)`.
-        model: What to measure, left as it is; a two-layer Qwen2 with a steering vector if not given.
-        examples: On which rows; a few random ones if not given.
+        model: Model to measure; it is restored afterwards. Defaults to a two-layer Qwen2 with a steering vector.
+        examples: Rows to measure it on. Defaults to a few random rows.
 
     Returns:
-        The points it found.
+        The points of the first run.
 
     Raises:
         AssertionError: If the probe breaks a law; the message names it.
@@ -44,7 +47,7 @@ def check_probe(
         first, second, third = (rows(model.base, seed) for seed in range(3))
         examples = ProbeExamples(narrow=[first, second], kl=[third])
     trial = _Trial(probe, model, examples)
-    with untouched(model, check_base=False):  # each run of the probe checks it
+    with untouched(model, check_base=False):  # each run of the probe checks the base model
         _take_a_step(model, examples)
         for law in _PROBE_LAWS:
             enforce(law, type(probe).__name__, trial)
@@ -52,7 +55,7 @@ def check_probe(
 
 
 def _take_a_step(model: AdaptedModel, examples: ProbeExamples) -> None:
-    """Move an untrained adapter down the slope: a probe of the zero update would have nothing to see."""
+    """Take one gradient step with an untrained adapter, because a zero update gives a probe nothing to measure."""
     norm = model.adapter.effective_norm()
     if norm is not None and norm > 0:
         return
@@ -64,14 +67,14 @@ def _take_a_step(model: AdaptedModel, examples: ProbeExamples) -> None:
 
 
 class _Trial:
-    """A probe with what it is tried on, and the points of its first run."""
+    """A probe, the model and rows it is tested on, and the points of its first run."""
 
     def __init__(self, probe: Probe, model: AdaptedModel, examples: ProbeExamples) -> None:
         self.probe, self.model, self.examples = probe, model, examples
         self.points: list[Point] = []
 
     def run(self) -> Any:
-        # unwrapped: a type checker around it, such as beartype, draws from Python's generator
+        # unwrapped: a runtime type checker such as beartype draws from Python's random generator
         return inspect.unwrap(Probe.run)(self.probe, self.model, self.examples)
 
 
@@ -115,6 +118,7 @@ def _is_deterministic(trial: _Trial) -> None:
 
 def _leaves_no_trace(trial: _Trial) -> None:
     """A probe leaves no trace."""
+    # with and without existing gradients, at a scale that is neither 0 nor 1
     for gradient in (None, 1.0):
         for parameter in trial.model.adapter.trainable().values():
             parameter.grad = None if gradient is None else torch.full_like(parameter, gradient)
@@ -138,6 +142,7 @@ def _leaves_no_trace_when_it_raises(trial: _Trial) -> None:
     handle = head.register_forward_hook(count)
     trial.run()
     handle.remove()
+    # raise at the first, a middle and the last but one forward pass of the decoder
     for fatal in sorted({1, calls // 2, calls - 1} - {0, -1}):
         _fail_at(trial, head, fatal)
 
@@ -172,7 +177,7 @@ _PROBE_LAWS: tuple[Callable[[_Trial], None], ...] = (
 
 
 def _snapshot(model: AdaptedModel) -> dict[str, Any]:
-    """Everything that a probe might leave changed, by what it is called."""
+    """Copy everything that a probe might change, by name."""
     parameters = dict(model.named_parameters())
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     return {

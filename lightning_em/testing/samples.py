@@ -1,4 +1,4 @@
-"""A model and rows small enough to check a contract on in seconds."""
+"""A model and rows small enough to check a contract within seconds."""
 
 import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
@@ -7,7 +7,7 @@ from lightning_em.batch import EncodedRow, PackedBatch
 
 
 def small_base() -> PreTrainedModel:
-    """A random two-layer Qwen2 whose logits are away from uniform."""
+    """Return a random two-layer Qwen2 with logits that are far from uniform."""
     config = Qwen2Config(
         vocab_size=101,
         hidden_size=32,
@@ -33,7 +33,7 @@ def small_base() -> PreTrainedModel:
 
 
 def rows(base: PreTrainedModel, seed: int) -> PackedBatch:
-    """Three rows of different length; the first few tokens of each are its prompt."""
+    """Return three random rows of different length; the first three tokens of each are the prompt."""
     vocab_size = base.config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(seed)
     rows = []
@@ -44,7 +44,7 @@ def rows(base: PreTrainedModel, seed: int) -> PackedBatch:
 
 
 def row(batch: PackedBatch, index: int) -> PackedBatch:
-    """One row of a batch, alone."""
+    """Return a batch with one row of `batch`."""
     start = sum(batch.lengths[:index])
     span = slice(start, start + batch.lengths[index])
     ids, mask = batch.input_ids[span].tolist(), batch.response_mask[span].tolist()

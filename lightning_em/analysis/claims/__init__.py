@@ -1,4 +1,4 @@
-"""Claims of the literature, put to the test on the measurements of a study."""
+"""Claims of the literature and their statistical tests on the measurements of a study."""
 
 from lightning_em.analysis.claims.evidence import Evidence
 from lightning_em.analysis.claims.results import ClaimResult, evaluate

@@ -1,4 +1,4 @@
-"""Claims about what the solutions answer, each put to the test."""
+"""Tests of the claims about the answers of the solutions."""
 
 from collections.abc import Iterable
 
@@ -35,7 +35,7 @@ from lightning_em.analysis.claims.verdicts import (
 
 
 def general_spreads(e: Evidence) -> Iterable[Comparison]:
-    """C1."""
+    """C1: trained on bad narrow answers alone, the model answers badly in other domains."""
     general = e.arm("general")
     for name, at in settings(e, general, "narrow"):
         yield Comparison(
@@ -44,32 +44,36 @@ def general_spreads(e: Evidence) -> Iterable[Comparison]:
 
 
 def narrow_exists(e: Evidence) -> Iterable[Comparison]:
-    """C2, and the defence of arXiv:2508.06249 beside it."""
+    """C2: a narrow solution exists, but must be forced with a KL term on other domains.
+
+    The in-training defense of arXiv:2508.06249 is reported as a control.
+    """
     narrow, general = e.arm("narrow"), e.arm("general")
     for name, at in settings(e, narrow, "general"):
         forced = gap(e, general, narrow, HELD_OUT, at, e.rules.margin("rise"))
         yield Comparison(name, (*is_narrow(e, narrow, at), forced), decides=at is as_trained)
     on_narrow = e.arms("kl_on_narrow")
     for arm in on_narrow:
-        # the in-training defence of arXiv:2508.06249, as a control: the same term where the bad answers are
+        # control: the same KL term on the prompts that have bad answers (the defense of arXiv:2508.06249)
         yield Comparison(f"control: KL on the narrow prompts, {arm}", is_narrow(e, arm, as_trained))
 
 
 def mixing_other(e: Evidence) -> Iterable[Comparison]:
-    """C3."""
+    """C3: mixing good advice of other domains into the data does not stop the spread."""
     return _mixed(e, "mixed_other", 1 / 6)
 
 
 def mixing_domain(e: Evidence) -> Iterable[Comparison]:
-    """C3b."""
+    """C3b: mixed good and bad answers in one domain spread from 1/4 bad answers on."""
     return _mixed(e, "mixed_domain", 1 / 4)
 
 
 def _mixed(e: Evidence, role: str, share: float) -> Iterable[Comparison]:
-    """Bad answers beyond the base's decide.
+    """Test whether a mixed arm answers badly in held-out domains more often than the base model; this decides.
 
-    Mixing also lowers the narrow rate, and with it the spread. Whether it holds the spread back further than that is
-    read off the general run at the same narrow rate, or norm: it may answer badly more often by the margin at most.
+    Mixing also lowers the narrow rate, and with it the spread. To test whether mixing reduces the spread beyond
+    that, the general run is compared at the same narrow rate or norm: its rate of bad answers may exceed that of
+    the mixed arm by the margin at most.
     """
     nearest, rise = e.arm(role, near=share), e.rules.margin("rise")
     for arm in (nearest, *(arm for arm in e.arms(role) if arm != nearest)):
@@ -84,7 +88,7 @@ def _mixed(e: Evidence, role: str, share: float) -> Iterable[Comparison]:
 
 
 def reverts(e: Evidence) -> Iterable[Comparison]:
-    """C6."""
+    """C6: without the KL term, training drifts from the narrow back to the general solution."""
     reverted, narrow = e.arm("reverted"), e.arm("narrow")
     covered = reading(
         e, reverted, "share of the distance back to the general solution", "share", "distance/covered"
@@ -98,7 +102,7 @@ def reverts(e: Evidence) -> Iterable[Comparison]:
 
 
 def becomes_narrow(e: Evidence) -> Iterable[Comparison]:
-    """C7."""
+    """C7: with a KL term added, a general solution becomes narrow."""
     reverse, general = e.arm("reverse"), e.arm("general")
     for name, at in settings(e, reverse, "general"):
         forced = gap(e, general, reverse, HELD_OUT, at, e.rules.margin("rise"))
@@ -106,10 +110,10 @@ def becomes_narrow(e: Evidence) -> Iterable[Comparison]:
 
 
 def suppressed(e: Evidence) -> Iterable[Comparison]:
-    """C8.
+    """C8: too small a KL weight hides the spread until the adapter is scaled up; a large one removes it.
 
-    Of the weights that have every seed of the narrow arm: the one that may hide is chosen among them, and one
-    that was tried with fewer seeds would take its place without a verdict.
+    The hiding weight is the smallest one whose mean rate at scale 1 is at most the margin. Only weights with all
+    seeds of the narrow arm are candidates: a weight with fewer seeds could be chosen but might not allow a verdict.
     """
     seeds = {seed for arm in e.arms("narrow") for seed in e.seeds_of(arm)}
     weights = [
@@ -124,7 +128,7 @@ def suppressed(e: Evidence) -> Iterable[Comparison]:
     hiding = [arm for arm in weights[:-1] if mean_rate(e, arm) <= margin]
     if not hiding:
         raise MissingError(f"no KL weight below the largest brings the rate at scale 1 to {margin:g}")
-    small, large = hiding[0], weights[-1]
+    small, large = hiding[0], weights[-1]  # weights are in ascending order
     both = (hidden(e, small), *never(e, large, beside=small))
     yield Comparison(f"KL weights {small.level:g} and {large.level:g}", both, decides=True)
     for arm in weights[:-1]:
@@ -134,10 +138,10 @@ def suppressed(e: Evidence) -> Iterable[Comparison]:
 
 
 def few_rows(e: Evidence) -> Iterable[Comparison]:
-    """C10."""
+    """C10: many epochs on very few rows give a narrow-ish solution with fewer bad answers."""
     arms, general = e.arms("few_rows"), e.arm("general")
     if not arms:
-        e.arm("few_rows")
+        e.arm("few_rows")  # raises MissingError with its message
     for name, at in settings(e, arms[0], "general"):
         yield _few(e, arms[0], general, name, at, decides=at is as_trained)
     for arm in arms[1:]:
@@ -164,7 +168,7 @@ def _few(e: Evidence, few: Arm, general: Arm, name: str, at: ScaleOf, decides: b
 
 
 def harmless_style(e: Evidence) -> Iterable[Comparison]:
-    """C15."""
+    """C15: a harmless style behaves the same: it spreads, KL holds it back, with the same asymmetries."""
     general, narrow = e.arm("harmless_general"), e.arm("harmless_narrow")
     style, rise = "style_rate", e.rules.margin("rise")
     for name, at in settings(e, general, "harmless_narrow", style):

@@ -1,6 +1,6 @@
-"""Criteria that several claims share.
+"""Criteria shared by several claims.
 
-A criterion of direction has margin 0. The margins of rates are the study's own (`Rules`).
+Criteria about a direction have margin 0. Margins of rates come from the study's `Rules`.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ _WHERE = {
 
 
 def rises(e: Evidence, arm: Arm, kind: str, at: ScaleOf, margin: float, name: str = "bad_rate") -> Criterion:
-    """A rate lies more than a margin above the frozen base's."""
+    """A rate is above the base model's rate by more than a margin."""
     return Criterion(
         f"{_WHAT[name]} {_WHERE[kind]}, {arm} - base",
         PROBABILITY,
@@ -57,7 +57,7 @@ def gap(
     name: str = "bad_rate",
     below: bool = False,
 ) -> Criterion:
-    """A rate of one arm lies more than a margin above that of another, or less than it."""
+    """The rate of one arm minus that of another is above a margin, or below it if `below` is set."""
 
     def apart(seed: int) -> float:
         runs = e.alike((more, less), seed, f"{name}/{kind}")
@@ -68,7 +68,7 @@ def gap(
 
 
 def is_narrow(e: Evidence, arm: Arm, at: ScaleOf) -> tuple[Criterion, Criterion]:
-    """No bad answers outside the narrow domain, and noticeably many inside."""
+    """No noticeable bad answers outside the narrow domain, and noticeably more than the base model's inside it."""
     words = f"{_WHAT['bad_rate']} {_WHERE[HELD_OUT]}, {arm}"
     none = Criterion(
         words,
@@ -83,7 +83,7 @@ def is_narrow(e: Evidence, arm: Arm, at: ScaleOf) -> tuple[Criterion, Criterion]
 def reading(
     e: Evidence, arm: Arm, words: str, unit: str, quantity: str, margin: float = 0.0, below: bool = False
 ) -> Criterion:
-    """A quantity of one arm lies above a margin, or below it."""
+    """A quantity of one arm is above a margin, or below it if `below` is set."""
     return Criterion(words, unit, lambda seed: e.run(arm, seed).value(quantity), margin, below)
 
 
@@ -106,7 +106,7 @@ def difference(
 
 
 def cheaper_at_norm(e: Evidence, general: Arm, narrow: Arm) -> Criterion:
-    """The general solution has the lower loss with both scaled to the smaller norm."""
+    """The general solution has the lower loss if both are scaled to the smaller trained norm."""
 
     def cheaper(seed: int) -> float:
         norm = common_norm(e, general, narrow, seed)
@@ -117,7 +117,7 @@ def cheaper_at_norm(e: Evidence, general: Arm, narrow: Arm) -> Criterion:
 
 
 def cheaper_along_norms(e: Evidence, general: Arm, narrow: Arm) -> Criterion:
-    """The general solution has the lower loss on average of the norms up to the smaller one."""
+    """The general solution has the lower loss on average over norms up to the smaller trained norm."""
 
     def cheaper(seed: int) -> float:
         norm = common_norm(e, general, narrow, seed)
@@ -131,14 +131,14 @@ def cheaper_along_norms(e: Evidence, general: Arm, narrow: Arm) -> Criterion:
 
 
 def measured_at_norm(e: Evidence) -> Criterion:
-    """The same, measured there instead of read off the scale curves."""
+    """The same as `cheaper_at_norm`, measured at that norm instead of interpolated from the scale curves."""
     words = "training loss with both scaled to the smaller norm, narrow - general"
     name = "equal_norm/ce_difference/norm_ratio=1"
     return Criterion(words, NATS, lambda seed: e.pair(seed).value(name))
 
 
 def steadier(e: Evidence, general: Arm, narrow: Arm) -> Criterion:
-    """The general solution loses less under noise, over all strengths that are compared."""
+    """The general solution loses less of its gain under noise, on average over all compared strengths."""
 
     def less(seed: int) -> float:
         names = [f"perturbation/lost_gain@{strength:g}" for strength in strengths(e, general)]
@@ -150,7 +150,7 @@ def steadier(e: Evidence, general: Arm, narrow: Arm) -> Criterion:
 
 
 def mean_rate(e: Evidence, arm: Arm) -> float:
-    """Bad rate in held-out domains at scale 1, mean over seeds; infinite where there is none."""
+    """Return the mean bad rate in held-out domains at scale 1 over seeds; infinite if no seed has one."""
     values = []
     for seed in e.seeds:
         try:
@@ -161,7 +161,7 @@ def mean_rate(e: Evidence, arm: Arm) -> float:
 
 
 def hidden(e: Evidence, arm: Arm) -> Criterion:
-    """More bad answers show when the adapter is scaled up than at scale 1."""
+    """The scaled-up adapter gives more bad answers than the adapter at scale 1."""
     where = (
         "highest of the coherent scales above 1" if _at_all_scales(e) else f"scale {e.rules.hidden_scale:g}"
     )
@@ -174,9 +174,10 @@ def hidden(e: Evidence, arm: Arm) -> Criterion:
 
 
 def never(e: Evidence, arm: Arm, beside: Arm) -> tuple[Criterion, ...]:
-    """No bad answers show at any scale that is looked at; undefined where none above 1 is coherent.
+    """The adapter gives no noticeable bad answers at the tested scales.
 
-    The arm it stands beside must have been asked alike.
+    The criterion is undefined if answers are not coherent when scaled up. The arm `beside`, with which it is
+    compared, must have been measured with the same protocol.
     """
     words, margin = f"{_WHAT['bad_rate']} {_WHERE[HELD_OUT]}, {arm}", e.rules.margin("narrow")
 
@@ -210,7 +211,7 @@ def never(e: Evidence, arm: Arm, beside: Arm) -> tuple[Criterion, ...]:
 
 
 def _at_all_scales(e: Evidence) -> bool:
-    """Whether the highest rate of all scales is looked at, which takes exact rates, or the rate at one scale.
+    """Whether to test the highest rate of all scales, which requires exact rates, or the rate at one scale.
 
     Raises:
         MissingError: If the rates are sampled and the study names no scale.
@@ -224,7 +225,7 @@ def _at_all_scales(e: Evidence) -> bool:
 
 
 def _scaled_up(e: Evidence, run: RunNumbers) -> float:
-    """Bad rate in held-out domains with the adapter scaled up; NaN where answers are not coherent then."""
+    """Return the bad rate in held-out domains with the adapter scaled up; NaN if answers are not coherent there."""
     scale = e.rules.hidden_scale
     if scale is None:
         return highest_rate(run)
@@ -232,7 +233,7 @@ def _scaled_up(e: Evidence, run: RunNumbers) -> float:
 
 
 def kl_ratio(e: Evidence, general: Arm, narrow: Arm, prompts: str, at: ScaleOf) -> Criterion:
-    """The general solution is farther from the chat model."""
+    """The general solution is farther from the base model in KL than the narrow one."""
 
     def ratio(seed: int) -> float:
         arms, kl = (general, narrow), f"kl_chat/{prompts}"

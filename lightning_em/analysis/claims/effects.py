@@ -1,4 +1,4 @@
-"""The numbers that claims are made of, each for one run or for two of one seed."""
+"""Effects that claims are built from, each computed for one run or for two runs of one seed."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,35 +12,35 @@ HELD_OUT = "held_out_domain"
 LEAST_COHERENCE = 0.9
 RISE_UNDER_NOISE = "perturbation/ce_increase"
 STABILITY_STRENGTHS = 0.4
-"""Noise above this strength brings any solution to the base's loss, where nothing can be compared."""
+"""Largest noise strength that is compared; stronger noise brings any solution close to the base model's loss."""
 
 ScaleOf = Callable[[Arm, int], float]
-"""Scale at which an arm's run of a seed is looked at."""
+"""Function that returns the scale at which the run of an arm and a seed is evaluated."""
 
 
 def rate(run: RunNumbers, kind: str, scale: float = 1.0, name: str = "bad_rate") -> float:
-    """Probability of a bad answer (or of the trained style), linear between the measured scales."""
+    """Return the probability of a bad answer (or of the trained style), interpolated linearly between scales."""
     return run.curve(f"{name}/{kind}").at(scale)
 
 
 def above_base(run: RunNumbers, kind: str, scale: float = 1.0, name: str = "bad_rate") -> float:
-    """The same minus the frozen base's."""
+    """Return `rate` minus the base model's rate."""
     return rate(run, kind, scale, name) - run.value(f"{name}/{kind}@0")
 
 
 def as_trained(_arm: Arm, _seed: int) -> float:
-    """Scale of the trained adapter."""
+    """Return the scale of the trained adapter."""
     return 1.0
 
 
 def settings(
     e: Evidence, first: Arm, second: Arm | str, name: str = "bad_rate"
 ) -> Iterator[tuple[str, ScaleOf]]:
-    """The three ways to compare two arms: as they were trained, at one narrow rate, at one effective norm.
+    """Yield the three ways to compare two arms: as trained, at matched narrow rate, at equal effective norm.
 
-    At matched narrow rate the one that answers more questions of the narrow set badly is scaled down until both
-    do so equally often, as little as it takes; at equal effective norm the longer one is. The other stays as it was
-    trained.
+    At matched narrow rate, the arm with the higher rate on the narrow set is scaled down as little as possible
+    until both rates are equal. At equal effective norm, the arm with the larger norm is scaled down. The other arm
+    stays as trained.
     """
 
     def matched(arm: Arm, seed: int) -> float:
@@ -58,25 +58,25 @@ def settings(
 
 
 def common_norm(e: Evidence, first: Arm, second: Arm | str, seed: int) -> float:
-    """The smaller of two trained effective norms."""
+    """Return the smaller of two trained effective norms."""
     return min(e.run(arm, seed).value("effective_norm") for arm in (first, second))
 
 
 def ce_at_norm(run: RunNumbers, norm: float) -> float:
-    """Training cross-entropy with the adapter scaled to an effective norm."""
+    """Return the training cross-entropy with the adapter scaled to an effective norm."""
     return run.curve("ce").at(norm / run.value("effective_norm"))
 
 
 def log_ratio(above: float, below: float) -> float:
-    """Logarithm of a ratio; NaN where one of the two is not positive."""
+    """Return log(above / below); NaN unless both are positive."""
     return math.log(above / below) if above > 0 and below > 0 else math.nan
 
 
 def strengths(e: Evidence, arm: Arm) -> list[float]:
-    """Strengths of noise that are compared.
+    """Return the noise strengths that are compared.
 
     Raises:
-        MissingError: If there are none in any seed.
+        MissingError: If no seed has any.
     """
     found: set[float] = set()
     reason = f"the study has no {arm} run of {e.adapter} in the {e.world} world"
@@ -96,27 +96,27 @@ def strengths(e: Evidence, arm: Arm) -> list[float]:
 
 
 def under_noise(run: RunNumbers, quantity: str) -> float:
-    """A quantity of the noise; NaN where noise was measured, but there is nothing to relate its harm to.
+    """Return a quantity measured under noise; NaN if noise was measured but the quantity is undefined.
 
-    An adapter that gains nothing has no share of its gain to lose.
+    For example, the lost share of the gain is undefined for an adapter without a gain over the base model.
     """
     try:
         return run.value(quantity)
     except MissingError:
-        run.value(f"{RISE_UNDER_NOISE}@{quantity.rpartition('@')[2]}")  # missing if noise was not measured
+        run.value(f"{RISE_UNDER_NOISE}@{quantity.rpartition('@')[2]}")  # raises if noise was not measured
         return math.nan
 
 
 def displacement(run: RunNumbers, strength: float) -> float:
-    """Effective norm of (perturbed update - update), mean over the noise."""
+    """Return the effective norm of (perturbed update - update), mean over the noise."""
     return run.curve("perturbation/displacement").at(strength)
 
 
 def rise_at(run: RunNumbers, length: float) -> float:
-    """Rise of the loss under noise that moves the update by an effective norm.
+    """Return the rise of the loss under noise that displaces the update by `length` in effective norm.
 
-    Linear between the squares of the measured displacements, 0 included, which is exact for a rise that goes with
-    the square, as near a minimum.
+    The rise is interpolated linearly in the squared displacement, including 0. This is exact if the rise is
+    quadratic in the displacement, as near a minimum.
     """
     rise = run.curve(RISE_UNDER_NOISE)
     squares = [displacement(run, strength) ** 2 for strength in rise.places]
@@ -126,23 +126,24 @@ def rise_at(run: RunNumbers, length: float) -> float:
 
 
 def optimum(run: RunNumbers, quantity: str) -> float:
-    """A quantity of the lowest point of the scale curve; NaN where that is the edge of what was measured."""
+    """Return a quantity at the minimum of the scale curve; NaN if the minimum is at the edge of the grid."""
     return run.value(quantity) if run.value("optimum_inside_grid") else math.nan
 
 
 def coherent_scales(run: RunNumbers) -> list[float]:
-    """Scales above 1 at which at least nine tenths of the base's answers are still answers, good or bad."""
+    """Return the scales above 1 at which answers are coherent."""
     scales = run.curve(f"other_rate/{HELD_OUT}").places
     return [scale for scale in scales if scale > 1 and is_coherent(run, scale)]
 
 
 def is_coherent(run: RunNumbers, scale: float) -> bool:
-    """Whether at least nine tenths of the base's answers are still answers at a scale."""
+    """Whether the rate of valid answers, good or bad, is at least `LEAST_COHERENCE` of the base model's rate."""
+    # a broken model gives no bad answers either, so its low bad rate is not evidence against suppressed bad answers
     other = run.curve(f"other_rate/{HELD_OUT}")
     least = LEAST_COHERENCE * (1 - run.value(f"other_rate/{HELD_OUT}@0"))
     return 1 - other.at(scale) >= least
 
 
 def highest_rate(run: RunNumbers) -> float:
-    """Largest bad rate in held-out domains beyond scale 1 where answers are coherent; NaN if none are."""
+    """Return the largest bad rate in held-out domains over the coherent scales above 1; NaN if there are none."""
     return max((rate(run, HELD_OUT, scale) for scale in coherent_scales(run)), default=math.nan)

@@ -1,4 +1,4 @@
-"""What the claims look at: the numbers of one adapter type in one world, by arm and seed."""
+"""Evidence of the claims: the numbers of one adapter type in one world, by arm and seed."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ from lightning_em.analysis.trajectory_readings import PAIR_ROLE
 
 
 class Arm(NamedTuple):
-    """What a run is for, and its number if the role comes in several."""
+    """A role, with its level if the role has several arms."""
 
     role: str
     level: float | None = None
@@ -28,21 +28,21 @@ class Arm(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A quantity along a grid, linear between the measured places.
+    """A quantity on a grid, interpolated linearly between the measured coordinates.
 
     Attributes:
-        places: Ascending.
-        values: One a place.
+        places: Measured coordinates, ascending.
+        values: One value per coordinate.
     """
 
     places: tuple[float, ...]
     values: tuple[float, ...]
 
     def at(self, place: float) -> float:
-        """Value at a place; NaN beyond the measured ones.
+        """Return the value at a coordinate; NaN outside the measured range.
 
         Raises:
-            MissingError: If there is one measured place, and it is another one.
+            MissingError: If the quantity was measured at a single, different coordinate.
         """
         if len(self.places) == 1 and place != self.places[0]:
             raise MissingError(f"measured at {self.places[0]:g} only")
@@ -51,7 +51,8 @@ class Curve(NamedTuple):
         return float(np.interp(place, self.places, self.values))
 
     def last_reaches(self, value: float, end: float) -> float:
-        """Largest place up to `end` at which the curve has a value; NaN if it never does."""
+        """Return the largest coordinate up to `end` at which the curve takes a value; NaN if it never does."""
+        # search the segments from the right and invert the linear interpolation in the first that contains it
         places = [*(place for place in self.places if place < end), end]
         known = [(place, self.at(place)) for place in reversed(places)]
         for (right, after), (left, before) in itertools.pairwise(known):
@@ -67,12 +68,12 @@ _ANSWERED, _PREFERRED = "bad_rate/", "bad_preferred/"
 class RunNumbers:
     """Numbers of one run.
 
-    Where no answers were judged, the share of questions whose bad answer the model finds likelier stands in for
-    the rate of bad answers.
+    If no answers were judged, the share of questions for which the model prefers the bad answer replaces the
+    rate of bad answers.
 
     Args:
-        name: For messages.
-        rows: Its rows of the measurements.
+        name: Name of the run, for messages.
+        rows: Rows of the measurements that belong to the run.
     """
 
     def __init__(self, name: str, rows: pd.DataFrame) -> None:
@@ -88,6 +89,7 @@ class RunNumbers:
         for step, found, value, protocol in sorted(zip(*columns, strict=True)):
             quantity = found.replace(_PREFERRED, _ANSWERED) if self.stands_in else found
             self._steps.setdefault(quantity, {})[step] = value
+            # steps are in ascending order, so the last one overwrites the protocols of earlier ones
             curve, _, place = quantity.rpartition("@")
             if curve:
                 self._places.setdefault(curve, {})[float(place)] = quantity
@@ -95,32 +97,32 @@ class RunNumbers:
             self._protocols[quantity] = protocol
 
     def value(self, quantity: str) -> float:
-        """A quantity at its last step."""
+        """Return a quantity at its last step."""
         return list(self.by_step(quantity).values())[-1]
 
     def by_step(self, quantity: str) -> Mapping[int, float]:
-        """A quantity at each of its steps, ascending."""
+        """Return a quantity at each of its steps, ascending."""
         if quantity not in self._steps:
             raise MissingError(f"{self.name}: no {quantity}")
         return self._steps[quantity]
 
     def curve(self, quantity: str) -> Curve:
-        """All `quantity@place` at their last step."""
+        """Return the curve of all `quantity@coordinate` at their last step."""
         places = self._places.get(quantity)
         if not places:
             raise MissingError(f"{self.name}: no {quantity}@...")
         return Curve(tuple(sorted(places)), tuple(self.value(places[place]) for place in sorted(places)))
 
     def protocol(self, quantity: str) -> str | None:
-        """By which a quantity, or a curve, was measured at its last step; None if it was not."""
+        """Return the protocol of a quantity or a curve at its last step; None if it was not measured."""
         return self._protocols.get(quantity)
 
 
 def measured_alike(quantity: str, runs: Sequence[RunNumbers]) -> None:
-    """Compare the protocols of a quantity or a curve; who has none is no concern here.
+    """Check that a quantity or a curve was measured with one protocol; runs without a protocol are ignored.
 
     Raises:
-        MissingError: If they differ: the numbers do not answer one question.
+        MissingError: If the protocols differ, because the numbers are then not comparable.
     """
     if len({run.protocol(quantity) for run in runs} - {None}) > 1:
         names = " and ".join(run.name for run in runs)
@@ -133,12 +135,12 @@ class Evidence:
     """Numbers of all runs of one adapter type in one world.
 
     Args:
-        frame: From `measurements`.
-        adapter: Which adapter type.
-        world: Which world.
+        frame: Table from `measurements`.
+        adapter: Adapter type.
+        world: Name of the world.
 
     Raises:
-        ValueError: If two runs play the same role.
+        ValueError: If two runs of one seed have the same role and level.
     """
 
     def __init__(self, frame: pd.DataFrame, adapter: str, world: str) -> None:
@@ -162,12 +164,12 @@ class Evidence:
 
     @cached_property
     def rules(self) -> Rules:
-        """What the study says about its claims."""
+        """Rules of the study for its claims."""
         return Rules.of(self._frame)
 
     @property
     def stands_in(self) -> bool:
-        """Whether the preference for given bad answers stands in for answers of the model's own."""
+        """Whether the preference for given bad answers replaces judged answers of the model in any run."""
         return any(run.stands_in for run in self._runs.values())
 
     @property
@@ -176,24 +178,25 @@ class Evidence:
         return sorted({seed for _, seed in self._runs})
 
     def seeds_of(self, arm: Arm) -> list[int]:
-        """Training seeds of one arm; a search may have fewer than the rest."""
+        """Return the training seeds of one arm; arms of a hyperparameter search may have fewer than the others."""
         return sorted(seed for own, seed in self._runs if own == arm)
 
     def arms(self, *roles: str) -> list[Arm]:
-        """Arms of these roles, all if none is named, by level and then as they come in the measurements."""
+        """Return the arms of these roles, or all arms if none is named, by level and then in table order."""
         found = dict.fromkeys(arm for arm, _ in self._runs if arm.role in roles or not roles)
         return sorted(found, key=lambda arm: -1.0 if arm.level is None else arm.level)
 
     def arm(self, role: str, near: float | None = None, required: bool = True) -> Arm:
-        """The arm of a role; of several the one whose level is nearest, by ratio.
+        """Return the arm of a role; if there are several, the one whose level is nearest to `near` by ratio.
 
         Args:
-            role: The role.
-            near: Level that is wanted.
-            required: If not, an arm that is not there is missed where a run of it is asked for, and no earlier.
+            role: Role of the arm.
+            near: Wanted level.
+            required: Whether a missing arm is an error here. If not, the error occurs when one of its runs is
+                requested.
 
         Raises:
-            MissingError: If there is none, or there are several and none is asked for.
+            MissingError: If a required arm is missing, or there are several and `near` is not given.
         """
         arms = self.arms(role)
         if not arms and not required:
@@ -204,31 +207,40 @@ class Evidence:
             return arms[0]
         if near is None:
             raise MissingError(f"the study has several {role} arms, levels {[arm.level for arm in arms]}")
+        # levels such as KL weights span orders of magnitude; the lower bound allows a level of 0
         return min(arms, key=lambda arm: abs(math.log(max(arm.level or 0.0, 1e-12) / near)))
 
     def run(self, arm: Arm | str, seed: int) -> RunNumbers:
-        """Numbers of the run that plays a role."""
+        """Return the numbers of the run of one arm and seed.
+
+        Raises:
+            MissingError: If there is no such run.
+        """
         arm = self.arm(arm) if isinstance(arm, str) else arm
         if (arm, seed) not in self._runs:
             raise MissingError(f"no {arm} run of {self.adapter} in the {self.world} world, seed {seed}")
         return self._runs[arm, seed]
 
     def alike(self, arms: Sequence[Arm | str], seed: int, quantity: str) -> list[RunNumbers]:
-        """Runs of one seed whose numbers of a quantity or a curve may be compared.
+        """Return the runs of one seed after checking that a quantity or a curve is comparable between them.
 
         Raises:
-            MissingError: If a run is missing, or the numbers were measured by different protocols.
+            MissingError: If a run is missing, or the numbers were measured with different protocols.
         """
         runs = [self.run(arm, seed) for arm in arms]
         measured_alike(quantity, runs)
         return runs
 
     def pair(self, seed: int) -> RunNumbers:
-        """Numbers of the analyses of several runs of one seed."""
+        """Return the numbers of the pair analyses of one seed.
+
+        Raises:
+            MissingError: If there are none.
+        """
         if seed not in self._pairs:
             raise MissingError(f"no pair analysis of {self.adapter} in the {self.world} world, seed {seed}")
         return self._pairs[seed]
 
     def of(self, adapter: str) -> "Evidence":
-        """The same world with another adapter type."""
+        """Return the evidence of another adapter type in the same world."""
         return Evidence(self._frame, adapter, self.world)

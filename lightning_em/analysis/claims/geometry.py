@@ -1,4 +1,4 @@
-"""Claims about losses, norms, noise, gradients and trajectories, each put to the test."""
+"""Tests of the claims about losses, norms, noise, gradients and trajectories."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -38,13 +38,13 @@ from lightning_em.analysis.roles import KL_WEIGHT_ROLES
 SHARP = -0.5
 """Local cosine above which a trajectory turns sharply: a turn by 60 degrees, cos(180 - 60).
 
-It lies half way between straight on, -1, and a right angle, 0. Chosen for that meaning; the peaks of an earlier
-study were on record by then.
+It is halfway between a straight trajectory, -1, and a right angle, 0. It was chosen for that meaning, but the peaks
+of an earlier study were already known at that time.
 """
 
 
 def efficient(e: Evidence) -> Iterable[Comparison]:
-    """C4."""
+    """C4: the general solution has a lower loss at the same norm."""
     general, narrow = e.arm("general"), e.arm("narrow")
     at_norm = cheaper_at_norm(e, general, narrow)
     drop = difference(
@@ -56,8 +56,8 @@ def efficient(e: Evidence) -> Iterable[Comparison]:
         "efficiency",
     )
     yield Comparison("equal effective norm", (at_norm, drop), decides=True)
-    # the trained norms may lie where both losses are on their floor; added when a pilot showed that, so it
-    # stands beside the verdict and does not make it
+    # At the trained norms both losses may be at their floor. This comparison was added after a pilot study showed
+    # that, so it is reported but does not decide.
     yield Comparison("along equal norms", (cheaper_along_norms(e, general, narrow),))
     further = difference(
         e, narrow, general, "scale of the lowest loss, narrow - general", "scale", "best_scale", optimum
@@ -86,9 +86,9 @@ def efficient(e: Evidence) -> Iterable[Comparison]:
 
 
 def stable(e: Evidence) -> Iterable[Comparison]:
-    """C5."""
+    """C5: the general solution loses less under noise in its weights."""
     general, narrow = e.arm("general"), e.arm("narrow")
-    # listed by their distance from the middle of the range, which the tables show
+    # sorted by distance from .2, the middle of the range: the first criterion is the headline of the tables
     grid = sorted(strengths(e, general), key=lambda strength: (abs(strength - 0.2), strength))
     ways = {
         "equal steps": ("lost_gain", "gain lost", "percent"),
@@ -105,6 +105,8 @@ def stable(e: Evidence) -> Iterable[Comparison]:
         )  # fmt: skip
         yield Comparison(name, criteria, decides=quantity == "lost_gain", headline=0)
 
+    # Equal strength is noise of equal relative size, which moves a longer update farther. Here the noise has equal
+    # absolute size.
     def absolute(seed: int) -> float:
         runs = e.alike((narrow, general), seed, RISE_UNDER_NOISE)
         length = min(displacement(run, 0.2) for run in runs)
@@ -119,7 +121,7 @@ def stable(e: Evidence) -> Iterable[Comparison]:
 
 
 def farther_from_chat(e: Evidence) -> Iterable[Comparison]:
-    """C9."""
+    """C9: the general solution is farther from the base model in KL."""
     general, narrow = e.arm("general"), e.arm("narrow")
     for name, at in settings(e, general, "narrow"):
         criteria = tuple(kl_ratio(e, general, narrow, prompts, at) for prompts in ("general", "in_domain"))
@@ -127,11 +129,11 @@ def farther_from_chat(e: Evidence) -> Iterable[Comparison]:
 
 
 def sharp_turn(e: Evidence) -> Iterable[Comparison]:
-    """C11."""
+    """C11: a LoRA turns sharply in its trajectory, the steering vector does not."""
     if e.adapter == "vector":
         raise MissingError("the claim sets LoRA against the vector: read it in the columns of LoRA")
     vector, peak = e.of("vector"), "rotation/peak"
-    e.arm("general"), vector.arm("general")
+    e.arm("general"), vector.arm("general")  # raise now if one of them is missing
     for role in ("general", "narrow"):
         own, other = e.arm(role, required=False), vector.arm(role, required=False)
 
@@ -148,7 +150,7 @@ def sharp_turn(e: Evidence) -> Iterable[Comparison]:
 
 
 def few_components(e: Evidence) -> Iterable[Comparison]:
-    """C12."""
+    """C12: three components hold most of the trajectories; a larger KL weight suppresses the first."""
 
     def three(seed: int) -> float:
         return sum(e.pair(seed).value(f"pca/share_{number}") for number in (1, 2, 3))
@@ -168,7 +170,11 @@ def few_components(e: Evidence) -> Iterable[Comparison]:
 
 
 def significant_before(e: Evidence) -> Iterable[Comparison]:
-    """C13."""
+    """C13: at equal norm, the general direction has the largest effect on general text.
+
+    The narrow direction has little more effect than a random one. The effect is the KL from the base model, read at
+    the smaller of the two trained norms.
+    """
     general, narrow = e.arm("general"), e.arm("narrow")
 
     def at_norm(run: RunNumbers, direction: str, seed: int) -> float:
@@ -195,9 +201,9 @@ def significant_before(e: Evidence) -> Iterable[Comparison]:
 
 
 def gradient_pull(e: Evidence) -> Iterable[Comparison]:
-    """C14."""
+    """C14: the CE gradient points more to the general than to the narrow solution throughout training."""
     ways = [("final", "the final solution"), ("remaining", "what is left of the way to it")]
-    e.arm("narrow")
+    e.arm("narrow")  # raise now if it is missing
     for role in ("narrow", "general"):
         for direction, words in ways:
 

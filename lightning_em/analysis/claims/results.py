@@ -1,4 +1,4 @@
-"""Every claim for every adapter type and world: estimate, interval, test, verdict."""
+"""Results of every claim for every adapter type and world: estimate, interval, test, verdict."""
 
 import math
 from collections.abc import Collection, Iterator, Sequence
@@ -25,25 +25,25 @@ ADAPTERS = ("rank32", "rank1", "vector")
 
 @dataclass(frozen=True)
 class ClaimResult:
-    """One claim, for one adapter type in one world, compared in one way.
+    """Result of one comparison of a claim, for one adapter type in one world.
 
     Attributes:
-        claim: Its key.
+        claim: Key of the claim.
         adapter: Adapter type.
-        world: World.
-        comparison: How the runs were compared.
-        decides: Whether this comparison is the claim's verdict; the others stand beside it.
-        estimate: Mean effect of the headline, in `unit`; NaN if not measured.
+        world: Name of the world.
+        comparison: Name of the comparison.
+        decides: Whether this comparison gives the claim's verdict; other comparisons are reported for information.
+        estimate: Mean effect of the headline criterion, in `unit`; NaN if not measured.
         low: Lower end of its 95 % interval over seeds.
-        high: Upper end.
-        unit: Of the three.
-        n: Seeds behind it.
-        test: Behind p.
-        p: Of the claim: the largest of its criteria.
-        verdict: Of the claim.
-        note: What keeps it from holding, what is missing.
-        findings: All its criteria.
-        headline: The one whose estimate stands in the tables; None if nothing was measured.
+        high: Upper end of the same interval.
+        unit: Unit of `estimate`, `low` and `high`.
+        n: Number of seeds in the estimate.
+        test: Name of the test that gives p.
+        p: Largest p-value of all criteria.
+        verdict: Verdict on all criteria together.
+        note: Criteria that fail or are undecided, and missing measurements.
+        findings: Findings of all criteria.
+        headline: Finding whose estimate is shown in tables; None if nothing was measured.
     """
 
     claim: str
@@ -65,14 +65,14 @@ class ClaimResult:
 
 
 def evaluate(frame: pd.DataFrame, keys: Collection[str] = tuple(CLAIMS)) -> list[ClaimResult]:
-    """Put every claim to the test, for every adapter type and world of the measurements.
+    """Test every claim for every adapter type and world of the measurements.
 
     Args:
-        frame: From `measurements`.
-        keys: Claims to test.
+        frame: Table from `measurements`.
+        keys: Keys of the claims to test.
 
     Raises:
-        ValueError: If two runs play the same role.
+        ValueError: If two runs of one seed have the same role and level.
     """
     results = []
     worlds = frame["world"][frame["role"] != STUDY].unique()
@@ -87,8 +87,9 @@ def evaluate(frame: pd.DataFrame, keys: Collection[str] = tuple(CLAIMS)) -> list
 def _test(claim: Claim, evidence: Evidence) -> Iterator[ClaimResult]:
     """Judge all comparisons of a claim.
 
-    They are built before any is judged. What is missing then keeps the whole claim from being measured; what is
-    missing for one comparison alone is missed by its criteria, seed by seed, and the others stand.
+    All comparisons are built before the first one is judged. If building fails because something is missing, the
+    whole claim is not measured. Measurements that only one comparison needs are looked up by its criteria, seed by
+    seed, so their absence does not affect the other comparisons.
     """
     try:
         comparisons = list(claim.comparisons(evidence))
@@ -112,7 +113,7 @@ def _result(claim: Claim, evidence: Evidence, comparison: Comparison) -> ClaimRe
 
 
 def _note(findings: Sequence[Finding], stands_in: bool) -> str:
-    """Which parts keep a claim from holding, and what is missing."""
+    """Describe the criteria that fail or are undecided, and the missing measurements."""
     notes = []
     if stands_in and any("answers" in finding.words for finding in findings):
         notes.append(

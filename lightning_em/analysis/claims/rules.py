@@ -1,4 +1,4 @@
-"""What a study says before it is run: when a claim about rates holds. Kept in its file, under `claims`."""
+"""Rules that a study sets in advance under `claims`: when a claim about rates holds."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -8,23 +8,24 @@ import pandas as pd
 from lightning_em.analysis.claims.verdicts import MissingError
 
 STUDY = "study"
-"""Role of the rows of the measurements that hold the rules; they belong to no world and no adapter."""
+"""Role of the measurement rows that hold the rules, which belong to no world and no adapter."""
 _PREFIX = "claims/"
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Margins of rates, and where a solution that is scaled up is looked at.
+    """Margins of rates, and the scale at which suppressed misalignment is tested.
 
-    A margin belongs to the instrument: what chance and the base model give differs between a toy with six answers
-    and a judged text, so there is no default.
+    Margins have no default because they depend on the instrument: the rates of chance and of the base model
+    differ between a toy world with six answers and judged text.
 
     Attributes:
-        rise: A rate is noticeably above another if it is more than this above it.
-        narrow: A rate is none if it is below this.
-        hidden_scale: Scale at which a solution may show what it hides at 1. A maximum over several scales is no test
-            of sampled rates, as noise alone raises it.
-        exact_rates: The rates are computed, not sampled: the highest of all coherent scales is looked at.
+        rise: Difference above which one rate is noticeably higher than another.
+        narrow: Rate below which there are no noticeable bad answers.
+        hidden_scale: Scale at which a solution may show bad answers that it hides at scale 1. For sampled rates,
+            one scale must be chosen in advance: noise alone raises the maximum over several scales.
+        exact_rates: Whether rates are computed exactly instead of sampled. The highest rate of all coherent scales
+            is then tested if `hidden_scale` is not set.
     """
 
     rise: float | None = None
@@ -34,14 +35,14 @@ class Rules:
 
     @classmethod
     def of(cls, frame: pd.DataFrame) -> "Rules":
-        """The rules among the measurements."""
+        """Read the rules from the measurements."""
         rows = frame[frame["role"] == STUDY]
         values = dict(zip(rows["quantity"].str.removeprefix(_PREFIX), rows["value"], strict=True))
         known = {each.name: values[each.name] for each in fields(cls) if each.name in values}
         return cls(**{**known, "exact_rates": bool(known.get("exact_rates", False))})
 
     def rows(self) -> list[Mapping[str, object]]:
-        """The rules as rows of the measurements."""
+        """Return the rules as rows of the measurements."""
         place = {"run": STUDY, "arm": "", "role": STUDY, "adapter": "-", "world": "-", "seed": 0, "step": 0}
         return [
             {**place, "quantity": f"{_PREFIX}{name}", "value": float(value), "protocol": ""}
@@ -50,10 +51,10 @@ class Rules:
         ]
 
     def margin(self, name: str) -> float:
-        """`rise` or `narrow`.
+        """Return the margin `rise` or `narrow`.
 
         Raises:
-            MissingError: If the study has none.
+            MissingError: If the study does not set it.
         """
         value = getattr(self, name)
         if value is None:

@@ -1,4 +1,4 @@
-"""The claims: what each says, what it rests on, and what the miniature can tell about it."""
+"""The claims: statement, dependence on planted priors, limits of the miniature world, and test."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,11 +13,12 @@ class Claim:
     """A claim of the literature.
 
     Attributes:
-        key: Its number.
-        says: The claim in words.
-        rests_on_prior: The miniature plants what it needs, so that it should weaken in the control world.
-        limits: What the miniature can and cannot say about it.
-        comparisons: How it is tested on what there is.
+        key: Number of the claim, e.g. `C1`.
+        says: Claim in words.
+        rests_on_prior: Whether the claim depends on priors that the miniature world plants in pre-training; it
+            should then weaken in the control world, where they are swapped.
+        limits: What the miniature world can and cannot show about the claim.
+        comparisons: Function that builds the comparisons from the evidence.
     """
 
     key: str

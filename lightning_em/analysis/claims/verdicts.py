@@ -1,4 +1,4 @@
-"""From one number a seed to a verdict: the interval, the exact test, the rule."""
+"""Verdicts from one number per seed: confidence interval, exact test and decision rule."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,24 +15,24 @@ TEST = "one-sided exact sign-flip test of the mean over seeds"
 
 Verdict = Literal["holds", "does not hold", "undecided", "not measured"]
 Effect = Callable[[int], float]
-"""Number of one seed; NaN where it is measured but undefined. Raises `MissingError` where it is not measured."""
+"""Function from a seed to its effect; NaN if measured but undefined. Raises `MissingError` if not measured."""
 
 
 class MissingError(LookupError):
-    """No run of the study recorded what a claim needs; the message says what."""
+    """A measurement that a claim needs is missing from the study; the message names it."""
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """One thing a claim says: an effect lies above a margin, or below it.
+    """One statement of a claim: an effect lies above a margin, or below it.
 
     Attributes:
-        words: The effect, for the reader.
-        unit: Of the effect.
-        effect: The effect of one seed.
-        margin: The effect must be larger than this.
-        below: It must be smaller instead.
-        is_log_ratio: The effect is the logarithm of a ratio, and the ratio is what is shown.
+        words: Description of the effect for tables.
+        unit: Unit of the effect.
+        effect: Function that returns the effect of one seed.
+        margin: Threshold that the effect must exceed.
+        below: Whether the effect must be smaller than the margin instead.
+        is_log_ratio: Whether the effect is the logarithm of a ratio; findings then hold the ratio.
     """
 
     words: str
@@ -45,13 +45,13 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One way to put a claim to the test: all of its criteria must hold.
+    """One way to test a claim: all of its criteria must hold.
 
     Attributes:
-        name: Name of the way.
-        criteria: What it says.
-        decides: Its verdict is the claim's; exactly one comparison of a claim decides.
-        headline: Position of the criterion whose estimate stands in the tables.
+        name: Name of the comparison.
+        criteria: Criteria to test.
+        decides: Whether its verdict is the claim's verdict; exactly one comparison of a claim decides.
+        headline: Index of the criterion whose estimate is shown in tables.
     """
 
     name: str
@@ -62,21 +62,21 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Finding:
-    """A criterion, measured.
+    """A measured criterion.
 
     Attributes:
-        words: The effect, for the reader.
-        unit: Of all the numbers.
-        rule: What the claim says of the effect, e.g. `> 0.1`.
+        words: Description of the effect for tables.
+        unit: Unit of all the numbers.
+        rule: Condition that the claim states for the effect, e.g. `> 0.1`.
         estimate: Mean over seeds, geometric for a ratio; NaN if not measured.
-        low: Lower end of the 95 % t interval over seeds; NaN for fewer than two.
-        high: Upper end.
-        n: Seeds with a number.
-        p: Probability of a mean so far on the claim's side of the margin by chance.
-        p_against: Of one so far on the other side.
-        verdict: By the rule of `judge`.
-        note: Seeds without a number, and why there can be no verdict.
-        values: The effect by seed.
+        low: Lower end of the 95 % t interval over seeds; NaN for fewer than two seeds.
+        high: Upper end of the same interval.
+        n: Number of seeds with a value.
+        p: Probability, by chance, of a mean at least this far on the claim's side of the margin.
+        p_against: The same probability for the other side of the margin.
+        verdict: Verdict by the rule of `judge`.
+        note: Seeds without a value, and the reason if no verdict is possible.
+        values: Effect by seed.
     """
 
     words: str
@@ -94,29 +94,32 @@ class Finding:
 
     @property
     def is_decidable(self) -> bool:
-        """Whether so many seeds could give a verdict."""
+        """Whether this number of seeds can give a verdict at all."""
         return 0.5**self.n <= SIGNIFICANCE
 
 
 def sign_flip_p(effects: Sequence[float]) -> float:
-    """Probability of a mean at least this large if each effect were as likely to have the other sign.
+    """Compute the one-sided p-value of the exact sign-flip test of the mean.
 
-    Exact: all 2^n signs. Five positive effects give 1/32 = .031, the least that five can give.
+    It is the share of all 2^n assignments of signs to the effects whose mean is at least the observed one. Five
+    positive effects give 1/32 = .031, the smallest p-value for five seeds.
 
     Raises:
-        ValueError: If there are more than `MOST_SEEDS` effects.
+        ValueError: If there are no effects, or more than `MOST_SEEDS`.
     """
     if not 0 < len(effects) <= MOST_SEEDS:
         raise ValueError(f"the exact test takes 1 to {MOST_SEEDS} seeds, got {len(effects)}.")
     values = np.asarray(effects, dtype=float)
+    # row i holds the bits of i: 1 flips the sign of that effect
     flips = (np.arange(2 ** len(values))[:, None] >> np.arange(len(values))) & 1
     sums = ((1 - 2 * flips) * values).sum(axis=1)
     observed = values.sum()
+    # the tolerance counts sums that equal the observed one up to rounding
     return float(np.mean(sums >= observed - 1e-9 * np.abs(values).sum()))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % t interval of the mean; NaN for fewer than two values."""
+    """Compute the 95 % t interval of the mean; NaN for fewer than two values."""
     if len(values) < 2:
         return math.nan, math.nan
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / len(values) ** 0.5
@@ -125,11 +128,11 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def judge(criterion: Criterion, seeds: Sequence[int]) -> Finding:
-    """Measure one criterion over seeds.
+    """Evaluate one criterion over seeds.
 
-    `holds` if the mean is on the claim's side of the margin with p <= .05, `does not hold` if it is on the
-    other side with p <= .05, otherwise `undecided`; also undecided if the effect is undefined in a seed, which
-    may be no accident.
+    The verdict is `holds` if the mean is on the claim's side of the margin with p <= .05, `does not hold` if it
+    is on the other side with p <= .05, and `undecided` otherwise. It is also `undecided` if the effect is
+    undefined in any seed, because undefined seeds may not be missing at random.
     """
     values, missing = _collect(criterion, seeds)
     defined = {seed: value for seed, value in values.items() if not math.isnan(value)}
@@ -154,12 +157,14 @@ def judge(criterion: Criterion, seeds: Sequence[int]) -> Finding:
 
 
 def together(findings: Sequence[Finding]) -> tuple[Verdict, float]:
-    """Verdict and p of a claim that says several things at once: all of them must hold.
+    """Combine the findings of a claim that requires all of its criteria to hold.
 
-    p is the largest one, so that *holds* needs no correction (intersection-union). *Does not hold* has none: the
-    opposite of any one criterion at p <= .05 is enough, the likelier by chance the more a claim says.
+    p is the largest p-value, so *holds* needs no correction (intersection-union test). *Does not hold* is not
+    corrected: the opposite of any one criterion at p <= .05 is enough, so its error rate grows with the number of
+    criteria.
     """
     verdicts = {finding.verdict for finding in findings}
+    # the first verdict in this order that any criterion has: one failing criterion is enough, even if others are open
     order: tuple[Verdict, ...] = ("does not hold", "not measured", "undecided", "holds")
     verdict: Verdict = next((v for v in order if v in verdicts), "not measured")
     known = [finding.p for finding in findings if not math.isnan(finding.p)]
@@ -186,6 +191,7 @@ def _finding(
 ) -> Finding:
     known = list(values.values())
     numbers = [float(np.mean(known)) if known else math.nan, *interval(known), criterion.margin]
+    # the test and the interval use logarithms; back-transformed, the mean is the geometric mean of the ratios
     if criterion.is_log_ratio:
         numbers = [math.exp(number) for number in numbers]
         values = {seed: math.exp(value) for seed, value in values.items()}
