@@ -54,7 +54,7 @@ def check_data(
         allow_overlap: Whether evaluation questions may also occur in the training rows.
 
     Returns:
-        Exit code: 0, or 1 if there is a fault.
+        Exit code: 0, or 1 if there is a hard fault.
     """
     from lightning_em.data import ChatEncoder, check_files, report_tables
     from lightning_em.models import BaseModel
