@@ -29,8 +29,8 @@ NOT_YET_PLAIN = (
         "testing/",
         "verbs/",
     ),
-    *("cluster/doctor", "cluster/loads", "exchange/foreign", "exchange/importing", "exchange/peft_"),
-    *("batch", "cli", "demo", "identity", "module", "rebuild", "records", "runs"),
+    *("cluster/doctor", "cluster/loads", "exchange/peft_"),
+    *("batch", "module", "rebuild", "records", "runs"),
 )
 BANNED_PHRASES = re.compile(
     r"(?<!there )\bis no (?!longer\b|more\b|less\b|doubt\b)"  # "is no YAML": write "is not valid YAML"
