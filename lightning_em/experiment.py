@@ -295,6 +295,7 @@ class Experiment:
         if (seed := self.config["seed_everything"]) is not False:
             seed_everything(seed, workers=True)
         made = self._parser.make(first_callbacks, loggers, [*slurm_environment(), FolderCheckpointIO()], root)
+        # Assigning to a cached_property replaces its value, so `module` and `data` are those of the last trainer.
         self.trainer, self._parts = made.trainer, Parts(made.module, made.data)
         return made
 

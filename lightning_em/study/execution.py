@@ -161,10 +161,11 @@ class _Crew:
                 while not self.schedule.is_over:
                     self._hire()
                     self._distribute()
+                    # Returns within a second, so that the display is updated.
                     for worker in ready(self.workers, 1.0):
                         self._note(worker)
                     self.display.update()
-            except BaseException:
+            except BaseException:  # also KeyboardInterrupt, and SystemExit on SIGTERM
                 end_all(self.workers, at_once=True)
                 raise
             end_all(self.workers, at_once=False)

@@ -16,7 +16,7 @@ from lightning_em.runs import RunFolder
 
 
 class RunGroup:
-    """Finished runs by role, with their base model. It is loaded once, on first use.
+    """Finished runs by role, and their base model, which is loaded once, on first use.
 
     Args:
         runs: Run folders by role. The role `narrow` is required: measurements use its data.

@@ -132,6 +132,7 @@ def environments(
             + ", or set trainer.accelerator: cpu in the study."
         )
     own = [gpus[place * share : (place + 1) * share] for place in range(places)]
+    # More workers than places are possible only if no run asks for a GPU.
     return [{**environment, VISIBLE: ",".join(own[number % places])} for number in range(workers)]
 
 
@@ -225,7 +226,7 @@ def _follow_parent() -> None:
 
     def watch() -> None:
         wait([parent.sentinel])
-        os._exit(1)
+        os._exit(1)  # sys.exit would end this thread only
 
     threading.Thread(target=watch, name="follow-parent", daemon=True).start()
 
