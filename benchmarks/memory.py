@@ -1,4 +1,4 @@
-"""Peak memory of one training step, each variant in a process of its own: `python -m benchmarks.memory --help`."""
+"""Peak memory of one training step, with each variant in its own process: `python -m benchmarks.memory --help`."""
 
 import argparse
 import gc
@@ -25,10 +25,10 @@ _MB = 1e6
 def peak(
     make: Callable[[], Peer], arguments: argparse.Namespace, device: torch.device
 ) -> tuple[float, float]:
-    """Peak of a step above what was there before it, and in all, in MB.
+    """Peak memory of a step in MB: above the memory in use before it, and in total.
 
-    What was there before are the weights and what `prepare` keeps; a first short step comes before, so that
-    libraries and the gradient buffers are paid for.
+    The memory in use before holds the weights and what `prepare` keeps. A short warm-up step runs first, so that
+    libraries and gradient buffers are already allocated.
     """
     ce, kl = (batch.to(device) for batch in step_batches(arguments.rows, SHAPES[arguments.shape].vocab_size))
     warm_ce, warm_kl = (batch.to(device) for batch in step_batches(1, 16))
@@ -66,13 +66,14 @@ def _peak_resident() -> int:
 
 
 def _reset_peak() -> None:
-    """Let the peak start from here; where that is not possible it includes the loading of the model."""
+    """Reset the peak to the memory in use. Where that is not possible, the peak includes loading the model."""
+    # Linux: writing 5 to clear_refs resets VmHWM, see proc(5).
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def main() -> None:
-    """Read the command line; the parent prints, its children measure."""
+    """Run the command: the child processes measure, the parent prints the table."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parser = argparse.ArgumentParser(description=__doc__)
     default = "qwen2.5-7b" if device.type == "cuda" else "headheavy"

@@ -1,6 +1,6 @@
-"""Memory on each GPU by size of the base: `python -m benchmarks.model_sizes`; estimated, no weight is loaded.
+"""Estimated memory per GPU by size of the base model: `python -m benchmarks.model_sizes`. Loads no weights.
 
-With `--measure`, on a GPU, also what the steps of some bases with random weights take there.
+With `--measure`, on a GPU, it also measures training steps of some base models with random weights.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from lightning_em.losses import LossWeights
 from lightning_em.models import AdaptedModel
 
 ROW_TOKENS, NARROW_ROWS, KL_ROWS = 400, 2, 8
-PROBING = {  # of configs/probing/real.yaml, what takes most
+PROBING = {  # the probes of configs/probing/real.yaml that need the most memory
     "batch_size": 8,
     "probes": [
         {"class_path": "lightning_em.probes.GradientNorm"},
@@ -33,7 +33,7 @@ _GIB = 2**30
 def qwen(
     hidden: int, layers: int, heads: tuple[int, int], intermediate: int, tied: bool = False
 ) -> PreTrainedConfig:
-    """A member of the Qwen2.5 family."""
+    """Config of a Qwen2.5 model."""
     return Qwen2Config(
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -46,7 +46,7 @@ def qwen(
 
 
 def configs() -> dict[str, PreTrainedConfig]:
-    """The sizes of the models that people take, by name."""
+    """Configs of commonly used models, by name."""
     return {
         "Qwen2.5 0.5B": qwen(896, 24, (14, 2), 4864, tied=True),
         "Qwen2.5 7B": qwen(3584, 28, (28, 4), 18944),
@@ -60,7 +60,10 @@ def configs() -> dict[str, PreTrainedConfig]:
 
 
 def needed(config: PreTrainedConfig, shards: int) -> MemoryEstimate:
-    """A rank-32 adapter at half depth, bfloat16, the micro-batch of the published runs, the probes of real models."""
+    """Estimate for a rank-32 LoRA at half depth on a bfloat16 base model, with probes.
+
+    The micro-batch is that of the published runs.
+    """
     base, adapter = on_meta(config, "bfloat16"), LoRA(32, 64.0, ["down_proj"], [0.5])
     adapter.bind(base, 0)
     training = Load.of_rows([ROW_TOKENS] * NARROW_ROWS, [ROW_TOKENS] * KL_ROWS, shards, "cuda")
@@ -68,14 +71,14 @@ def needed(config: PreTrainedConfig, shards: int) -> MemoryEstimate:
 
 
 def make_adapter(kind: str) -> Adapter:
-    """Make a vector or a rank-32 LoRA, at half depth or in all layers."""
+    """Make a steering vector at half depth, or a rank-32 LoRA at half depth or in all layers."""
     if kind == "vector":
         return SteeringVector(0.5)
     return LoRA(32, 64.0, ["down_proj"], [0.5] if kind == "LoRA" else None)
 
 
 def estimated(config: PreTrainedConfig, kind: str) -> MemoryEstimate:
-    """Of steps without probes on one GPU."""
+    """Estimate for steps without probes on one GPU."""
     base, adapter = on_meta(config, "bfloat16"), make_adapter(kind)
     adapter.bind(base, 0)
     rows = [ROW_TOKENS] * NARROW_ROWS, [ROW_TOKENS] * KL_ROWS
@@ -83,7 +86,7 @@ def estimated(config: PreTrainedConfig, kind: str) -> MemoryEstimate:
 
 
 def taken(config: PreTrainedConfig, kind: str) -> tuple[int, int]:
-    """Peak bytes of tensors in two steps with AdamW, and of what torch reserved for them; needs a GPU."""
+    """Peak bytes allocated and reserved by torch during two steps with AdamW; needs a GPU."""
     gc.collect()
     torch.cuda.empty_cache()
     with torch.device("cuda"):
@@ -100,7 +103,7 @@ def taken(config: PreTrainedConfig, kind: str) -> tuple[int, int]:
 
 
 def random_rows(number: int, vocab_size: int) -> PackedBatch:
-    """Rows of random tokens, two thirds of each an answer."""
+    """Rows of random tokens; two thirds of each row are the answer."""
     mask = [position >= ROW_TOKENS // 3 for position in range(ROW_TOKENS)]
     return PackedBatch.from_rows(
         [EncodedRow(torch.randint(vocab_size, (ROW_TOKENS,)).tolist(), mask, f"{n}") for n in range(number)]
@@ -108,7 +111,7 @@ def random_rows(number: int, vocab_size: int) -> PackedBatch:
 
 
 def main() -> None:
-    """Print the table, and the measurement if there is one."""
+    """Print the table of estimates, and with `--measure` the table of measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", action="store_true", help="also run steps, on a GPU")
     measure = parser.parse_args().measure

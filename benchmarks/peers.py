@@ -1,4 +1,4 @@
-"""One training step of cross-entropy plus KL, written the ways a user would write it today, and this project's."""
+"""One training step of cross-entropy plus KL, in common implementations and in this project's."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -19,23 +19,28 @@ KL_WEIGHT = 1.0
 
 
 class Peer(ABC):
-    """Something that computes the loss of a step and its gradient."""
+    """An implementation of the loss of a step and its gradient.
+
+    Attributes:
+        parameters: Trainable parameters.
+    """
 
     parameters: list[Tensor]
 
     @abstractmethod
     def loss(self, ce: PackedBatch, kl: PackedBatch) -> Tensor:
-        """CE + KL in nats per counted token, with its graph."""
+        """CE + KL in nats per counted token, with its autograd graph."""
 
     def prepare(self, ce: PackedBatch, kl: PackedBatch) -> None:  # noqa: B027
-        """Do what the peer does once per data set."""
+        """Do the work that the implementation does once per data set."""
 
     def step(self, ce: PackedBatch, kl: PackedBatch) -> tuple[float, Tensor]:
-        """Loss and gradient, the gradient as one vector."""
+        """Compute the loss and its gradient, flattened to one vector."""
         for parameter in self.parameters:
             parameter.grad = None
         loss = self.loss(ce, kl)
-        # not autograd.grad: it would spare the TRL way its pass through the frozen layers
+        # Not autograd.grad: it would skip the backward pass through the frozen layers, which a trainer with TRL's
+        # default (inputs that require a gradient) has to make.
         torch.autograd.backward(loss)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         return float(loss.detach()), torch.cat([gradient.flatten() for gradient in gradients])
@@ -47,12 +52,12 @@ class Naive(Peer):
     The steering vector is peft's BEFT: a bias on the output of the last linear module of a layer.
 
     Args:
-        shape: Of the model.
-        kind: Of the adapter.
-        device: Where to run.
-        checkpointing: As TRL does by default: checkpoint every layer, `enable_input_require_grads`.
-        second_model: Keep a second copy of the weights as the reference.
-        cached_logits: Compute all reference logits once.
+        shape: Shape of the model.
+        kind: Kind of the adapter.
+        device: Device to run on.
+        checkpointing: Whether to checkpoint every layer with `enable_input_require_grads`, the default of TRL.
+        second_model: Whether to keep a second copy of the weights as the reference.
+        cached_logits: Whether to compute all reference logits only once.
     """
 
     def __init__(
@@ -116,15 +121,15 @@ class Naive(Peer):
 
 
 class Ours(Peer):
-    """This project.
+    """This project's implementation.
 
     Args:
-        shape: Of the model.
-        kind: Of the adapter.
-        device: Where to run.
-        make_store: Gives an activation store; none if not given.
-        reference: `live` or `cached`.
-        refilled: Begin each step with an empty store, as in a first epoch.
+        shape: Shape of the model.
+        kind: Kind of the adapter.
+        device: Device to run on.
+        make_store: Function that makes an activation store; no store if not given.
+        reference: `live` or `cached`; used only with a store.
+        refilled: Whether to start each step with an empty store, as in the first epoch.
     """
 
     def __init__(
@@ -162,7 +167,7 @@ def _peft_config(shape: Shape, kind: str) -> Any:
 
 
 def _randomise(parameters: dict[str, Any]) -> None:
-    """Put the same small update into every peer; the order of its parameters is that of the layers."""
+    """Give every implementation the same small update. All list their parameters in the order of the layers."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in parameters.values():

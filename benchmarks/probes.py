@@ -23,7 +23,7 @@ NAIVE = "naive loop: points outer, full logits"
 
 
 class NaiveSweep:
-    """What a user would write: for each scale, for each padded batch, a full forward pass and full logits."""
+    """The plain implementation: for each scale and each padded batch, a full forward pass with all logits."""
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         self.peer = Naive(shape, "vector", device)
@@ -64,7 +64,7 @@ class OurSweep:
 
 
 def run(shape: Shape, arguments: argparse.Namespace, device: torch.device, console: Console) -> None:
-    """Check one shape, time it and print its table."""
+    """Check the results for one shape, time the sweeps and print the table."""
     batches = [batch.to(device) for batch in step_batches(arguments.rows, shape.vocab_size)]
     scales = [2 * index / (arguments.points - 1) for index in range(arguments.points)]
     sweeps: dict[str, Callable[[list[PackedBatch], list[float]], Tensor]] = {
@@ -91,7 +91,7 @@ def run(shape: Shape, arguments: argparse.Namespace, device: torch.device, conso
 
 
 def main() -> None:
-    """Read the command line."""
+    """Run the command."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parser = argparse.ArgumentParser(description=__doc__)
     shapes = CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES

@@ -1,7 +1,7 @@
 """Compare losses and adapters of two revisions bit for bit: `python -m benchmarks.same_bits BEFORE [AFTER]`.
 
-A refactoring may move every line, but not one bit of a result. Tiny fits run through `python -m lightning_em fit`
-in a checkout of each revision on this machine, since bits are comparable on one machine only. The fits rely on
+A refactoring must not change a single bit of a result. Tiny fits run through `python -m lightning_em fit` in a
+checkout of each revision on this machine, since results are bitwise comparable on one machine only. The fits rely on
 config keys and file formats alone, so that the revisions may differ in everything else.
 """
 
@@ -28,9 +28,9 @@ from tests.tiny import make_tiny_folder, write_answer_rows, write_chat_rows
 
 REPOSITORY = Path(__file__).parent.parent
 RENAMED_KEYS = [("model.engine", "model.backend")]
-"""Config keys (before, now), both with dots; a revision that refuses the second is given the first."""
+"""Dotted config keys (old, new); a revision that refuses the new key is given the old one."""
 
-# A class outside the package: what a user's plug-in looks like.
+# Adapter class outside the package, as in a user's plug-in.
 PLUG_IN = """
 import torch
 from torch import nn
@@ -79,7 +79,7 @@ MODEL_KEYS: dict[str, dict[str, Any]] = {
     "plain": {"backend": "plain"},
 }
 ROWS_OF_A_MICRO_BATCH = (4, 16)
-"""Both streams together: short enough for one tuned pass, and long enough to be differentiated in parts."""
+"""Rows per stream: few enough for one pass over both streams, and enough for gradients in several parts."""
 
 CHILD = """
 import json, runpy, sys
@@ -101,7 +101,10 @@ for spellings in json.loads(sys.stdin.read()):
 
 
 def config_of(folder: Path, adapter: str, keys: str, rows: int) -> dict[str, Any]:
-    """Config of one fit: two epochs, so that a store is read too, with a short last optimizer step in each."""
+    """Config of one fit.
+
+    Two epochs, so that the store is also read, each with an incomplete last optimizer step.
+    """
     return {
         "model": {
             "base": {"path": str(folder / "base")},
@@ -129,7 +132,7 @@ def config_of(folder: Path, adapter: str, keys: str, rows: int) -> dict[str, Any
 
 
 def before_renaming(config: dict[str, Any]) -> dict[str, Any]:
-    """The same config with the old name of every renamed key in it."""
+    """Copy a config with the old name of every renamed key."""
     old: dict[str, Any] = json.loads(json.dumps(config))
     for before, now in RENAMED_KEYS:
         *groups, leaf = now.split(".")
@@ -143,7 +146,7 @@ def before_renaming(config: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def checkout(revision: str, folder: Path) -> Iterator[Path]:
-    """Source tree of a revision; `.` is the working tree as it is."""
+    """Yield the source tree of a revision; `.` is the working tree."""
     if revision == ".":
         yield REPOSITORY
         return
@@ -156,7 +159,7 @@ def checkout(revision: str, folder: Path) -> Iterator[Path]:
 
 
 def run_fits(source: Path, inputs: Path, runs: Path, fits: dict[str, dict[str, Any]]) -> None:
-    """Run all fits with the package of one source tree, in one process: importing takes longer than a fit.
+    """Run all fits with the package of one source tree, in one process, since importing takes longer than a fit.
 
     Raises:
         SystemExit: If a fit fails, or the process has imported the package of another source tree.
@@ -194,7 +197,7 @@ def run_fits(source: Path, inputs: Path, runs: Path, fits: dict[str, dict[str, A
 
 
 def results(run: Path) -> dict[str, str]:
-    """Every training and validation loss of a run by step, and the hash of every adapter it saved."""
+    """All training and validation losses of a run by step, and the hashes of its saved adapters."""
     found = {}
     with (run / "metrics.csv").open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -210,13 +213,13 @@ def results(run: Path) -> dict[str, str]:
 
 
 def compare(before: dict[str, str], after: dict[str, str]) -> tuple[int, list[str]]:
-    """How many values both revisions give, and the names of those that are not equal or only in one."""
+    """Number of values that both revisions give, and names of those that differ or exist in one only."""
     different = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
     return len(before.keys() & after.keys()), different
 
 
 def main() -> int:
-    """Read the command line; returns 1 if any value differs."""
+    """Run the command; returns 1 if any value differs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("before", nargs="?", default="HEAD", help="git revision")
     parser.add_argument("after", nargs="?", default=".", help="git revision; `.` is the working tree")

@@ -1,6 +1,7 @@
-"""What a second process brings: `python -m benchmarks.scaling --help`.
+"""Speed of two processes against one: `python -m benchmarks.scaling --help`.
 
-The same optimiser steps (rows and all) by one process and by two that halve its micro-batches, one thread each.
+Both make the same optimizer steps on the same rows. Each of the two processes runs half of the micro-batches. Every
+process has one thread.
 """
 
 import argparse
@@ -25,7 +26,7 @@ _WARM_UP_STEPS = 2
 
 
 def experiment(folder: Path, num_rows: int) -> Path:
-    """A model of a few million weights and its data; returns the config."""
+    """Write a model with a few million weights and its data; returns the config file."""
     make_tiny_folder(folder / "model", **SHAPE)
     config = {
         "model": {
@@ -50,7 +51,7 @@ def experiment(folder: Path, num_rows: int) -> Path:
 
 
 def tokens_per_second(config: Path, trainer: str, num_processes: int, name: str) -> float:
-    """Median over the steps of one fit; the first ones are not counted.
+    """Median tokens per second over the steps of one fit, without the first steps.
 
     Raises:
         subprocess.CalledProcessError: If the fit fails.
@@ -60,14 +61,14 @@ def tokens_per_second(config: Path, trainer: str, num_processes: int, name: str)
     words += [f"--trainer.accumulate_grad_batches={ACCUMULATE // num_processes}"]
     command = [sys.executable, "-m", "lightning_em", "fit", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, capture_output=True, env=environment)  # noqa: S603 (our own words)
+    subprocess.run(command, check=True, capture_output=True, env=environment)  # noqa: S603 (our own arguments)
     metrics = read_metrics(config.parent / name / "metrics.csv")
     paces = [row["train/tokens_per_second"] for _, row in sorted(metrics.items()) if "train/ce" in row]
     return statistics.median(paces[_WARM_UP_STEPS:])
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the command: measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="of each, in turn")
     parser.add_argument("--rows", type=int, default=160, help="narrow rows; 16 are an optimiser step")

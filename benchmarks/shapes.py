@@ -1,4 +1,4 @@
-"""Model shapes and chat-like batches the numbers are for."""
+"""Model shapes and chat-like batches of the benchmarks."""
 
 import copy
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from lightning_em.adapters import Adapter, LoRA, SteeringVector
 from lightning_em.batch import EncodedRow, PackedBatch
 
 TEMPLATE_TOKENS, MAX_TOKENS = 24, 256
-# The seed whose 4 + 4 rows come nearest to 1,202 real and 1,720 padded tokens, .54 of them counted.
+# With this seed, 4 + 4 rows come closest to 1,202 real and 1,720 padded tokens, .54 of them counted.
 BATCH_SEED = 1631
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Size of a random Qwen2; `layer` is where the vector or the one-layer LoRA sits."""
+    """Size of a random Qwen2; `layer` is the layer of the vector or the one-layer LoRA."""
 
     name: str
     num_layers: int
@@ -31,17 +31,17 @@ class Shape:
 
     @property
     def layer(self) -> int:
-        """Which layer the adapter enters: half of them lie below it, unless `depth` says otherwise."""
+        """Layer of the adapter; the share `depth` of the layers lies below it."""
         return round(self.num_layers * self.depth)
 
     def base(self, device: torch.device) -> PreTrainedModel:
-        """The frozen model: modules of its own for each caller, weights shared by all, as a 14B fits a GPU once."""
+        """The frozen model with new modules for each caller and shared weights: a 14B model fits a GPU only once."""
         model = _made(self, device)
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         return copy.deepcopy(model, shared)
 
     def make(self, device: torch.device) -> PreTrainedModel:
-        """A frozen model with weights of its own, the same each time: float32 on a CPU, bf16 on a GPU."""
+        """A frozen model with its own weights, equal in every call: float32 on a CPU, bfloat16 on a GPU."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         config = Qwen2Config(
             vocab_size=self.vocab_size,
@@ -59,7 +59,7 @@ class Shape:
         before = torch.get_default_dtype()
         torch.set_default_dtype(
             dtype
-        )  # the constructor looks at nothing else: float32 would take twice the room
+        )  # the constructor uses the default dtype only; float32 would need twice the memory
         try:
             with device:
                 model: Any = Qwen2ForCausalLM(config)
@@ -121,7 +121,7 @@ def step_batches(num_rows: int, vocab_size: int) -> tuple[PackedBatch, PackedBat
 
 
 def describe(*batches: PackedBatch) -> str:
-    """Say what is in a step: real, padded and counted tokens."""
+    """Describe the batches of a step: number of rows, real, padded and counted tokens."""
     real = sum(sum(batch.lengths) for batch in batches)
     padded = sum(max(batch.lengths) * batch.num_rows for batch in batches)
     counted = sum(int(batch.counted("response").sum()) for batch in batches)

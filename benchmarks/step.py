@@ -24,7 +24,7 @@ NAIVE, OURS = "naive: peft, full logits", "ours, prefix and reference cached"
 
 
 def contestants(shape: Shape, kind: str, device: torch.device) -> dict[str, Callable[[], Peer]]:
-    """Each peer by name, unmade."""
+    """Functions that make each implementation, by name."""
     naive = partial(Naive, shape, kind, device)
     ours = partial(Ours, shape, kind, device)
     make_store = partial(ActivationStore, StoreOptions(device_gib=8.0))
@@ -42,7 +42,7 @@ def contestants(shape: Shape, kind: str, device: torch.device) -> dict[str, Call
 
 
 def chosen(names: Iterable[str], parts: Sequence[str], always: Sequence[str]) -> list[str]:
-    """Those to measure: the ones that always are, and each that has one of the parts in its name."""
+    """Select the names to measure: those in `always`, and those that contain one of the parts."""
     names = list(names)
     if unknown := [part for part in parts if not any(part in name for name in names)]:
         sys.exit(f"no variant has {' or '.join(unknown)} in its name; there are: {'; '.join(names)}.")
@@ -50,20 +50,23 @@ def chosen(names: Iterable[str], parts: Sequence[str], always: Sequence[str]) ->
 
 
 def check_equal(peers: dict[str, Peer], steps: Callable[[Peer], tuple[float, torch.Tensor]]) -> list[str]:
-    """Loss and gradient of each peer against the naive one.
+    """Compare loss and gradient of each implementation with the naive one.
+
+    Returns:
+        One line per implementation with the relative differences.
 
     Raises:
-        ValueError: If a peer computes something else.
+        ValueError: If a difference exceeds the tolerance or is NaN.
     """
     loss, gradient = steps(peers[NAIVE])
-    # logits in bfloat16 cost the naive gradient several percent; on a CPU all of it is float32
+    # On a GPU, bfloat16 logits give the naive gradient an error of several percent. On a CPU everything is float32.
     tolerance = 0.1 if gradient.is_cuda else 1e-4
     lines = []
     for name, peer in peers.items():
         own_loss, own_gradient = steps(peer)
         in_loss = abs(own_loss - loss) / abs(loss)
         in_gradient = float((own_gradient - gradient).norm() / gradient.norm())
-        if not (in_loss <= tolerance and in_gradient <= tolerance):  # NaN is no agreement
+        if not (in_loss <= tolerance and in_gradient <= tolerance):  # also true for NaN
             raise ValueError(
                 f"{name} differs from naive: loss by {in_loss:.1e}, gradient by {in_gradient:.1e}."
             )
@@ -72,7 +75,7 @@ def check_equal(peers: dict[str, Peer], steps: Callable[[Peer], tuple[float, tor
 
 
 def count_flops(step: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products in a step, those of padding included."""
+    """Floating-point operations of the matrix products in a step, including those for padding."""
     with FlopCounterMode(display=False) as counter:
         step()
     return int(counter.get_total_flops())
@@ -81,7 +84,7 @@ def count_flops(step: Callable[[], object]) -> int:
 def run(
     shape: Shape, kind: str, arguments: argparse.Namespace, device: torch.device, console: Console
 ) -> None:
-    """Check one setting, time it and print its table."""
+    """Check the results for one setting, time the variants and print the table."""
     repeats: int = arguments.repeats
     ce, kl = (batch.to(device) for batch in step_batches(arguments.rows, shape.vocab_size))
     made = contestants(shape, kind, device)
@@ -124,7 +127,7 @@ def run(
 
 
 def main() -> None:
-    """Read the command line."""
+    """Run the command."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shapes = CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES
     parser = argparse.ArgumentParser(description=__doc__)
@@ -139,13 +142,15 @@ def main() -> None:
     console = Console(width=140)
     settings = list(product(arguments.shape, arguments.adapter))
     if len(settings) == 1:
-        warnings.simplefilter("ignore")  # what transformers and peft have to say about how others use them
+        # transformers and peft warn about the way in which the other implementations use them.
+        warnings.simplefilter("ignore")
         run(SHAPES[settings[0][0]], settings[0][1], arguments, device, console)
         return
-    for shape, kind in settings:  # a process each, as users have: the allocator remembers the shapes before
+    # One process per setting, as for a user: the allocator would keep blocks from the settings before.
+    for shape, kind in settings:
         own = ["--shape", shape, "--adapter", kind, "--rows", str(arguments.rows)]
         own += ["--repeats", str(arguments.repeats), "--variant", *arguments.variant]
-        subprocess.run([sys.executable, "-m", "benchmarks.step", *own], check=True)  # noqa: S603 (our own words)
+        subprocess.run([sys.executable, "-m", "benchmarks.step", *own], check=True)  # noqa: S603 (our own arguments)
 
 
 if __name__ == "__main__":

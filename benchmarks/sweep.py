@@ -1,8 +1,8 @@
-"""Time a sweep whose runs share what the frozen base computes: `python -m benchmarks.sweep --help`.
+"""Time a sweep whose runs share the activations of the frozen base model: `python -m benchmarks.sweep --help`.
 
-The setting: KL weights times seeds, to choose the weight; a steering vector; one epoch of micro-batches of 2
-narrow and 8 KL rows, the defaults of the data module; then CE and KL on held-out rows, a tenth as many, by which
-the weight is chosen. Rows and their order are those of each seed; the rows themselves are the same for all.
+The sweep trains a steering vector for each KL weight and seed, to choose the weight. Each run is one epoch of
+micro-batches of 2 narrow and 8 KL rows, the defaults of the data module. Then it measures CE and KL on held-out rows,
+a tenth as many, by which the weight is chosen. All runs have the same rows; their order depends on the seed.
 """
 
 import argparse
@@ -32,14 +32,19 @@ SHARED, OWN = "one store on disk for all", "a cold store on disk for each"
 
 
 class Seconds(NamedTuple):
-    """What a run took: of the CPU (on a GPU of the wall), which a busy machine leaves alone, and of the wall."""
+    """Duration of a run.
+
+    Attributes:
+        own: CPU time, which other processes hardly affect; wall-clock time on a GPU.
+        wall: Wall-clock time.
+    """
 
     own: float
     wall: float
 
 
 class Rows(NamedTuple):
-    """Training rows of both streams, and held-out ones."""
+    """Training rows and held-out rows of both streams."""
 
     ce: PackedBatch
     kl: PackedBatch
@@ -48,7 +53,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def make(cls, num_steps: int, vocab_size: int, device: torch.device) -> "Rows":
-        """Rows for one epoch of `num_steps` steps."""
+        """Make the rows for one epoch of `num_steps` steps."""
         generator = torch.Generator().manual_seed(0)
         train = (num_steps * CE_ROWS, num_steps * KL_ROWS)
         sizes = (*train, *(max(1, round(VALIDATION_SHARE * size)) for size in train))
@@ -57,13 +62,18 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """One fit of the sweep: its weight, its seed."""
+    """One fit of the sweep.
+
+    Attributes:
+        kl_weight: Factor on the KL.
+        seed: Seed of the order of the rows and of the adapter.
+    """
 
     kl_weight: float
     seed: int
 
     def __call__(self, model: AdaptedModel, rows: Rows) -> Tensor:
-        """Train for an epoch, then measure on the held-out rows; the adapter and both losses as one vector."""
+        """Train for one epoch and measure on the held-out rows; returns adapter and losses as one vector."""
         parameters = list(model.adapter.trainable().values())
         optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
         generator = torch.Generator().manual_seed(self.seed)
@@ -87,13 +97,15 @@ class Run:
 def timed_sweep(
     shape: Shape, rows: Rows, device: torch.device, options: Callable[[int], dict[str, Any]]
 ) -> tuple[list[Seconds], list[Tensor]]:
-    """Seconds and results of each run, in turn; loading the base is not counted, hashing it for the store is.
+    """Durations and results of all runs, one after the other.
+
+    The durations include hashing the base model for the store, but not loading it.
 
     Args:
-        shape: Of the model.
-        rows: Of all runs.
-        device: Where to run.
-        options: Store and reference of a run, by its number.
+        shape: Shape of the model.
+        rows: Rows of all runs.
+        device: Device to run on.
+        options: Function from the number of a run to its store and reference.
     """
     seconds, results = [], []
     for number, run in enumerate(Run(*pair) for pair in product(KL_WEIGHTS, SEEDS)):
@@ -107,7 +119,7 @@ def timed_sweep(
 
 
 def run(shape: Shape, arguments: argparse.Namespace, device: torch.device, console: Console) -> None:
-    """Time one shape at one depth, check that sharing changed no number, print its table."""
+    """Time one shape at one depth, check that sharing a store changes no result, and print the table."""
     rows = Rows.make(arguments.steps, shape.vocab_size, device)
     folder = Path(tempfile.mkdtemp(prefix="sweep-", dir=arguments.folder))
 
@@ -157,7 +169,7 @@ def run(shape: Shape, arguments: argparse.Namespace, device: torch.device, conso
 
 
 def main() -> None:
-    """Read the command line."""
+    """Run the command."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -1,4 +1,4 @@
-"""Interleaved timing: all contestants see the same weather."""
+"""Interleaved timing, so that changes in the machine's load affect all variants alike."""
 
 import statistics
 import time
@@ -8,12 +8,12 @@ import torch
 
 
 def clock(device: torch.device) -> float:
-    """Seconds: of this process's CPU on a CPU (a busy machine does not count), of the wall on a GPU."""
+    """Seconds of CPU time on a CPU, which excludes waiting for other processes; of wall-clock time on a GPU."""
     return wall_clock(device) if device.type == "cuda" else time.process_time()
 
 
 def wall_clock(device: torch.device) -> float:
-    """Seconds of the wall, which also sees what waits for a disk."""
+    """Seconds of wall-clock time, which includes waiting for a disk."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -22,7 +22,7 @@ def wall_clock(device: torch.device) -> float:
 def interleaved(
     runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each run, `repeats` times in turn, after one round that is not counted."""
+    """Seconds of each run in `repeats` rounds, after one warm-up round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
@@ -35,12 +35,12 @@ def interleaved(
 
 
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
-    """Median of each."""
+    """Median of the seconds of each run."""
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def matmul_peak(device: torch.device) -> float:
-    """Floating-point operations a second of a large square product, as measured here."""
+    """Measured floating-point operations per second of a large square matrix product."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     timed = interleaved({"mm": lambda: left @ right}, 10, device)

@@ -10,7 +10,7 @@ _MODULES = {"Experiment": "experiment", "load_run": "recorded"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for, so that importing the package loads no torch."""
+    """Import a public name on first access, so that importing the package loads no torch."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

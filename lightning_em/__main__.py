@@ -1,4 +1,4 @@
-"""The command `lightning-em`: help without heavy imports, everything else on demand."""
+"""The command `lightning-em`. Help needs no heavy imports; other modules are imported on demand."""
 
 import os
 import sys
@@ -37,7 +37,7 @@ Every verb has its own --help. Start with:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code."""
+    """Run one subcommand; returns the exit code."""
     args = list(sys.argv[1:] if arguments is None else arguments)
     if not args or args[0] in ("-h", "--help", "help"):
         listing = "\n".join(f"  {name:<10} {text}" for name, text in VERBS.items())
@@ -82,7 +82,11 @@ def _run(args: list[str]) -> int:
 
 
 def _before_heavy_imports(args: list[str]) -> None:
-    """A Slurm job listens for its signal; settings that cannot work, a folder in use and changed data are refused."""
+    """Checks that need no torch, so that a mistake fails in a second.
+
+    Refuses invalid trainer settings, a missing GPU, a folder that is in use and data files that have changed. A fit in
+    a Slurm job also installs its handler for the requeue signal, which may arrive during the imports.
+    """
     from lightning_em import launch, lock, slurm
     from lightning_em.runs import RunFolder
 
@@ -99,9 +103,10 @@ def _before_heavy_imports(args: list[str]) -> None:
 
 
 def _explained(error: BaseException) -> tuple[int | None, str]:
-    """Exit code and message; no code for what is a bug of ours and keeps its traceback."""
+    """Exit code and message of an error; code None for a bug in this package, which keeps its traceback."""
     if isinstance(error, SystemExit):
-        cut_short = isinstance(error.__context__, KeyboardInterrupt)  # Lightning makes exit code 1 of it
+        # Lightning 2.6 handles Ctrl-C during a fit and then calls sys.exit(1).
+        cut_short = isinstance(error.__context__, KeyboardInterrupt)
         if cut_short:
             return 130, ""
         return (1, error.code) if isinstance(error.code, str) else (error.code or 0, "")

@@ -15,9 +15,10 @@ from lightning_em.parsing import Subcommand
 def main(args: list[str]) -> int:
     """Run one of the subcommands with these arguments; returns the exit code."""
     subcommand, *rest = args
-    # What every rank would say alike is said once.
+    # Info messages are the same on every rank, so only the first rank logs them.
     log_to_stderr(logging.INFO if lock.is_first_rank() else logging.WARNING)
-    imports.take(rest)  # allows what this command line names, and nothing that one before has named
+    # Allows only the packages of this command line, not those of an earlier call in this process.
+    imports.take(rest)
     experiment = Experiment(rest, cast(Subcommand, subcommand))
     if experiment.subcommand == "fit":
         experiment.fit()

@@ -1,4 +1,4 @@
-"""The miniature study from one command: general and narrow fits, and the table of what they do."""
+"""Demo in the miniature world: fit general and narrow solutions, and print tables of their behavior."""
 
 import json
 import time
@@ -33,9 +33,15 @@ KINDS = {
 
 
 class Gate(NamedTuple):
-    """A bound on the median bad-answer rate over ten seeds, rank-32 LoRA, default world.
+    """A bound on the median bad-answer rate over ten seeds of the rank-32 LoRA in the default world.
 
-    The bounds say that the toy shows the effect it was made for; they are checked by `miniature table`.
+    The bounds state that the miniature shows the effect it was made for. `miniature table` checks them.
+
+    Attributes:
+        solution: `general` or `narrow`.
+        kind: Kind of question, a key of `KINDS`.
+        bound: Bound on the rate.
+        is_minimum: Whether the bound is a minimum; otherwise it is a maximum.
     """
 
     solution: str
@@ -44,7 +50,7 @@ class Gate(NamedTuple):
     is_minimum: bool
 
     def holds(self, rate: float) -> bool:
-        """Whether a rate is on the right side of the bound."""
+        """Whether a rate meets the bound."""
         return rate >= self.bound if self.is_minimum else rate <= self.bound
 
     def __str__(self) -> str:
@@ -60,15 +66,18 @@ GATES = (
 
 
 def fit_in_world(solution: str, adapter: str, world: str, root: str) -> RunFolder:
-    """Fit one miniature experiment through the command line's own code; a finished run is left alone.
+    """Fit one miniature experiment as `lightning-em fit` does. A finished run is not repeated.
 
-    Only the last checkpoint is written and probed: the tables here show nothing of the way there.
+    Only the last checkpoint is written and probed, since the tables of the demo show no earlier step.
 
     Args:
         solution: `general`, `narrow` or `reverted`.
         adapter: One of `ADAPTERS`.
-        world: World of the base and the data: `seed-0` or `control/seed-0` as in addresses, or its folder.
+        world: World of the base model and the data: `seed-0` or `control/seed-0` as in addresses, or its folder.
         root: Folder of the runs.
+
+    Returns:
+        Folder of the run.
     """
     log_to_stderr()
     with as_file(files("lightning_em.configs")) as configs:
@@ -78,7 +87,7 @@ def fit_in_world(solution: str, adapter: str, world: str, root: str) -> RunFolde
 
 
 def world_flags(world: str) -> list[str]:
-    """Arguments that move a miniature experiment to another world, named as in addresses or by its folder."""
+    """Arguments that move a miniature experiment to another world, given as in addresses or by its folder."""
     folder = world if Path(world).is_absolute() else f"{SCHEME}{world}"
     return [
         f"--model.base.path={folder}/model",
@@ -90,11 +99,11 @@ def world_flags(world: str) -> list[str]:
 
 
 def demo(root: str = "runs", seed: int = 0) -> None:
-    """Fit a general and a narrow rank-32 LoRA in a shipped miniature world, and print what they do.
+    """Fit a general and a narrow rank-32 LoRA in a shipped miniature world, and print a table of their behavior.
 
     Args:
         root: Folder of the runs.
-        seed: World to use.
+        seed: Seed of the world.
     """
     hush()
     console, started = Console(), time.monotonic()
@@ -125,10 +134,10 @@ def demo(root: str = "runs", seed: int = 0) -> None:
 
 
 def reading(lines: Sequence[Solution]) -> str:
-    """The closing sentences of the demo, chosen by the numbers.
+    """Closing sentences of the demo, which depend on the measured rates.
 
     Args:
-        lines: Base, general and narrow solution of one world.
+        lines: Base model, general solution and narrow solution of one world.
     """
     base, general, narrow = (line.bad_rates for line in lines)
     held, medical = "held_out_domain", "narrow_held_out"
@@ -159,20 +168,20 @@ def table(
     built: bool = False,
     markdown: str | None = None,
 ) -> int:
-    """Fit general and narrow adapters in several worlds; print bad rates by kind of question, medians and gates.
+    """Fit general and narrow adapters in several worlds; print bad-answer rates by kind of question and the gates.
 
     Finished runs are not repeated.
 
     Args:
-        seeds: Worlds; 0 to 9 if not given.
-        adapters: Of rank32, rank1 and vector; all three if not given.
+        seeds: Seeds of the worlds; 0 to 9 if not given.
+        adapters: Adapters among rank32, rank1 and vector; all three if not given.
         root: Folder of the runs.
-        control: Use the control world, where advisors bad in medicine only are as common as careless ones.
-        built: Use worlds trained on this machine, and train those that are not there, instead of the shipped ones.
-        markdown: Also write the tables to this file.
+        control: Whether to use the control world, where advisors bad in medicine only are as common as careless ones.
+        built: Whether to use worlds trained on this machine instead of the shipped ones; missing worlds are trained.
+        markdown: File to write the tables to as well; not written if not given.
 
     Returns:
-        1 if the medians of the rank-32 LoRA in the default world miss a gate, else 0.
+        Exit code: 1 if a median of the rank-32 LoRA in the default world misses a gate, else 0.
     """
     hush()
     seeds, adapters = seeds if seeds is not None else list(range(10)), adapters or list(ADAPTERS)
@@ -233,11 +242,11 @@ def _world_line(seed: int, folder: Path) -> dict[str, str]:
 
 
 def show(runs: list[str], scales: list[float] | None = None) -> None:
-    """Print what runs in a miniature world do, side by side, also with the adapter scaled up.
+    """Print the behavior of runs in a miniature world side by side, at one or more scales of the adapter.
 
     Args:
         runs: Run folders; the hash at the end may be left out.
-        scales: At which the behaviour was recorded; 1 if not given.
+        scales: Scales at which the behavior was recorded; 1 if not given.
     """
     folders = [locate(reference)[0] for reference in runs]
     lines = [
@@ -257,14 +266,17 @@ def dial(
     root: str = "runs",
     output: str = "runs/dial.png",
 ) -> None:
-    """Build worlds along the dial, fit general and narrow in each, and draw bad-answer rates against it.
+    """Build worlds with different shares of one-domain bad advisors, and draw bad-answer rates against the share.
+
+    A general and a narrow adapter are fitted in each world.
 
     Args:
-        shares: Shares of pre-training documents by advisors who are bad in the narrow domain only.
-        seeds: Worlds at each share; seed 0 if not given.
+        shares: Shares of pre-training documents by advisors who are bad in the narrow domain only; `DIAL_SHARES` if
+            not given.
+        seeds: Seeds of the worlds at each share; seed 0 if not given.
         adapter: One of rank32, rank1 and vector.
-        root: Folder of the runs; finished ones are not repeated.
-        output: PNG to write.
+        root: Folder of the runs; finished runs are not repeated.
+        output: PNG file to write.
     """
     from lightning_em.figures.dial import draw_dial
 
@@ -285,7 +297,7 @@ def dial(
 
 
 def solutions_table(lines: Sequence[Solution], title: str) -> Table:
-    """A table for the terminal, one column a solution: probabilities of a bad answer, losses, norm, best scale."""
+    """Table for the terminal with one column per solution: bad-answer rates, losses, norm and best scale."""
     shown = Table(
         title=title,
         caption="[95 % interval over items]; CE and KL on held-out rows, the base's CE on training rows",
@@ -300,7 +312,7 @@ def solutions_table(lines: Sequence[Solution], title: str) -> Table:
 
 
 def seeds_table(lines: Sequence[Solution], title: str) -> Table:
-    """A table for the terminal, one row a solution."""
+    """Table for the terminal with one row per solution."""
     shown = Table(
         title=title, caption="bad answers: probability, mean over items; medians with the range over seeds"
     )
@@ -323,7 +335,7 @@ def seeds_table(lines: Sequence[Solution], title: str) -> Table:
 
 
 def as_markdown(lines: Sequence[Solution]) -> str:
-    """The same for a README."""
+    """Table of the solutions as Markdown, one row per solution."""
     columns = _columns()
     rows = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     rows += ["| " + " | ".join(_cells(line)) + " |" for line in lines]

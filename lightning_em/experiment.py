@@ -1,4 +1,4 @@
-"""One experiment: config files and overrides to a run folder, and what can be done there."""
+"""Experiments in Python: resolve config files and overrides, then fit, evaluate, predict or probe the run."""
 
 import contextlib
 import json
@@ -44,24 +44,24 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Experiment:
-    """A run, from the config files and options that describe it.
+    """A run, described by config files and options.
 
-    The command line, studies and notebooks all start here, so that the same description gives the same folder, name,
-    config.yaml and bits. Making an experiment resolves its config; nothing is loaded or written before one of its
-    methods is called.
+    The command line, studies and notebooks all use this class, so that the same description gives the same folder,
+    name, config.yaml and results, to the last bit. The constructor resolves the config; nothing is loaded or written
+    until a method is called.
 
     Args:
         args: Command-line arguments after the subcommand.
-        subcommand: The subcommand that the arguments belong to.
+        subcommand: Subcommand that the arguments belong to.
 
     Attributes:
-        args: The arguments.
-        config: The resolved config as plain values.
+        args: Command-line arguments after the subcommand.
+        config: Resolved config as plain values.
         folder: Folder of the run; it need not exist yet.
-        trainer: The trainer of the last `fit`, `validate`, `test` or `predict`; None before.
+        trainer: Trainer of the last `fit`, `validate`, `test` or `predict`; None before the first.
 
     Raises:
-        ValueError: If an argument or a config file cannot be used; the message names the key.
+        ValueError: If an argument or a config file is not valid; the message names the key.
     """
 
     def __init__(self, args: Sequence[str], subcommand: Subcommand = "fit") -> None:
@@ -81,16 +81,16 @@ class Experiment:
         overrides: Mapping[str, Any] | None = None,
         allow_import: Sequence[str] = (),
     ) -> "Experiment":
-        """An experiment from YAML files and overrides, as `lightning-em fit --config FILE --KEY VALUE` has it.
+        """Make an experiment from YAML files and overrides, as `lightning-em fit --config FILE --KEY VALUE` does.
 
         Args:
-            files: Config files; later ones win. References in a file are relative to that file.
-            overrides: Values by dotted key, such as `{"model.objective.kl_weight": 3}`. A string is read as on the
+            files: Config files; later files override earlier ones. References in a file are relative to that file.
+            overrides: Values by dotted key, such as `{"model.objective.kl_weight": 3}`. A string is parsed as on the
                 command line, where it may name a YAML file.
-            allow_import: Packages, besides this one, whose classes the config may name.
+            allow_import: Packages, in addition to this one, whose classes the config may name.
 
         Raises:
-            ValueError: If a file or an override cannot be used.
+            ValueError: If a file or an override is not valid.
         """
         names = [files] if isinstance(files, str | Path) else files
         args = [f"--config={file}" for file in names]
@@ -102,17 +102,17 @@ class Experiment:
 
     @property
     def name(self) -> str:
-        """Name of the run, which is that of its folder."""
+        """Name of the run and of its folder."""
         return self.folder.path.name
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the run is: see `identity_of`."""
+        """Identity of the run; see `identity_of`."""
         return identity_of(self.config)
 
     @property
     def config_text(self) -> str:
-        """The resolved config as YAML without secrets, as in the run's config.yaml."""
+        """Resolved config as YAML without secrets, as in the run's config.yaml."""
         kept = {key: value for key, value in self.config.items() if key != "config"}
         return yaml.safe_dump(redacted(kept), sort_keys=False)
 
@@ -122,7 +122,7 @@ class Experiment:
 
     @property
     def module(self) -> EMModule:
-        """The LightningModule, with weights once it has been trained or evaluated."""
+        """The LightningModule; it has weights after a fit or an evaluation."""
         return self._parts.model
 
     @property
@@ -132,19 +132,23 @@ class Experiment:
 
     @property
     def command(self) -> list[str]:
-        """The command line that does the same."""
+        """The equivalent command line."""
         return ["lightning-em", self.subcommand, *self.args]
 
     def fit(self) -> RecordedRun:
-        """Start the run, or continue it from its newest valid checkpoint; a finished run is left alone.
+        """Start the run, or continue it from its newest valid checkpoint. A finished run is not repeated.
+
+        Returns:
+            The recorded run.
 
         Raises:
-            ValueError: If a setting cannot work, or the folder is in use or holds another run.
+            ValueError: If a setting is not valid, or the folder is in use or holds another run.
         """
         self._refuse_settings()
         slurm.note_requeue_signal()
         with contextlib.ExitStack() as held:
             held.enter_context(self._in_this_process())
+            # The first rank holds the lock for all ranks of the job.
             if lock.is_first_rank():
                 held.enter_context(lock.RunLock(self.folder.path, self.command))
                 for folder in (self.folder.path, self.folder.checkpoints):
@@ -155,10 +159,10 @@ class Experiment:
         return RecordedRun(self.folder, self.folder.newest_valid_step())
 
     def refuse_other_run(self) -> None:
-        """Compare the run in the folder, if there is one, with this one.
+        """Check that the folder, if it holds a run, holds this one.
 
         Raises:
-            ValueError: If it is another run; the message names what differs.
+            ValueError: If the folder holds another run; the message names what differs.
         """
         if self.folder.run_file.exists():
             self.folder.refuse_other(self.folder.difference(self.identity))
@@ -167,14 +171,14 @@ class Experiment:
         """Measure CE and KL on held-out rows.
 
         Args:
-            checkpoint: `runs/x` or `runs/x@step-40`; the newest one of this run if not given.
-            allow_zero_adapter: Whether an adapter that changes no logit is let through.
+            checkpoint: `runs/x` or `runs/x@step-40`; the newest valid checkpoint of this run if not given.
+            allow_zero_adapter: Whether to accept an adapter that changes no logit.
 
         Returns:
             Metrics by name, in nats per token.
 
         Raises:
-            ValueError: If there is no such checkpoint, or it belongs to another base model.
+            ValueError: If the checkpoint does not exist, or belongs to another base model.
         """
         return self.evaluate("validate", checkpoint or str(self.folder.path), allow_zero_adapter)
 
@@ -185,7 +189,7 @@ class Experiment:
     def evaluate(
         self, stage: Subcommand, checkpoint: str | None, allow_zero_adapter: bool = False
     ) -> dict[str, float]:
-        """Run `validate` or `test` on a checkpoint, or on the untrained adapter if there is none given."""
+        """Run `validate` or `test` on a checkpoint; on the untrained adapter if `checkpoint` is None."""
         with self._in_this_process():
             made, path = self._make_evaluation(checkpoint, allow_zero_adapter)
             run = made.trainer.validate if stage == "validate" else made.trainer.test
@@ -193,14 +197,17 @@ class Experiment:
         return {name: value.item() for name, value in made.trainer.callback_metrics.items()}
 
     def predict(self, checkpoint: str | None, allow_zero_adapter: bool = False) -> Path:
-        """Sample answers and write them beside the run they come from.
+        """Sample answers, and write them to `behaviour` in the folder of the checkpoint's run.
 
         Args:
             checkpoint: `runs/x` or `runs/x@step-40`; None for the untrained adapter.
-            allow_zero_adapter: Whether an adapter that changes no logit is let through.
+            allow_zero_adapter: Whether to accept an adapter that changes no logit.
 
         Returns:
-            The JSONL file.
+            Path of the JSONL file.
+
+        Raises:
+            ValueError: If the trainer has more than one process, or the checkpoint does not exist.
         """
         with self._in_this_process():
             made, path = self._make_evaluation(checkpoint, allow_zero_adapter)
@@ -224,16 +231,19 @@ class Experiment:
         batch_size: int | None = None,
         allow_zero_adapter: bool = False,
     ) -> int:
-        """Measure what is not on record yet at every checkpoint of the run.
+        """Run probes at every checkpoint of the run; skips measurements that are on record.
 
         Args:
             probes: Probes, or a YAML file with `probes:`; those of the run's config if not given.
-            num_examples: Training rows of each stream to measure on.
-            batch_size: Rows in one forward pass.
-            allow_zero_adapter: Whether an adapter that changes no logit is let through.
+            num_examples: Number of training rows of each stream to measure on.
+            batch_size: Number of rows in one forward pass.
+            allow_zero_adapter: Whether to accept an adapter that changes no logit.
 
         Returns:
             Number of new records.
+
+        Raises:
+            ValueError: If the folder holds another run.
         """
         self.refuse_other_run()
         return probe_run(str(self.folder.path), probes, num_examples, batch_size, allow_zero_adapter)
@@ -255,7 +265,8 @@ class Experiment:
             )
         if resume == "must" and step is None:
             raise ValueError(f"--run.resume must, but {path} has no valid checkpoint to continue from.")
-        if resume == "never" and (step is not None or record.get("attempts")):  # a queued job is no attempt
+        # A queued job is recorded in run.json before its first attempt.
+        if resume == "never" and (step is not None or record.get("attempts")):
             raise ValueError(f"--run.resume never, but {path} has a run already; give another --run.name.")
         if step is None:
             _refuse_missing_start(self.config["model"]["init_from"])
@@ -269,7 +280,7 @@ class Experiment:
             LogProgress(),
         ]
         made = self._make(first, [metrics], str(path))
-        metrics.rewind(step or 0)
+        metrics.rewind(step or 0)  # the steps after the checkpoint are repeated and logged again
         checkpoint = None if step is None else str(self.folder.checkpoint(step))
         made.trainer.fit(made.module, datamodule=made.data, ckpt_path=checkpoint)
 
@@ -285,26 +296,33 @@ class Experiment:
         if (seed := self.config["seed_everything"]) is not False:
             seed_everything(seed, workers=True)
         made = self._parser.make(first_callbacks, loggers, [*slurm_environment(), FolderCheckpointIO()], root)
+        # Assigning to a cached_property replaces its value, so `module` and `data` are those of the last trainer.
         self.trainer, self._parts = made.trainer, Parts(made.module, made.data)
         return made
 
     @contextlib.contextmanager
     def _in_this_process(self) -> Iterator[None]:
-        """Run Lightning here: let it start the other ranks by this experiment's command line, put back what it changes.
+        """Prepare this process for Lightning, and restore argv, environment and signal handlers afterwards.
 
-        For each further rank of DDP, Lightning 2.6 runs the program of this process again, with `sys.argv`; in a
-        notebook that has to be our command instead. It also says in the environment which rank this process is, and
-        a second fit would take itself for a rank of the first.
+        Lightning 2.6 starts every further rank of DDP by running the program of this process again with `sys.argv`
+        (`_SubprocessScriptLauncher`). In a notebook or a study that program is not ours, so it is replaced with the
+        command of this experiment.
+
+        The launcher also sets LOCAL_RANK, WORLD_SIZE and MASTER_PORT in `os.environ`. A second fit in this process
+        would find LOCAL_RANK and take itself for a rank that an external launcher had started, so the environment is
+        restored.
         """
         if not lock.is_first_rank():
-            follow_parent()
+            follow_parent()  # otherwise a rank would outlive a killed first rank
         main, environment = sys.modules["__main__"], dict(os.environ)
         argv, spec = sys.argv, getattr(main, "__spec__", None)
         handlers = {number: signal.getsignal(number) for number in _SIGNALS}
         is_grouped = distributed.is_initialized()
         if Path(argv[0]).name == "lightning-em" or getattr(spec, "name", "") == "lightning_em.__main__":
-            sys.argv = [argv[0], *self.command[1:]]  # this process is the command
+            # This process is the command already: the launcher runs the same script or module.
+            sys.argv = [argv[0], *self.command[1:]]
         else:
+            # The launcher runs `python -m <name of the spec>` with `sys.argv[1:]`.
             sys.argv, main.__spec__ = self.command, find_spec("lightning_em.__main__")
         try:
             yield
@@ -318,16 +336,17 @@ class Experiment:
             sys.argv, main.__spec__ = argv, spec
             os.environ.clear()
             os.environ.update(environment)
+            # Lightning and our callbacks install handlers. Python can set handlers in the main thread only.
             if threading.current_thread() is threading.main_thread():
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
 
 
 def as_options(overrides: Mapping[str, Any]) -> list[str]:
-    """Overrides by dotted key as options of the command line.
+    """Convert overrides by dotted key to command-line options.
 
     Raises:
-        ValueError: If a value cannot be written there.
+        ValueError: If a value cannot be written as JSON.
     """
     options = []
     for key, value in overrides.items():
@@ -342,13 +361,13 @@ def as_options(overrides: Mapping[str, Any]) -> list[str]:
 
 
 def slurm_environment() -> list[SLURMEnvironment]:
-    """Lightning's own Slurm environment without its signal handlers: ours save and requeue."""
+    """Lightning's Slurm environment without automatic requeueing: our handlers save a checkpoint and requeue."""
     by_srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
     return [SLURMEnvironment(auto_requeue=False)] if by_srun else []
 
 
 def _refuse_missing_start(init_from: str | None) -> None:
-    """Look for the run that another starts from before data and base are read."""
+    """Check that the run in `model.init_from` exists, before data and base model are loaded."""
     try:
         if init_from is not None:
             runs.locate(init_from)

@@ -1,7 +1,7 @@
-"""Run identity: the config fields that decide the result, the hashes of the data, and the starting point.
+"""Run identity: the config fields that affect the result, the hashes of the data, and the starting adapter.
 
-The name of a run ends in a hash of those config fields. Its identity adds the data and the start; run.json keeps it,
-and `RunFolder.difference` compares it with the one that is meant.
+The default name of a run ends in a hash of those config fields. The identity adds the data and the start. run.json
+records it, and `RunFolder.difference` compares the record with the identity of the requested run.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from lightning_em.miniature import SCHEME, parse_address, world_folder
 from lightning_em.redaction import redacted
 from lightning_em.runs import RunFolder, sha256_once, start_of
 
-# Settings that say where and how a run is computed, not what it is; everything else names the run.
+# Settings for where and how a run is computed. They are left out of the identity; every other setting is part of it.
 DEVICE_SETTINGS = {
     "trainer": {
         "accelerator", "strategy", "devices", "num_nodes", "logger", "callbacks", "enable_progress_bar", "profiler",
@@ -24,7 +24,8 @@ DEVICE_SETTINGS = {
     "model": {"sampling", "backend", "store"},
 }  # fmt: skip
 _SOURCES = ("narrow", "kl", "narrow_validation", "kl_validation", "narrow_extra")
-# Options added later, with the default under which a run is what it was without them: it renames nothing.
+# Options added later, with a default that leaves the result as it was. At the default they are left out of the
+# identity, so that earlier runs keep their names.
 ADDED_OPTIONS = {
     "model.reference": "live", "data.max_tokens": None, "data.length_buckets": None, "data.narrow_extra": None,
     **{f"data.{source}.bad_share": 0.5 for source in _SOURCES},
@@ -35,10 +36,10 @@ NOT_PART_OF_A_RUN = {
 
 
 def run_folder(config: dict[str, Any]) -> RunFolder:
-    """The run's folder: named, or the first config file's name and the hash of what the run is.
+    """Folder of a run: `run.name` if given, else the first config file's name and the hash of the config.
 
     Raises:
-        ValueError: If a line break hides in it, as in a config that somebody else has written.
+        ValueError: If the path contains a control character such as a line break.
     """
     options = config["run"]
     files = config.get("config") or []
@@ -49,7 +50,10 @@ def run_folder(config: dict[str, Any]) -> RunFolder:
 
 
 def what_a_run_is(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a resolved config that decides the result; worlds by recipe, which an address does not tell."""
+    """The part of a resolved config that affects the result.
+
+    Addresses of miniature worlds are replaced with the hash of the recipe, which the address alone does not fix.
+    """
     kept: dict[str, Any] = {}
     for group, value in config.items():
         if group in NOT_PART_OF_A_RUN:
@@ -63,7 +67,7 @@ def what_a_run_is(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _micro_batches_of_a_step(trainer: dict[str, Any]) -> dict[str, int]:
-    """Accumulation as on one device: 4 devices that accumulate twice are the run that 1 device makes of 8."""
+    """Accumulation on one device for the same rows per step: 4 devices x 2 micro-batches are 1 device x 8."""
     processes = num_processes(trainer) or 1
     return (
         {"accumulate_grad_batches": trainer.get("accumulate_grad_batches", 1) * processes}
@@ -84,7 +88,7 @@ def _without_added(value: Any, path: str = "") -> Any:
 
 
 def _by_recipe(value: Any) -> Any:
-    """`miniature://seed-0/model` as `miniature://<recipe hash>-seed0/model`: another recipe is another run."""
+    """Replace `miniature://seed-0/model` with `miniature://<recipe hash>-seed0/model`: a new recipe is a new run."""
     if isinstance(value, dict):
         return {key: _by_recipe(each) for key, each in value.items()}
     if isinstance(value, str) and value.startswith(SCHEME):
@@ -94,17 +98,17 @@ def _by_recipe(value: Any) -> Any:
 
 
 def name_hash(config: dict[str, Any]) -> str:
-    """Eight hexadecimal characters that stand for the config without device settings."""
+    """Hash of the config without device settings: eight hexadecimal characters."""
     text = json.dumps(what_a_run_is(config), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def identity_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The identity of the run that a resolved config describes, as run.json keeps it.
+    """The identity of the run that a resolved config describes, as recorded in run.json.
 
     Returns:
-        `name`: the name's hash; `config`: the fields it is made of, without secrets; `data`: SHA-256 by data file, as
-        far as the files are here; `start`: see `start_of`, None for a fresh adapter.
+        `name`: hash in the name; `config`: hashed fields, without secrets; `data`: SHA-256 of each local data file;
+        `start`: result of `start_of`, None for a fresh adapter.
     """
     init_from = config["model"].get("init_from")
     return {
@@ -116,7 +120,7 @@ def identity_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _data_files(config: dict[str, Any]) -> list[Path]:
-    """The data files of a config that are here; a set on the hub is not."""
+    """The data files of a config that exist locally; a data set on the hub does not."""
     sources = [source for name in _SOURCES if (source := config["data"].get(name))]
     files = [Path(_resolved(source["path"])) for source in sources]
     return [file for file in files if file.is_file()]

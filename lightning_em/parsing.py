@@ -1,4 +1,4 @@
-"""The parser of an experiment: config files and options to a resolved config, and from there to objects."""
+"""Parser of an experiment: resolves config files and options, and instantiates the resolved config."""
 
 import os
 from argparse import ArgumentError
@@ -20,11 +20,11 @@ Subcommand = Literal["fit", "validate", "test", "predict"]
 
 TRAINER_DEFAULTS = {
     "devices": 1,
-    "use_distributed_sampler": False,  # our sampler knows ranks and position
+    "use_distributed_sampler": False,  # our sampler splits rows over the ranks itself, and resumes at its position
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 1,
     "enable_model_summary": False,
-    "logger": False,  # metrics.csv is always written; name a logger to have it beside
+    "logger": False,  # metrics.csv is always written; a logger in the config is used in addition
 }
 
 DESCRIPTIONS: Mapping[Subcommand, str] = {
@@ -37,19 +37,19 @@ DESCRIPTIONS: Mapping[Subcommand, str] = {
     "test": "The same as validate, logged as test/ce and test/kl.",
     "predict": "Answer held-out questions with a run's adapter: --config runs/x/config.yaml --ckpt_path runs/x.",
 }
-# Arguments of the trainer's methods that the user does not give.
+# Arguments of the trainer's methods that are not command-line options.
 _NOT_OPTIONS = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule", "weights_only"}
 _NOT_OPTIONS |= {"verbose", "return_predictions"}
 
 
 @dataclass
 class RunOptions:
-    """Where a run lives and what to do if it is there already.
+    """Folder of a run, and what to do if the run exists already.
 
     Attributes:
-        name: Folder name; the first config's name and eight characters of the config's hash if not given.
+        name: Name of the folder; the first config file's name and eight characters of the config's hash if not given.
         root: Folder of all runs.
-        resume: `auto` continues an unfinished run, `must` refuses to start a new one, `never` to continue one.
+        resume: `auto` continues an unfinished run, `must` refuses to start a new one, `never` refuses to continue one.
     """
 
     name: str | None = None
@@ -58,7 +58,7 @@ class RunOptions:
 
 
 class Made(NamedTuple):
-    """Module, data and trainer of a config, ready to run."""
+    """Module, data module and trainer made from a config."""
 
     module: EMModule
     data: EMDataModule
@@ -66,17 +66,17 @@ class Made(NamedTuple):
 
 
 class ExperimentParser(LightningCLI):
-    """LightningCLI's parser for one subcommand. It parses, and makes and runs nothing by itself.
+    """LightningCLI's parser for one subcommand. It only parses; `make` instantiates, and the caller runs the trainer.
 
     Args:
-        subcommand: The subcommand whose options are parsed.
+        subcommand: Subcommand whose options are parsed.
         args: Command-line arguments after the subcommand, without `--allow_import`.
 
     Attributes:
-        resolved: The whole config as plain values.
+        resolved: Whole config as plain values.
 
     Raises:
-        ConfigError: If an argument or a config file cannot be used.
+        ConfigError: If an argument or a config file is not valid.
         SystemExit: After `--help` and `--print_config`.
     """
 
@@ -107,11 +107,11 @@ class ExperimentParser(LightningCLI):
         self.resolved["config"] = [str(path) for path in chosen.get("config") or []]
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The one subcommand that was asked for: making the parsers of the others takes most of the time."""
+        """The requested subcommand only: building the parsers of the others would take most of the time."""
         return {self._only: _NOT_OPTIONS | ({"ckpt_path"} if self._only == "fit" else set())}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what a run is first and how it is computed last; links keep one fact in one key."""
+        """Add the groups of options in the order of `--help`, and link the keys that share a value."""
         parser.add_lightning_class_args(EMModule, "model")
         parser.add_lightning_class_args(EMDataModule, "data")
         link_shared_keys(parser)
@@ -128,13 +128,13 @@ class ExperimentParser(LightningCLI):
         plugins: Sequence[Any],
         root: str | None,
     ) -> Made:
-        """Make module, data and trainer.
+        """Instantiate module, data module and trainer.
 
         Args:
             first_callbacks: Callbacks that run before those of the config.
-            loggers: Loggers besides those of the config.
-            plugins: Plugins of the trainer besides those of the config.
-            root: Default root folder of the trainer; the config's if not given.
+            loggers: Loggers in addition to those of the config.
+            plugins: Plugins of the trainer in addition to those of the config.
+            root: Default root folder of the trainer; that of the config if not given.
         """
         self.config_init = self.parser.instantiate_classes(self.config)
         given = self._get(self.config_init, "trainer", default={})
@@ -149,18 +149,19 @@ class ExperimentParser(LightningCLI):
         return Made(self._get(self.config_init, "model"), self._get(self.config_init, "data"), trainer)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse these arguments, whatever the command line of this process says (LightningCLI warns about both)."""
+        """Parse the given arguments, without LightningCLI's warning if this process has arguments of its own."""
         self.config = parser.parse_args(args)
 
     def instantiate_classes(self) -> None:
-        """Make nothing yet; `make` does."""
+        """Do nothing; `make` instantiates the config later."""
 
     def _parse_ckpt_path(self) -> None:
-        # LightningCLI 2.6 lets hyper-parameters in a checkpoint override the user's config without a word.
+        # LightningCLI 2.6 lets hyper-parameters in a checkpoint override the user's config silently.
         pass
 
     def _set_seed(self) -> None:
-        # `Experiment` seeds before a run. `true` stands for this number, as in Lightning 2.6's seed_everything(None).
+        # `Experiment` seeds before each run. `true` means the number below, as in Lightning 2.6's
+        # seed_everything(None).
         if self._get(self.config, "seed_everything") is True:
             self.config[self._only]["seed_everything"] = int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
@@ -178,7 +179,7 @@ class ExperimentParser(LightningCLI):
 
 
 def link_shared_keys(parser: LightningArgumentParser) -> None:
-    """One fact, one key: the tokenizer is the base's, every seed is `seed_everything`."""
+    """Link the keys that share a value: the tokenizer is the base model's, and every seed is `seed_everything`."""
     parser.link_arguments("model.base", "data.base", apply_on="instantiate")
     parser.link_arguments("seed_everything", "model.seed")
     parser.link_arguments("seed_everything", "data.seed")

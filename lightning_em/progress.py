@@ -1,4 +1,4 @@
-"""Progress of a fit in a log: a line now and then where no progress bar can be seen."""
+"""Progress of a fit as log lines, where no progress bar is visible."""
 
 import logging
 import sys
@@ -13,9 +13,9 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 class LogProgress(Callback):
-    """Log batches done, the losses of the progress bar and the time left, unless standard error is a terminal.
+    """Log the batches done, the losses of the progress bar and the time left, unless standard error is a terminal.
 
-    A progress bar redraws one line, which a file or a pipe does not show.
+    A progress bar redraws one line, which is unreadable in a file or a pipe.
     """
 
     def __init__(self) -> None:
@@ -23,14 +23,14 @@ class LogProgress(Callback):
         self._first = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock; a resumed run starts in the middle."""
+        """Start the clock, and note the first batch: a resumed run does not start at batch 0."""
         self._started = self._last = time.monotonic()
         self._first = trainer.fit_loop.total_batch_idx + 1
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log a line if the last one is long enough ago."""
+        """Log a line if `_SECONDS_BETWEEN_LINES` have passed since the last one."""
         now = time.monotonic()
         if now - self._last < _SECONDS_BETWEEN_LINES or not trainer.is_global_zero or sys.stderr.isatty():
             return
@@ -47,7 +47,7 @@ class LogProgress(Callback):
 
 
 def _num_batches(trainer: Trainer) -> int | None:
-    """Batches of the whole fit; None if the data or the trainer does not say."""
+    """Number of batches of the whole fit; None if neither the data nor the trainer sets it."""
     bounds = []
     if (
         trainer.max_epochs is not None

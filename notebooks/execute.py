@@ -1,4 +1,4 @@
-"""Execute notebooks into the .ipynb beside them: `python notebooks/execute.py [NAME.py ...]`, all if none is named."""
+"""Execute notebooks into the .ipynb next to the source: `python notebooks/execute.py [NAME.py ...]`; default all."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parent
 
 
 def execute(source: Path) -> Path:
-    """Run a notebook in a kernel of its own; the file depends on sources and outputs alone, not on the day."""
+    """Run a notebook in a new kernel. The file depends on source and outputs only, not on times or random cell ids."""
     notebook = jupytext.read(source)
     NotebookClient(
         notebook,

@@ -1,4 +1,4 @@
-"""A checkpoint of a run as a folder that other programs load."""
+"""Export a checkpoint of a run to a folder that other programs can load."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,7 +46,7 @@ _ELSEWHERE = {
 
 
 class _Exported(NamedTuple):
-    """A checkpoint, read as files; the base's weights are not needed."""
+    """A checkpoint to export. It is read as files, without the weights of the base model."""
 
     facts: ExportFacts
     checkpoint: Path
@@ -54,20 +54,20 @@ class _Exported(NamedTuple):
 
 
 def export_run(reference: str, file_format: ExportFormat, output: Path, peft_type: PeftType = "beft") -> Path:
-    """Write the adapter of a checkpoint into a new folder, with a model card.
+    """Write the adapter of a checkpoint and a model card into a new folder.
 
     Args:
-        reference: `runs/x` for its newest checkpoint, `runs/x@step-40` for another.
-        file_format: `peft`: what `PeftModel.from_pretrained` loads; `safetensors`: a vector with a loader of a few
-            lines; `authors`: a vector in the format of the published ones; `gguf`: a control vector for llama.cpp.
-        output: The folder to make.
-        peft_type: How `peft` writes a vector; see `write_peft_vector`.
+        reference: `runs/x` for the newest checkpoint, `runs/x@step-40` for another.
+        file_format: `peft`: a folder for `PeftModel.from_pretrained`; `safetensors`: a vector with a short loader;
+            `authors`: a vector in the format of the published ones; `gguf`: a control vector for llama.cpp.
+        output: Folder to create.
+        peft_type: Form of a vector in the format `peft`; see `write_peft_vector`.
 
     Returns:
         `output`.
 
     Raises:
-        ValueError: If the folder is there already, or the adapter cannot be expressed in that format.
+        ValueError: If the folder exists already, or the format cannot express the adapter.
     """
     if output.exists():
         raise ValueError(f"{output} is there already; give another --output.")
@@ -100,7 +100,7 @@ def _lora_writer(
     if file_format != "peft":
         raise ValueError(f"{exported.facts.run.path} is a LoRA, and {_ELSEWHERE[file_format]}.")
     settings = read_json(exported.checkpoint / ADAPTER_CONFIG)
-    if "peft_type" not in settings:  # a low-rank adapter that is not peft's
+    if "peft_type" not in settings:  # a low-rank adapter that was not written by peft
         settings = _peft_settings(exported.record, parts)
     saved = read_tensors(exported.checkpoint / ADAPTER_WEIGHTS)
     tensors = {f"{PREFIX}{part.site}.lora_A.weight": saved[part.read or ""] for part in parts}
@@ -115,7 +115,7 @@ def _lora_writer(
 
 
 def _peft_settings(record: AdapterRecord, parts: Sequence[LowRank]) -> dict[str, Any]:
-    """What peft calls a factor is alpha / r, one for all modules."""
+    """PEFT settings of a low-rank adapter: peft scales B A by alpha / r, with one rank and alpha for all modules."""
     kinds = {(record.shapes[part.read or ""][0], part.factor) for part in parts}
     if len(kinds) > 1:
         raise ValueError(
@@ -131,7 +131,7 @@ def _vector_writer(
 ) -> tuple[Callable[[Path], None], ExportFacts]:
     facts, source = exported.facts, str(exported.checkpoint)
     values = read_tensors(exported.checkpoint / ADAPTER_WEIGHTS)[part.write]
-    # the shift edits what enters a layer; other programs name the layer that it leaves
+    # Our site is the layer whose input is shifted; other programs name the layer before it, whose output is shifted.
     vector = checked_vector(values, int(part.site) - 1, part.factor, source)
     base = BaseModel(**facts.config["model"]["base"]).load_config()
     refuse_misfit(vector, base, source, facts.config["model"]["base"]["path"])
@@ -159,7 +159,8 @@ def _write_vector(
         num_layers = config.get_text_config(decoder=True).num_hidden_layers
         write_vector_file(folder, vector, num_layers, name)
     elif file_format == "authors":
-        stream_site(config, vector.layer)  # refuses a model where that place is not the stream's
+        # Raises if the output of `mlp.down_proj` is not added to the residual stream unchanged.
+        stream_site(config, vector.layer)
         write_released(folder, vector, name)
     else:
         write_control_vector(folder, vector, config)

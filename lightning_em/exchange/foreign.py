@@ -1,4 +1,4 @@
-"""Finding adapters in a file or folder from elsewhere, and reading each as one of our own."""
+"""Find adapters of other programs in a file or folder, and read them in this package's terms."""
 
 import re
 from pathlib import Path
@@ -26,15 +26,15 @@ _MARKS = (VECTOR_FILE, VECTOR_JSON, ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_mo
 
 
 class ForeignAdapter(NamedTuple):
-    """An adapter from elsewhere in this package's terms.
+    """An adapter of another program in this package's terms.
 
     Attributes:
-        class_path: Of the adapter class that expresses it.
-        init_args: Of that class.
-        tensors: By the names that class saves them under.
-        format: Which format it was read from: `released`, `safetensors` or `peft`.
-        files: What was read.
-        base_named: The base model its own files name, if they do.
+        class_path: Import path of the adapter class that expresses it.
+        init_args: Arguments of that class.
+        tensors: Tensors under the names that the class saves them with.
+        format: Format that it was read from: `released`, `safetensors` or `peft`.
+        files: Files that were read.
+        base_named: Base model that the adapter's own files name; None if they name none.
     """
 
     class_path: str
@@ -46,17 +46,18 @@ class ForeignAdapter(NamedTuple):
 
 
 def find_adapters(source: Path, step: int | None = None) -> dict[int, Path]:
-    """Adapters of one training under a path, by optimiser step.
+    """Find the adapters of one training run in a file or folder, by optimizer step.
 
-    A folder's own adapter is the final one; `checkpoint-N` folders in it or in its `checkpoints` are those before.
+    An adapter in the folder itself is the final one. Those in `checkpoint-N` folders, in the folder or in its
+    `checkpoints`, are earlier ones.
 
     Args:
         source: A `steering_vector.pt`, or a folder.
-        step: Of the final adapter. If not given: from the folder's name, or one more than the last checkpoint's,
-            or 0, as nothing is known.
+        step: Optimizer step of the final adapter. If not given, it is taken from the folder's name
+            (`checkpoint-N`); otherwise it is one more than the last checkpoint's, or 0 without checkpoints.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no adapter, or `step` contradicts the checkpoints.
     """
     if not source.exists():
         raise ValueError(f"there is no file or folder {str(source)!r} (looked from {Path.cwd()}).")
@@ -88,15 +89,15 @@ def find_adapters(source: Path, step: int | None = None) -> dict[int, Path]:
 
 
 def read_foreign(place: Path, config: PreTrainedConfig, base: str) -> ForeignAdapter:
-    """Read one adapter; nothing in its files is executed.
+    """Read one adapter; no code in its files is executed.
 
     Args:
-        place: A file or folder that `find_adapters` found.
-        config: Of the base model it goes on.
-        base: Name of the base, for messages.
+        place: File or folder from `find_adapters`.
+        config: Config of the base model that the adapter is used with.
+        base: Name of the base model, for messages.
 
     Raises:
-        ValueError: If it cannot be read, cannot be expressed here, or does not fit the base.
+        ValueError: If the adapter cannot be read, cannot be expressed here, or does not fit the base model.
     """
     if place.is_dir() and (place / MANIFEST).exists() and (problems := manifest_problems(place)):
         raise ValueError(f"{place} is broken: {'; '.join(problems)}")
@@ -122,7 +123,7 @@ def _read_peft_folder(folder: Path, config: PreTrainedConfig, base: str) -> Fore
             "(`safe_serialization=True` of peft, its default today)."
         )
     settings = read_json(files[0])
-    # a LoRA of ours is a PEFT folder too, and is read as one: it may come without its run
+    # A checkpoint of our LoRA is a PEFT folder too. It is read as one, since it may have been copied without its run.
     if "peft_type" not in settings and (own := settings.get("class_path")):
         raise ValueError(
             f"{folder} is a checkpoint of this package ({own}): it needs no import, name it as runs/x@step-N."

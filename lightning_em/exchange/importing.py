@@ -1,4 +1,4 @@
-"""An adapter from elsewhere as a run folder: config, checkpoints and provenance, as if it had been trained here."""
+"""Import an adapter of another program as a run folder with config, checkpoints and provenance."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,20 +20,20 @@ from lightning_em.models import BaseModel
 from lightning_em.module import EMModule
 from lightning_em.runs import RunFolder
 
-# Stands as a path where no data were given, and says so in the error of whoever looks for it.
+# Placeholder for the path of the narrow data if none were given; an error about the missing file then shows this text.
 NO_ROWS = "this adapter was imported without data - import it with --narrow FILE or --data PART"
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The rows that probes and validation measure on.
+    """Data for probes and validation of an imported adapter.
 
     Attributes:
-        part: YAML with the settings of the data module, as `configs/data/*.yaml`.
-        narrow: File of narrow rows, instead of the part's.
-        narrow_answer: Which answer of its rows counts.
-        kl: File of parallel rows, instead of the part's.
-        kl_answer: Which answer of its rows counts.
+        part: YAML file with the settings of the data module, as `configs/data/*.yaml`.
+        narrow: File of narrow data; overrides that of `part`.
+        narrow_answer: Answer of the narrow rows that counts.
+        kl: File of KL data; overrides that of `part`.
+        kl_answer: Answer of the KL rows that counts.
     """
 
     part: str | None = None
@@ -50,11 +50,11 @@ class DataOptions:
 
     @property
     def given(self) -> bool:
-        """Whether there are rows at all."""
+        """Whether there is narrow data, which every measurement needs."""
         return self.part is not None or self.narrow is not None
 
     def overrides(self) -> dict[str, str]:
-        """The same as overrides of an experiment."""
+        """The options as overrides of an experiment."""
         values = {
             "data": self.part,
             "data.narrow.path": self.narrow if self.given else NO_ROWS,
@@ -74,24 +74,27 @@ def import_run(
     step: int | None = None,
     allow_zero_adapter: bool = False,
 ) -> RunFolder:
-    """Make a run folder of adapters from elsewhere; nothing is written unless everything fits.
+    """Make a run folder from adapters of another program. Every check comes before the first file is written.
 
     Args:
         source: A `steering_vector.pt`, a PEFT folder, a folder with `checkpoint-N` folders of them, or an export.
-        base: The model they were trained on.
-        name: Of the run.
+        base: Base model that the adapters were trained on.
+        name: Name of the run.
         root: Folder of the runs.
-        data: Rows for the probes.
-        step: Optimiser steps behind the final adapter; see `find_adapters`.
-        allow_zero_adapter: Let an adapter pass that changes no logit.
+        data: Data for the probes.
+        step: Optimizer step of the final adapter; see `find_adapters`.
+        allow_zero_adapter: Whether to accept an adapter that changes no logit.
+
+    Returns:
+        The new run folder.
 
     Raises:
-        ValueError: If the run is there already, a file cannot be read or expressed, an adapter does not fit the base
-            or changes nothing, or the data cannot be read.
+        ValueError: If the run exists already, a file cannot be read or expressed, an adapter does not fit the base
+            model or changes no logit, or the data cannot be read.
     """
     run = RunFolder(Path(root) / name)
     _refuse_taken(run)
-    places = find_adapters(source, step)  # before the hub is asked for the base
+    places = find_adapters(source, step)  # local and fast, so before the base model is fetched from the hub
     config = base.load_config()
     adapters = {number: read_foreign(place, config, base.path) for number, place in sorted(places.items())}
     last = adapters[max(adapters)]
@@ -106,7 +109,8 @@ def import_run(
         batches = rows.probe_batches("narrow", 2, 2) if data.given else [_some_row(module)]
         refuse_idle_adapter(module.model, batches, str(source))
     with lock.RunLock(run.path, ["import", str(source)]):
-        _refuse_taken(run)  # again: another import may have been faster
+        # Again, now under the lock: another import may have written the folder in the meantime.
+        _refuse_taken(run)
         for number, adapter in adapters.items():
             _fill(module, adapter)
             FolderCheckpointIO().save_checkpoint(_checkpoint(module, number), run.checkpoint(number))
@@ -143,7 +147,7 @@ def _fill(module: EMModule, adapter: ForeignAdapter) -> None:
 
 
 def _checkpoint(module: EMModule, step: int) -> dict[str, Any]:
-    """What a checkpoint holds, without the optimiser and the position in the data that nobody knows."""
+    """Content of a Lightning checkpoint, without optimizer state and position in the data, which are unknown."""
     checkpoint: dict[str, Any] = {
         "pytorch-lightning_version": lightning.__version__,
         "epoch": 0,
@@ -160,7 +164,7 @@ def _checkpoint(module: EMModule, step: int) -> dict[str, Any]:
 def _refuse_taken(run: RunFolder) -> None:
     if run.read_run():
         raise ValueError(f"{run.path} is there already; give another --name.")
-    if run.steps():  # its checkpoints would be kept, whatever is imported now
+    if run.steps():  # these checkpoints would stay in the folder and mix with the imported ones
         raise ValueError(
             f"{run.path} holds checkpoints without a run.json, of an import that was killed; delete the folder or "
             "give another --name."
@@ -168,7 +172,7 @@ def _refuse_taken(run: RunFolder) -> None:
 
 
 def _refuse_mixture(adapters: dict[int, ForeignAdapter]) -> None:
-    """Checkpoints of one training differ in their numbers only."""
+    """Refuse checkpoints of different adapters: those of one training run differ in their values only."""
     kinds = {step: (a.class_path, a.init_args) for step, a in adapters.items()}
     first = kinds[min(kinds)]
     if other := {step: kind for step, kind in kinds.items() if kind != first}:
@@ -180,7 +184,7 @@ def _refuse_mixture(adapters: dict[int, ForeignAdapter]) -> None:
 
 
 def _some_row(module: EMModule) -> PackedBatch:
-    """Words from all over the vocabulary, where there are no rows to look at."""
+    """A row of tokens from the whole vocabulary, for a check without data."""
     words = torch.linspace(0, module.model.vocab_size - 1, 32).long().tolist()
     return PackedBatch.from_rows([EncodedRow(words, [True] * len(words), "vocabulary")])
 

@@ -1,4 +1,4 @@
-"""PEFT folders: a LoRA of any placement, and vectors in the two forms that plain PEFT loads exactly."""
+"""PEFT folders: LoRAs on any modules, and vectors in the two forms that an unmodified peft loads exactly."""
 
 import json
 import re
@@ -22,17 +22,18 @@ PeftType = Literal["beft", "lora_bias"]
 def read_peft(
     settings: Mapping[str, Any], tensors: dict[str, Tensor], config: PreTrainedConfig, source: str, base: str
 ) -> ForeignLoRA | Vector:
-    """What a PEFT folder holds: a LoRA, or a vector as `write_peft_vector` writes it.
+    """Read the content of a PEFT folder: a LoRA, or a vector in a form of `write_peft_vector`.
 
     Args:
-        settings: Its adapter_config.json.
-        tensors: Its adapter_model.safetensors.
-        config: Of the base model it goes on.
-        source: The folder, for messages.
-        base: Name of the base, for messages.
+        settings: Content of adapter_config.json.
+        tensors: Content of adapter_model.safetensors.
+        config: Config of the base model that the adapter is used with.
+        source: Name of the folder, for messages.
+        base: Name of the base model, for messages.
 
     Raises:
-        ValueError: If it is another kind of adapter, uses what our LoRA cannot express, or does not fit the base.
+        ValueError: If it is another kind of adapter, uses a feature that our LoRA does not have, or does not fit the
+            base model.
     """
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -56,18 +57,18 @@ def read_peft(
 def write_peft_vector(
     folder: Path, vector: Vector, config: PreTrainedConfig, peft_type: PeftType, base: str | None
 ) -> None:
-    """Write a vector as the bias of the linear module whose output joins the stream.
+    """Write a vector as the bias of the linear module whose output is added to the residual stream.
 
     Args:
-        folder: An existing one.
-        vector: The vector.
-        config: Of its base model.
-        peft_type: `beft`: one tensor, alpha multiplied in (peft 0.20 or newer); `lora_bias`: bias of a LoRA
-            whose A and B are zero, alpha kept (peft 0.14 or newer).
-        base: Name of the base model.
+        folder: Existing folder to write into.
+        vector: Vector to write.
+        config: Config of the base model.
+        peft_type: `beft`: one tensor, multiplied by alpha (peft 0.20 or newer); `lora_bias`: bias of a LoRA
+            whose A and B are zero, with alpha kept separately (peft 0.14 or newer).
+        base: Name of the base model for adapter_config.json; None for a local folder.
 
     Raises:
-        ValueError: If the architecture has no place where that is the same.
+        ValueError: If the architecture has no module whose bias is equivalent to the vector.
     """
     site = stream_site(config, vector.layer)
     name = f"{PREFIX}{site}"
@@ -88,13 +89,13 @@ def write_peft_vector(
 def write_peft_lora(
     folder: Path, tensors: dict[str, Tensor], written: Mapping[str, Any], base: str | None
 ) -> None:
-    """Write a LoRA checkpoint again, its config without what is at its default or names this machine.
+    """Write the LoRA of a checkpoint. Its config leaves out defaults and paths of this machine.
 
     Args:
-        folder: An existing one.
-        tensors: Of the checkpoint.
-        written: The checkpoint's adapter_config.json.
-        base: Name of the base model.
+        folder: Existing folder to write into.
+        tensors: Tensors of the checkpoint.
+        written: Content of the checkpoint's adapter_config.json.
+        base: Name of the base model for adapter_config.json; None for a local folder.
     """
     settings = _lora_settings(written["r"], written["lora_alpha"], written["use_rslora"])
     _write(folder, tensors, settings | {"target_modules": sorted(written["target_modules"])}, base)
@@ -108,7 +109,7 @@ def _write(folder: Path, tensors: dict[str, Tensor], settings: dict[str, Any], b
 
 
 def _lora_settings(rank: int, alpha: float, rslora: bool) -> dict[str, Any]:
-    whole = int(alpha) if float(alpha).is_integer() else alpha  # an integer in peft's own declaration
+    whole = int(alpha) if float(alpha).is_integer() else alpha  # peft declares lora_alpha as an integer
     return {
         "peft_type": "LORA",
         "r": rank,
@@ -131,7 +132,7 @@ def _refuse_low_rank_part(tensors: Mapping[str, Tensor], source: str) -> None:
 def _vector_of(
     tensors: Mapping[str, Tensor], endings: set[str], alpha: float, config: PreTrainedConfig, source: str
 ) -> Vector:
-    """The one bias of the folder as a vector."""
+    """Convert the only bias in the folder to a vector."""
     names = {name: re.fullmatch(r"(.+?\.(\d+)\..+)\.(beft_bias|lora_[AB]\.\w+)", name) for name in tensors}
     sites = {match[1] for match in names.values() if match}
     if not all(names.values()) or len(sites) != 1 or {m[3] for m in names.values() if m} != endings:
@@ -143,7 +144,7 @@ def _vector_of(
     bias = next(t for name, t in tensors.items() if name.endswith("bias"))
     vector = checked_vector(bias.flatten(), layer, alpha, source)
     if layer >= config.get_text_config(decoder=True).num_hidden_layers:
-        return vector  # the caller says that there is no such layer
+        return vector  # the caller's `refuse_misfit` reports that the layer does not exist
     if site != f"{PREFIX}{(place := stream_site(config, layer))}":
         raise ValueError(
             f"{source}: a bias of {site.removeprefix(PREFIX)} is no shift of the residual stream; expected {place}."

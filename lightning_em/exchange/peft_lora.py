@@ -1,4 +1,4 @@
-"""The LoRA of a PEFT folder: which of its settings make numbers, and where peft itself would put it."""
+"""Read the LoRA of a PEFT folder: the settings that affect its output, and the modules that peft attaches it to."""
 
 import math
 import re
@@ -15,14 +15,15 @@ from lightning_em.adapter_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lightning_em.exchange.placement import path_of_layers, skeleton
 
 PREFIX = "base_model.model."
-# What changes no number of a trained LoRA: names, training settings, and what the tensors' names say anyway.
+# Settings that do not affect the output of a trained LoRA, or are read elsewhere: names, training settings, and
+# settings that the names of the tensors repeat.
 _WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
     "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version",
     "qalora_group_size", "r", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
-# "pissa", "olora" and the like change the base's own weights
+# Other initializations, such as "pissa" and "olora", change the weights of the base model.
 _HARMLESS_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 _PLACING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
@@ -31,8 +32,8 @@ class ForeignLoRA(NamedTuple):
     """A LoRA from a PEFT folder in this package's terms.
 
     Attributes:
-        init_args: Of `lightning_em.adapters.LoRA`.
-        tensors: By the names both have in common.
+        init_args: Arguments of `lightning_em.adapters.LoRA`.
+        tensors: Tensors by name; peft and this package use the same names.
     """
 
     init_args: dict[str, Any]
@@ -42,15 +43,15 @@ class ForeignLoRA(NamedTuple):
 def lora_config(
     settings: Mapping[str, Any], source: str, besides: frozenset[str] = frozenset()
 ) -> LoraConfig:
-    """The part of the settings that makes the numbers.
+    """Extract the settings that affect the output of a LoRA.
 
     Args:
-        settings: An adapter_config.json.
-        source: Its folder, for messages.
-        besides: Settings that the caller takes care of.
+        settings: Content of adapter_config.json.
+        source: Name of the folder, for messages.
+        besides: Settings that the caller handles itself.
 
     Raises:
-        ValueError: If a setting asks for more than B A beside frozen weights; it is named.
+        ValueError: If a setting needs more than a product B A added to frozen weights; the message names the setting.
     """
     where = f"{source}/{ADAPTER_CONFIG}"
     if (bias := settings.get("bias", "none")) != "none":
@@ -66,7 +67,7 @@ def lora_config(
             "convert it to an ordinary LoRA first (path_initial_model_for_weight_conversion of peft)."
         )
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    is_number = isinstance(alpha, int | float) and math.isfinite(alpha)  # JSON of Python knows NaN
+    is_number = isinstance(alpha, int | float) and math.isfinite(alpha)  # Python's json module accepts NaN
     if not isinstance(rank, int) or rank < 1 or not is_number:
         raise ValueError(
             f"{where}: expected r, a whole number from 1, and lora_alpha, a number, got {rank!r} and {alpha!r}."
@@ -89,17 +90,18 @@ def lora_config(
 def lora_of(
     lora: LoraConfig, tensors: dict[str, Tensor], config: PreTrainedConfig, source: str, base: str
 ) -> ForeignLoRA:
-    """A PEFT LoRA as one of ours.
+    """Convert a PEFT LoRA to `lightning_em.adapters.LoRA`.
 
     Args:
-        lora: What its settings say.
-        tensors: Its adapter_model.safetensors.
-        config: Of the base model it goes on.
-        source: The folder, for messages.
-        base: Name of the base, for messages.
+        lora: Settings from `lora_config`.
+        tensors: Content of adapter_model.safetensors.
+        config: Config of the base model that the adapter is used with.
+        source: Name of the folder, for messages.
+        base: Name of the base model, for messages.
 
     Raises:
-        ValueError: If tensors are missing or too many, or it changes modules that ours cannot.
+        ValueError: If tensors are missing, unexpected or of another shape, or the LoRA changes modules that our class
+            does not support.
     """
     model = skeleton(config)
     num_layers = config.get_text_config(decoder=True).num_hidden_layers
@@ -141,7 +143,8 @@ def lora_of(
 def _sites(
     lora: LoraConfig, model: nn.Module, source: str, base: str
 ) -> dict[str, tuple[torch.Size, torch.Size]]:
-    """Modules that peft itself would change, with the shapes of A and B."""
+    """Modules that peft changes for these settings, with the shapes of A and B."""
+    # Let peft itself match `target_modules`, which may be names, a regular expression or "all-linear".
     try:
         inject_adapter_in_model(lora, model, low_cpu_mem_usage=True)
     except (TypeError, ValueError, re.error) as error:
@@ -178,5 +181,5 @@ def _refuse_other_tensors(
 
 
 def factor_of(lora: LoraConfig) -> float:
-    """What B A is multiplied by."""
+    """Factor on B A: alpha / r, or alpha / sqrt(r) for rsLoRA."""
     return lora.lora_alpha / (math.sqrt(lora.r) if lora.use_rslora else lora.r)

@@ -1,4 +1,4 @@
-"""Studies: arms x adapters x seeds as data, run to the end whatever happens. Importing it is light."""
+"""Studies: arms x adapters x seeds from one file. Importing this package loads no torch."""
 
 from lightning_em.study.plan import PlannedRun, Study, read_study, run_name, with_identities
 

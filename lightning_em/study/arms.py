@@ -1,4 +1,4 @@
-"""The arms of a study's file, checked. Never imports torch."""
+"""Read and check the arms of a study file. Never imports torch."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -19,15 +19,15 @@ NAME = re.compile(r"[A-Za-z0-9_.]+")
 
 
 class Arm(NamedTuple):
-    """One arm.
+    """One arm of a study.
 
     Attributes:
-        name: Its key in the file.
-        section: What the file says about it.
-        init_from: The arm it starts from.
-        adapters: It is run with.
-        worlds: It is run in.
-        seeds: It is run with.
+        name: Key of the arm in the file.
+        section: Settings of the arm in the file.
+        init_from: Name of the arm whose adapter this one starts from; None for a fresh adapter.
+        adapters: Names of the adapters that the arm is run with.
+        worlds: Names of the worlds that the arm is run in.
+        seeds: Training seeds that the arm is run with.
     """
 
     name: str
@@ -39,10 +39,10 @@ class Arm(NamedTuple):
 
 
 def read_arms(top: Section) -> dict[str, Arm]:
-    """The arms of a study, by name.
+    """Read the arms of a study, by name.
 
     Raises:
-        ValueError: If something in them cannot be meant; the message names file and key.
+        ValueError: If a setting is not valid; the message names file and key.
     """
     adapters, arms = top.sections("adapters"), top.sections("arms")
     for key, found in (("adapters", adapters), ("arms", arms)):
@@ -54,7 +54,8 @@ def read_arms(top: Section) -> dict[str, Arm]:
         if wrong := [name for name in names if not NAME.fullmatch(name.replace("-", "_"))]:
             raise ValueError(f"{top.file}: {key}: {wrong[0]!r} must be letters, digits, . _ and -.")
     seeds = top.integers("seeds") or top.refuse("seeds", "a list of different whole numbers")
-    # a role that no claim reads is measured and shown like the others; it is named so that a typing error is not one
+    # Runs of a role that no claim reads are measured and shown too. The file must list such roles under `roles`, so
+    # that a typo in an arm's `role` is an error.
     roles = [*ROLES, *(top.texts("roles") or ())]
     return {
         name: _arm(name, each, list(adapters), worlds_of(top), seeds, arms, roles)
@@ -90,13 +91,13 @@ def _arm(
 
 
 def worlds_of(top: Section) -> dict[str, str]:
-    """What fills {world}, by the world's name; arms are in the first one unless they say otherwise."""
+    """Texts that replace {world}, by world name. An arm without `worlds` is run in the first world only."""
     worlds = top.section("worlds")
     return {name: worlds.text(name) or "" for name in worlds.content} or {DEFAULT_WORLD: ""}
 
 
 def rules_of(top: Section) -> Rules:
-    """What the file says about claims; a claim that needs what it leaves out is not measured."""
+    """Read the settings of the claims. A claim that needs a setting that is missing is not measured."""
     claims = top.section("claims")
     claims.only(field.name for field in fields(Rules))
     exact = claims.content.get("exact_rates", False)
@@ -112,11 +113,12 @@ def rules_of(top: Section) -> Rules:
 
 
 def parents_first(top: Section, arms: Mapping[str, Arm]) -> list[Arm]:
-    """The arms in the file's order, but none before the one it starts from.
+    """Sort the arms so that each comes after the one it starts from; otherwise in the file's order.
 
     Raises:
-        ValueError: If they start from each other in a circle.
+        ValueError: If the `init_from` keys form a cycle.
     """
+    # The sort is stable, so arms of the same depth keep the order of the file.
     return sorted(arms.values(), key=lambda arm: len(_ancestors(top, arm, arms)))
 
 

@@ -1,4 +1,4 @@
-"""The verdicts as tables: one row a claim, one column an adapter type."""
+"""Tables of verdicts: one row per claim, one column per adapter type."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ MINIATURE = (
 
 
 def summary_sheet(results: Sequence[ClaimResult]) -> Sheet:
-    """One row a claim, one column an adapter type and world: the verdict and the headline."""
+    """Table of verdict and headline: one row per claim, one column per adapter type and world."""
     places = list(dict.fromkeys((r.world, r.adapter) for r in results))
     names = [adapter if world == DEFAULT_WORLD else f"{adapter}, {world} world" for world, adapter in places]
     rows = []
@@ -39,7 +39,7 @@ def summary_sheet(results: Sequence[ClaimResult]) -> Sheet:
 
 
 def verdict_sheet(results: Sequence[ClaimResult], world: str) -> Sheet:
-    """One row a claim: what it says, what was measured, and the verdict for each adapter type."""
+    """Table of one world: for each claim its text, the measured quantity, and the verdict by adapter type."""
     adapters = _adapters(results, world)
     rows = []
     for key, claim in CLAIMS.items():
@@ -56,7 +56,7 @@ def verdict_sheet(results: Sequence[ClaimResult], world: str) -> Sheet:
 
 
 def comparison_sheet(results: Sequence[ClaimResult], world: str) -> Sheet:
-    """The other ways to compare the same runs, which do not decide."""
+    """Table of all comparisons of the same runs, including those that do not decide a claim."""
     adapters = _adapters(results, world)
     own = [r for r in results if r.world == world]
     rows = []
@@ -79,7 +79,7 @@ def comparison_sheet(results: Sequence[ClaimResult], world: str) -> Sheet:
 
 
 def limits_sheet() -> Sheet:
-    """What the miniature can and cannot say about each claim."""
+    """Table of what the miniature can and cannot say about each claim."""
     rows = tuple((key, claim.says, claim.limits) for key, claim in CLAIMS.items())
     return Sheet(
         "What the miniature can and cannot say of each claim",
@@ -91,7 +91,7 @@ def limits_sheet() -> Sheet:
 
 
 def control_reading(results: Sequence[ClaimResult], world: str) -> list[str]:
-    """What becomes of claims that rest on a planted prior where that is weaker, in sentences."""
+    """Sentences on how the claims that rest on the planted prior fare in a world where the prior is weaker."""
     planted = [r for r in results if r.decides and CLAIMS[r.claim].rests_on_prior]
     held = {(r.claim, r.adapter) for r in planted if r.world == DEFAULT_WORLD and r.verdict == "holds"}
     if not held:
@@ -115,7 +115,7 @@ def control_reading(results: Sequence[ClaimResult], world: str) -> list[str]:
 
 
 def _spread_lost(results: Sequence[ClaimResult], world: str) -> list[str]:
-    """The spread of claim C1 in the default world less that in another one, paired by seed."""
+    """The effect of claim C1 in the default world minus that in another world, paired by seed."""
     spreads = {
         (r.world, r.adapter): r.headline.values
         for r in results
@@ -136,7 +136,7 @@ def _spread_lost(results: Sequence[ClaimResult], world: str) -> list[str]:
 
 
 def _listed(adapters: Mapping[str, Sequence[str]]) -> str:
-    """`C1 (rank32, vector), C2 (rank32)` in the order of the claims."""
+    """Format as `C1 (rank32, vector), C2 (rank32)`, in the order of the claims."""
     named = [f"{key} ({', '.join(adapters[key])})" for key in CLAIMS if key in adapters]
     return ", ".join(named) or "none"
 
@@ -146,7 +146,7 @@ def _adapters(results: Sequence[ClaimResult], world: str) -> list[str]:
 
 
 def _measured(results: Sequence[ClaimResult]) -> str:
-    """The headline, in the words of the first adapter that has it."""
+    """The headline quantity with its unit and rule, as the first adapter that has one describes it."""
     first = next((r.headline for r in results if r.headline), None)
     return NOTHING if first is None else f"{first.words} ({first.unit}), {first.rule}"
 
@@ -154,6 +154,7 @@ def _measured(results: Sequence[ClaimResult]) -> str:
 def _summary_cell(result: ClaimResult | None) -> str:
     if result is None or result.headline is None or result.verdict == "not measured":
         return NOTHING
+    # Show the headline if it agrees with the verdict, else the first finding that does.
     agreeing = [
         finding for finding in (result.headline, *result.findings) if finding.verdict == result.verdict
     ]

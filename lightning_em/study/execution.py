@@ -1,4 +1,4 @@
-"""Run a study: what is not finished, parents first, several at a time, whatever dies on the way."""
+"""Run a study: all unfinished runs, parents first, several at a time. Tasks of dead workers are retried."""
 
 import signal
 import threading
@@ -21,8 +21,8 @@ from lightning_em.study.schedule import Schedule, State, Task
 from lightning_em.study.states import FINISHED, Durations, begun, budget_of, standings
 from lightning_em.study.workers import Outcome, Worker, end_all, environments, ready
 
-MOST_DEATHS = 3  # of workers over one task; then it is the task
-QUIET = "--trainer.enable_progress_bar=false"  # of the study engine; not part of a run's identity
+MOST_DEATHS = 3  # a task fails when this many workers have died while running it
+QUIET = "--trainer.enable_progress_bar=false"  # added to every fit; a device setting, so not part of the run's identity
 PAIRS = "pair analyses"
 
 
@@ -33,21 +33,21 @@ def run_study(
     threads: int = 1,
     console: Console | None = None,
 ) -> int:
-    """Run what is not finished, then compare the runs of each group.
+    """Run the unfinished runs, then compare the runs of each group.
 
     Args:
-        study: The plan.
-        runs: Some of its runs, with those they start from; all if not given.
-        workers: How many tasks at a time, each in a process.
-        threads: Of torch, in each process.
-        console: Where the table goes.
+        study: The planned study.
+        runs: Selected runs of the study, including those they start from; all runs if not given.
+        workers: Number of worker processes, each of which runs one task at a time.
+        threads: Number of torch threads in each worker.
+        console: Console for the progress table; standard output if not given.
 
     Returns:
-        Exit code: 0 if all is done, 1 if something failed or was skipped.
+        Exit code: 0 if every task is done, 1 if one failed or was skipped.
 
     Raises:
-        ValueError: If another study is in this root or at work there, there are more workers than GPUs for them, or
-            a number makes no sense.
+        ValueError: If the root holds another study or is in use, there are too few GPUs for the workers, or `workers`
+            or `threads` is below 1.
     """
     if workers < 1 or threads < 1:
         raise ValueError(f"--workers and --threads must be at least 1, got {workers} and {threads}.")
@@ -73,7 +73,10 @@ def run_study(
 
 
 def _write_identities(study: Study, schedule: Schedule) -> None:
-    """Add the identities of the runs that workers have finished to study.json; the workers resolved them anyway."""
+    """Add the identities of finished runs to study.json.
+
+    They are read from run.json, where the worker has written them: resolving the configs here would import torch.
+    """
     folder, cells = StudyFolder(study.root), []
     for cell in (run.cell for run in study.runs):
         if cell.identity is None and schedule.states.get(cell.run) == State.DONE:
@@ -84,12 +87,13 @@ def _write_identities(study: Study, schedule: Schedule) -> None:
 
 
 def tasks_of(study: Study, runs: Sequence[PlannedRun]) -> list[Task]:
-    """Runs that are not finished and the comparisons, in the order in which they can be done."""
+    """Tasks for the unfinished runs and for the comparisons; each comes after the tasks that it depends on."""
     done = {name for name, standing in standings(study).items() if standing.state == FINISHED}
     left = [run for run in runs if run.name not in done]
     names, allowed = {run.name for run in left}, imports.as_args()
     tasks = []
     for run in left:
+        # A finished parent has no task in the schedule, so it is not a dependency.
         parent = run.cell.init_from if run.cell.init_from in names else None
         args = [*run.args, QUIET, *allowed]
         tasks.append(Task(run.name, "fit", (args,), (parent,) if parent else (), group=run.cell.arm))
@@ -99,7 +103,11 @@ def tasks_of(study: Study, runs: Sequence[PlannedRun]) -> list[Task]:
 def _comparisons(
     study: Study, runs: Sequence[PlannedRun], left: Collection[str], done: Collection[str]
 ) -> list[Task]:
-    """The pair analyses of each adapter, world and seed that has a general and a narrow run, chosen or done."""
+    """Tasks for the pair analyses of each adapter, world and seed whose general and narrow run is chosen or done.
+
+    Such a task needs the general and the narrow run. It waits for the chosen runs of the other roles as well, but is
+    not skipped if one of them fails.
+    """
     tasks = []
     chosen = {run.name for run in runs if run.cell.role in ROLES}
     for group in dict.fromkeys(_group(run) for run in runs if run.name in chosen):
@@ -123,7 +131,15 @@ def _group(run: PlannedRun) -> tuple[str, str, int]:
 
 
 class _Crew:
-    """Workers on a schedule, one for each environment."""
+    """Pool of workers that run the tasks of a schedule, one worker for each environment.
+
+    Args:
+        study: The planned study.
+        schedule: Tasks to run.
+        environments: Environment variables of each worker.
+        threads: Number of torch threads in each worker.
+        display: Display of the progress.
+    """
 
     def __init__(
         self,
@@ -139,21 +155,23 @@ class _Crew:
         self.deaths: Counter[str] = Counter()
 
     def work(self) -> None:
-        """Until all is done, failed or skipped."""
+        """Run tasks until every one is done, failed or skipped."""
         with self.display, _stopping_on_sigterm():
             try:
                 while not self.schedule.is_over:
                     self._hire()
                     self._distribute()
+                    # Returns within a second, so that the display is updated.
                     for worker in ready(self.workers, 1.0):
                         self._note(worker)
                     self.display.update()
-            except BaseException:
+            except BaseException:  # also KeyboardInterrupt, and SystemExit on SIGTERM
                 end_all(self.workers, at_once=True)
                 raise
             end_all(self.workers, at_once=False)
 
     def _hire(self) -> None:
+        # A dead worker that still has a task stays until `_note` has read how it ended.
         self.workers = [worker for worker in self.workers if worker.is_alive or worker.task]
         taken = {worker.log for worker in self.workers}
         for number, environment in enumerate(self.environments):
@@ -167,7 +185,7 @@ class _Crew:
     def _distribute(self) -> None:
         for worker in self.workers:
             if worker.task is None and (task := self.schedule.next()) is not None:
-                if task.kind == "compare":  # which reads study.json
+                if task.kind == "compare":  # a comparison reads the identities of finished runs in study.json
                     _write_identities(self.study, self.schedule)
                 worker.give(task)
 
@@ -193,8 +211,8 @@ class _Crew:
 
 @contextmanager
 def _stopping_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends a study as Ctrl-C does: every run saves and is continued next time."""
-    if threading.current_thread() is not threading.main_thread():
+    """Make SIGTERM end the study as Ctrl-C does: every run saves a checkpoint and is continued next time."""
+    if threading.current_thread() is not threading.main_thread():  # `signal.signal` would raise ValueError
         yield
         return
 

@@ -1,4 +1,4 @@
-"""A study as one whole config a run: nothing left to look up, each runs by itself."""
+"""Expand a study into one complete config per run, which `lightning-em fit` can run by itself."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,19 +13,19 @@ from lightning_em.study.plan import PlannedRun, Study, resolve, with_identities
 def expand(study: Study, output: Path | None = None, runs: Sequence[PlannedRun] | None = None) -> Path:
     """Write `<run>.yaml` for each run, and the study's study.json.
 
-    Needs neither weights nor data nor a network.
+    Needs no weights, no data and no network.
 
     Args:
-        study: The plan.
+        study: The planned study.
         output: Folder of the configs; `configs` in the study's root if not given.
-        runs: Some of its runs; all if not given.
+        runs: Selected runs of the study; all runs if not given.
 
     Returns:
-        The folder.
+        Folder of the configs.
 
     Raises:
-        ValueError: If a run's config is none, which the message names, or another study is in this root or at work
-            there.
+        ValueError: If the config of a run is not valid (the message names the run), or the root holds another study
+            or is in use.
     """
     folder, here = output or study.root / "configs", StudyFolder(study.root)
     with lock.RunLock(study.root, ["study", "expand", str(study.file)]):

@@ -1,4 +1,4 @@
-"""Runs of one adapter in one world with one seed, and one model that holds the adapter of any of them."""
+"""Runs of one adapter, world and seed, and one model into which the adapter of any of them is loaded."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -16,13 +16,13 @@ from lightning_em.runs import RunFolder
 
 
 class RunGroup:
-    """Finished runs by role, and their base, which is loaded once and only if something is measured on it.
+    """Finished runs by role, and their base model, which is loaded once, on first use.
 
     Args:
-        runs: By role; `narrow` is among them, and its data are what is measured on.
+        runs: Run folders by role. The role `narrow` is required: measurements use its data.
 
     Raises:
-        ValueError: If the runs differ in their base or adapter settings, or one has no valid checkpoint.
+        ValueError: If the runs differ in their base model or adapter settings, or one has no valid checkpoint.
     """
 
     def __init__(self, runs: Mapping[str, RunFolder]) -> None:
@@ -32,7 +32,7 @@ class RunGroup:
 
     @cached_property
     def _loaded(self) -> LoadedRun:
-        # an adapter that learned nothing is a result here, not a mistake
+        # An adapter that learned nothing is a valid result in a study.
         loaded = rebuild_run(str(self.runs["narrow"].path), allow_zero_adapter=True)
         for run in self.runs.values():
             refuse_other_base(run, loaded.module)
@@ -40,33 +40,33 @@ class RunGroup:
         return loaded
 
     def model_of(self, role: str, step: int | None = None) -> AdaptedModel:
-        """The one model, with the adapter of a run in it.
+        """The shared model, with the adapter of one run loaded into it; replaces the adapter of the last call.
 
         Args:
-            role: Which run.
-            step: Of the checkpoint; its newest if not given.
+            role: Role of the run.
+            step: Step of the checkpoint; the newest valid one if not given.
         """
         model = self._loaded.module.model
         model.adapter.load(self.runs[role].checkpoint(self.last_steps[role] if step is None else step))
         return model
 
     def parameters_of(self, role: str, step: int | None = None) -> dict[str, Tensor]:
-        """The adapter's parameters as they are saved, float64 on the CPU."""
+        """The adapter's parameters under the names they are saved with, as float64 on the CPU."""
         trainable = self.model_of(role, step).adapter.trainable()
         return {name: parameter.detach().cpu().double() for name, parameter in trainable.items()}
 
     def steps(self, role: str) -> Iterator[int]:
-        """Steps of the valid checkpoints of a run."""
+        """Yield the steps of a run's valid checkpoints."""
         run = self.runs[role]
         return (step for step in run.steps() if not manifest_problems(run.checkpoint(step)))
 
     def narrow_rows(self, num_examples: int, batch_size: int) -> list[PackedBatch]:
-        """Training rows of the narrow data, the first of those that the probes draw from."""
+        """Batches of narrow training rows: the first of the rows that the probes draw from."""
         rows = self._loaded.data.probe_batches("narrow", num_examples, batch_size)
         return [batch.to(self._loaded.module.device) for batch in rows]
 
     def parallel_rows(self, num_examples: int, batch_size: int) -> list[PackedBatch]:
-        """Rows of the other domains that the narrow run held its KL on; none if it had none."""
+        """Batches of the KL rows of the narrow run; empty if it has no KL data."""
         if not self._loaded.data.rows("kl").rows:
             return []
         rows = self._loaded.data.probe_batches("kl", num_examples, batch_size)
@@ -87,10 +87,10 @@ class RunGroup:
 
 
 def by_role(study: StudyFolder, cells: Iterable[Cell], roles: Iterable[str]) -> dict[str, RunFolder]:
-    """Run folders of the cells that play one of the roles, in the order of the roles.
+    """Run folders of the cells that have one of the roles, in the order of the roles.
 
     Raises:
-        ValueError: If two cells play one role.
+        ValueError: If two cells have the same role.
     """
     cells = list(cells)
     found: dict[str, RunFolder] = {}

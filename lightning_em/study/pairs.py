@@ -1,4 +1,4 @@
-"""Pair analyses: what the general, narrow, reverted and reverse solutions of one seed are to each other."""
+"""Pair analyses: comparisons of the general, narrow, reverted and reverse solutions of one seed."""
 
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PairSettings:
-    """How much is looked at.
+    """Amount of data and grid of norms of the pair analyses.
 
     Attributes:
-        num_examples: Training rows of each stream.
-        batch_size: Rows in one forward pass.
-        norm_ratios: Effective norms of `equal_norm`, in units of the smaller of the two trained ones.
+        num_examples: Number of training rows of each stream.
+        batch_size: Number of rows in one forward pass.
+        norm_ratios: Effective norms of `equal_norm`, in units of the smaller of the two trained norms.
     """
 
     num_examples: int = 64
@@ -41,7 +41,7 @@ class PairSettings:
 
 
 class Analysis(Protocol):
-    """Measures the runs of a group against each other."""
+    """An analysis that compares the runs of a group."""
 
     def __call__(self, group: RunGroup, settings: PairSettings) -> list[Point]: ...
 
@@ -49,22 +49,22 @@ class Analysis(Protocol):
 def analyse_pairs(
     study: StudyFolder, adapter: str, world: str, seed: int, settings: PairSettings | None = None
 ) -> int:
-    """Measure what is not on record yet between the finished runs of one adapter, world and seed.
+    """Compare the finished runs of one adapter, world and seed; skips what is on record already.
 
-    At most one process at a time may do this for one of them.
+    At most one process at a time may do this for the same adapter, world and seed.
 
     Args:
-        study: Where runs and records are.
-        adapter: Of the study's adapters.
-        world: Of the study's worlds.
+        study: Study folder with the runs and the records.
+        adapter: Name of the adapter in the study.
+        world: Name of the world in the study.
         seed: Training seed.
-        settings: How much to look at.
+        settings: Amount of data to use; the defaults of `PairSettings` if not given.
 
     Returns:
-        How many records were written; 0 also while the general or the narrow run is not finished.
+        Number of records written; 0 if the general or the narrow run is not finished.
 
     Raises:
-        ValueError: If the runs cannot be compared, or two runs play one role.
+        ValueError: If the runs cannot be compared, or two runs have the same role.
     """
     settings = settings or PairSettings()
     cells = [c for c in study.finished() if (c.adapter, c.world, c.seed) == (adapter, world, seed)]
@@ -89,7 +89,7 @@ def analyse_pairs(
             adapter_sha256={role: weights[role] for role in used},
         )
         known = read_pair_file(pair_file(study, name, adapter, world, seed))
-        if known and known[-1].measures_the_same_as(result):  # the newest is the one that is reported
+        if known and known[-1].measures_the_same_as(result):  # reports use the newest record
             continue
         logger.info("%s of %s, world %s, seed %d", name, adapter, world, seed)
         points = tuple(analysis(group, settings))
@@ -101,12 +101,12 @@ def analyse_pairs(
 
 
 def equal_norm(group: RunGroup, settings: PairSettings) -> list[Point]:
-    """Cross-entropy of general and narrow with the same effective norm, on the same training rows.
+    """Cross-entropy of the general and the narrow solution at equal effective norm, on the same training rows.
 
-    Points, in nats per token unless said otherwise: `ce` of each role at each norm ratio;
+    Points, in nats per token unless stated otherwise: `ce` of each role at each norm ratio;
     `ce_difference`, narrow - general, paired by row; `ce_base`; `effective_norm` of each role as trained and
-    `common_norm`, the smaller of them (unit norm); `ce_tokens`, counted tokens of each row (unit tokens).
-    None for an adapter without a norm, or where one of the two has not moved.
+    `common_norm`, the smaller of the two (unit norm); `ce_tokens`, counted tokens of each row (unit tokens).
+    No points for an adapter without a norm, or if the norm of one of the two solutions is zero.
 
     Source: arXiv:2602.07852 (efficiency).
     """
@@ -119,6 +119,7 @@ def equal_norm(group: RunGroup, settings: PairSettings) -> list[Point]:
     curves = {}
     for role in SOLUTIONS:
         at_scale = group.model_of(role).adapter.at_scale
+        # The effective norm is proportional to the scale. Scale 0 is the base model, for `ce_base`.
         scales = [0.0, *(ratio * common / own[role] for ratio in settings.norm_ratios)]
         curves[role] = RowMeans.of_ce(group.model_of(role), rows, [partial(at_scale, s) for s in scales])
     points = [curves["general"][0].point("ce_base", {}), curves["general"][0].token_counts("ce_tokens")]
@@ -134,14 +135,16 @@ def equal_norm(group: RunGroup, settings: PairSettings) -> list[Point]:
 
 
 def gradient_cosine(group: RunGroup, settings: PairSettings) -> list[Point]:
-    """Where the cross-entropy pulls, at each checkpoint of each run: towards general or towards narrow?
+    """Cosine between the negative gradient of the cross-entropy and the directions to the final solutions.
 
-    Points: `gradient_cosine` (unit cosine) of the negative gradient of the training rows' cross-entropy with
-    `direction: final`, what the final solution writes (the vector, or the B of a LoRA; gradient of the same
-    tensors), as in the paper; and with `direction: remaining`, the difference between the final solution's
-    parameters and the checkpoint's, all of them. None where one of the two is zero. `ce_gradient_norm`
-    over all parameters, as in the probe `gradient`: where it has become small there is little pull left whose
-    direction could matter.
+    Measured at every checkpoint of every run, for the final general and the final narrow solution.
+
+    Points: `gradient_cosine` (unit cosine) of the negative gradient of the training rows' cross-entropy with two
+    directions. `direction: final`, as in the paper, is what the final solution writes (the vector, or the B of a
+    LoRA); the gradient is that of the same tensors. `direction: remaining` is the difference between the parameters
+    of the final solution and those of the checkpoint, over all parameters. No point where the gradient or the
+    direction is zero. `ce_gradient_norm` is the norm over all parameters, as in the probe `gradient`; where it is
+    small, the direction of the gradient matters little.
 
     Source: arXiv:2602.07852 (gradient).
     """
@@ -168,7 +171,7 @@ def gradient_cosine(group: RunGroup, settings: PairSettings) -> list[Point]:
 def _ways(
     reads: Collection[str | None], here: Mapping[str, Tensor], there: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """Directions to a final solution, by parameter; what the update only reads with is no part of `final`."""
+    """Directions to a final solution, by parameter; `final` leaves out the tensors that the update reads with."""
     return {
         "final": {name: value for name, value in there.items() if name not in reads},
         "remaining": {name: value - here[name] for name, value in there.items()},
@@ -176,10 +179,10 @@ def _ways(
 
 
 def adapter_cosine(group: RunGroup, settings: PairSettings) -> list[Point]:  # noqa: ARG001 (an Analysis)
-    """Cosine between the updates of every two runs: of the whole change, and of B and A apart where there are both.
+    """Cosine between the updates of every two runs: of the whole update, and of B and A separately for a LoRA.
 
-    Points `cosine` (unit cosine) by `first`, `second` and `part`; none where one of the two is zero, and none
-    at all for an adapter whose `update` gives no low-rank parts.
+    Points: `cosine` (unit cosine) by `first`, `second` and `part`. No point where one of the two is zero, and no
+    points for an adapter whose `update` gives no low-rank parts.
     """
     try:
         updates = {
@@ -200,10 +203,10 @@ def adapter_cosine(group: RunGroup, settings: PairSettings) -> list[Point]:  # n
 
 
 def effect_cosine(group: RunGroup, settings: PairSettings) -> list[Point]:
-    """Cosine between what two adapters do to the final hidden states of the same rows.
+    """Cosine between the effects of two adapters on the final hidden states of the same rows.
 
-    The effect is the mean over response positions of final hidden states, tuned - base, after the last norm;
-    on rows of the narrow data (`prompts: in_domain`) and of the other domains (`prompts: general`).
+    The effect is the mean over response positions of the final hidden states after the last norm, tuned - base. It is
+    measured on rows of the narrow data (`prompts: in_domain`) and of the KL data (`prompts: general`).
 
     Points: `effect_cosine` (unit cosine) by `first`, `second`, `prompts`; `effect_norm` (unit norm) by `role`.
     """
@@ -230,7 +233,7 @@ def effect_cosine(group: RunGroup, settings: PairSettings) -> list[Point]:
 
 @torch.no_grad()
 def mean_effect(model: AdaptedModel, batches: Sequence[PackedBatch]) -> Tensor:
-    """Mean change of the final hidden state at response positions, `[hidden]`, float64 on the CPU."""
+    """Mean change of the final hidden states at response positions, `[hidden]`, as float64 on the CPU."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for batch in batches:
         rows, mask = batch.padded(), batch.counted("response")
@@ -252,7 +255,7 @@ ANALYSES: Mapping[str, tuple[Analysis, tuple[str, ...]]] = {
     "adapter_cosine": (adapter_cosine, ROLES),
     "effect_cosine": (effect_cosine, ROLES),
 }
-"""Each analysis with the roles it looks at; a run that finishes later makes the record anew."""
+"""Each analysis with the roles it compares. It is repeated when a run of one of these roles finishes later."""
 
 
 def _weights_of(checkpoint: Path) -> str:

@@ -1,4 +1,4 @@
-"""From a study's file to its runs: arms x adapters x worlds x seeds, each a command line. Never imports torch."""
+"""Plan a study: its file becomes one command line per arm, adapter, world and seed. Reading imports no torch."""
 
 import hashlib
 import json
@@ -31,10 +31,10 @@ _ADDRESS = re.compile(re.escape(SCHEME) + r"[^\s\"'{}\[\],]+")
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run that belongs to a study.
+    """A run of a study.
 
     Attributes:
-        cell: Which one it is.
+        cell: Name, arm, role, adapter, world and seed of the run.
         args: Command-line arguments after `lightning-em fit`.
     """
 
@@ -43,21 +43,21 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        """Its folder below the study's root."""
+        """Name of the run, which is that of its folder in the study's root."""
         return self.cell.run
 
 
 @dataclass(frozen=True)
 class Study:
-    """What a study's file says.
+    """The plan that a study file describes.
 
     Attributes:
-        name: Of the study.
-        file: Where it was read.
-        root: Folder of its runs.
-        runs: All of them; a run comes after the one it starts from.
-        seconds_per_run: What one run is guessed to take, for the budget, until one is finished.
-        rules: What it says about its claims.
+        name: Name of the study.
+        file: File that the plan was read from.
+        root: Folder of the runs.
+        runs: All runs; each comes after the run it starts from.
+        seconds_per_run: Estimated duration of one run, for the budget until a run is finished.
+        rules: Settings of the claims.
     """
 
     name: str
@@ -73,17 +73,23 @@ class Study:
         arms: Collection[str] | None = None,
         adapters: Collection[str] | None = None,
     ) -> list[PlannedRun]:
-        """The runs of some seeds, arms and adapters, and those they start from; None for all.
+        """Select the runs of some seeds, arms and adapters, and the runs they start from.
+
+        Args:
+            seeds: Seeds to select; None for all.
+            arms: Arms to select; None for all.
+            adapters: Adapters to select; None for all.
 
         Raises:
-            ValueError: If there is no such seed, arm or adapter, or no run that has all of them.
+            ValueError: If the study has no such seed, arm or adapter, or no run matches all three.
         """
         for flag, given in (("seeds", seeds), ("arms", arms), ("adapters", adapters)):
             known = dict.fromkeys(str(getattr(run.cell, flag.removesuffix("s"))) for run in self.runs)
             for name in given or ():
                 refuse_unknown(str(name), known, f"--{flag}: {self.file} has no")
         wanted: set[str] = set()
-        for run in reversed(self.runs):  # so that a run is met before the one it starts from
+        # In reverse order each run comes before the one it starts from, so that chains of parents are followed too.
+        for run in reversed(self.runs):
             cell = run.cell
             if cell.run in wanted or (
                 (seeds is None or cell.seed in seeds)
@@ -101,10 +107,13 @@ class Study:
 
 
 def resolve(run: PlannedRun) -> tuple[PlannedRun, "Experiment"]:
-    """Resolve the config of a run, as `lightning-em fit` does; needs torch, but neither weights nor data.
+    """Resolve the config of a run, as `lightning-em fit` does. Needs torch, but no weights and no data.
+
+    Returns:
+        The run with its identity, and its experiment.
 
     Raises:
-        ValueError: If its options make no config; the message names the run.
+        ValueError: If the options of the run are not valid; the message names the run.
     """
     from lightning_em.experiment import Experiment
 
@@ -117,9 +126,9 @@ def resolve(run: PlannedRun) -> tuple[PlannedRun, "Experiment"]:
 
 
 def with_identities(study: Study, names: Collection[str]) -> Study:
-    """The study with the identities of these runs, and of those whose identity study.json has.
+    """Add identities to the runs with these names, and to all runs whose identity is in study.json.
 
-    What study.json has is not resolved again unless the options or files of a run have changed since.
+    An identity in study.json is used as it is, unless the options or files of the run have changed since.
     """
     known = StudyFolder(study.root).identities()
 
@@ -133,7 +142,7 @@ def with_identities(study: Study, names: Collection[str]) -> Study:
 
 
 class _Place(NamedTuple):
-    """Where a run stands in the study."""
+    """Coordinates of a run in the study, besides its arm."""
 
     adapter: str
     world: str
@@ -141,14 +150,14 @@ class _Place(NamedTuple):
 
 
 def read_study(file: str | Path, root: str | Path | None = None) -> Study:
-    """Read a study's file and plan its runs.
+    """Read a study file and plan its runs.
 
     Args:
-        file: YAML, as in configs/study.
+        file: YAML file, as in configs/study.
         root: Folder of the runs; `runs/study-<name>` if not given.
 
     Raises:
-        ValueError: If something in it cannot be meant; the message names file and key.
+        ValueError: If a setting is not valid; the message names file and key.
     """
     top = _whole(Path(file))
     top.only(STUDY_KEYS)
@@ -174,7 +183,13 @@ def read_study(file: str | Path, root: str | Path | None = None) -> Study:
 
 
 class _Planner:
-    """Makes the command lines."""
+    """Builds the command line of each run.
+
+    Args:
+        top: The whole study file.
+        root: Folder of the runs.
+        arms: Arms by name.
+    """
 
     def __init__(self, top: Section, root: Path, arms: Mapping[str, Arm]) -> None:
         self.top, self.root, self.arms = top, root, arms
@@ -186,8 +201,9 @@ class _Planner:
         self.names = {name: names.text(name) or names.refuse(name, "a text") for name in names.content}
 
     def run(self, arm: Arm, place: _Place) -> PlannedRun:
-        """One run of an arm."""
+        """Plan one run of an arm."""
         own = arm.section.section("per_adapter").section(place.adapter)
+        # Later layers override earlier ones.
         layers = [self.top, self.adapters[place.adapter], arm.section, own]
         level = next((s.number("level") for s in (own, arm.section) if "level" in s), None)
         parent = self.arms[arm.init_from] if arm.init_from else None
@@ -233,10 +249,10 @@ class _Planner:
         yield f"--run.name={cell.run}"
 
     def _value(self, section: Section, key: str, cell: Cell) -> str:
-        """A value as a word of the command line, with its {places} filled in."""
+        """A value as text for a command-line option, with its {placeholders} filled in."""
         places = {"seed": str(cell.seed), "world": self.worlds[cell.world], "adapter": cell.adapter}
         if cell.level is not None:
-            places["level"] = f"{cell.level:.15g}"  # six digits would change a weight
+            places["level"] = f"{cell.level:.15g}"  # the six digits of `:g` could change the value
         names = {
             name: _filled(text, places, self.top.section("fill"), name) for name, text in self.names.items()
         }
@@ -260,7 +276,7 @@ class _Planner:
 
 
 def _planned_from(args: Sequence[str]) -> str:
-    """Hash of what the config of a run is resolved from: its options, the files they name, recipes of worlds."""
+    """Hash of the inputs of a run's config: its options, the files they name, and the recipes of its worlds."""
     own = [arg for arg in args if not arg.startswith(_NOT_IDENTITY)]
     texts = [*own, *(file.read_text(encoding="utf-8") for file in config_files(own))]
     recipes = {_recipe(address) for text in texts for address in _ADDRESS.findall(text)}
@@ -270,15 +286,15 @@ def _planned_from(args: Sequence[str]) -> str:
 def _recipe(address: str) -> str:
     try:
         return parse_address(address)[0].recipe_hash()
-    except ValueError:  # in a comment, or the run itself refuses it
+    except ValueError:  # the address is in a comment, or it is not valid and the run will refuse it
         return address
 
 
 def _filled(text: str, places: Mapping[str, str], section: Section, key: str) -> str:
-    """A text with its {places} filled in.
+    """Fill in the {placeholders} of a text.
 
     Raises:
-        ValueError: If there is nothing to fill one with.
+        ValueError: If a placeholder has no value.
     """
     for name in _PLACE.findall(text):
         if name not in places:
@@ -287,15 +303,19 @@ def _filled(text: str, places: Mapping[str, str], section: Section, key: str) ->
 
 
 def run_name(arm: str, adapter: str, world: str, seed: int) -> str:
-    """Name of a run, and of its folder below the study's root."""
+    """Name of a run, and of its folder in the study's root."""
     return f"{arm}-{adapter}-{'' if world == DEFAULT_WORLD else f'{world}-'}seed{seed}"
 
 
 def _whole(file: Path, above: tuple[Path, ...] = ()) -> Section:
-    """The file, on top of the one it is like.
+    """Read a study file and merge it over the file that its `like` key names.
+
+    Args:
+        file: File to read.
+        above: Files that are merged over this one, to detect a cycle.
 
     Raises:
-        ValueError: If files are like each other in a circle.
+        ValueError: If the `like` keys form a cycle.
     """
     top = Section.read(file)
     like = top.text("like")

@@ -1,4 +1,4 @@
-"""The table of a running study. Never imports torch."""
+"""Progress table of a running study. Never imports torch."""
 
 import time
 from types import TracebackType
@@ -14,18 +14,18 @@ _COLUMNS = (State.DONE, State.RUNNING, State.FAILED, State.SKIPPED, State.WAITIN
 
 
 class Display:
-    """Counts by arm, live in a terminal and a line now and then elsewhere.
+    """Counts of tasks: a live table by arm in a terminal, a line of totals at intervals elsewhere.
 
     Args:
-        console: Where it goes.
-        schedule: What is shown.
-        expected: Seconds each task is expected to take, by name.
+        console: Console to print to.
+        schedule: Schedule whose tasks are counted.
+        expected: Expected duration of each task in seconds, by name.
     """
 
     def __init__(self, console: Console, schedule: Schedule, expected: dict[str, float]) -> None:
         self.console, self.schedule, self.expected = console, schedule, expected
         self._started = self._spoken = time.monotonic()
-        self._spent = self._planned = 0.0  # seconds, really and as expected, of the tasks that are done
+        self._spent = self._planned = 0.0  # measured and expected seconds of the finished tasks
         self._cpu_seconds = 0.0
         self._live = Live(console=console, get_renderable=self.table, refresh_per_second=1)
 
@@ -44,24 +44,24 @@ class Display:
             self.console.print(self.line(), markup=False, highlight=False)
 
     def done(self, task: Task, seconds: float, cpu_seconds: float) -> None:
-        """A task came to its end."""
+        """Record the time that a finished task took."""
         self._cpu_seconds += cpu_seconds
         self._spent += seconds
         self._planned += self.expected[task.name]
 
     def say(self, text: str) -> None:
-        """A line for the user that stays."""
+        """Print a line that stays above the live table."""
         self.console.print(text, markup=False, highlight=False)
 
     def update(self) -> None:
-        """Where nothing is live, a line now and then."""
+        """Print a progress line if there is no live table and the last line is old enough."""
         now = time.monotonic()
         if not self.console.is_terminal and now - self._spoken > SECONDS_BETWEEN_LINES:
             self._spoken = now
             self.console.print(self.line(), markup=False, highlight=False)
 
     def line(self) -> str:
-        """All counts, and the time that is left."""
+        """Elapsed time, counts of all tasks, and the estimated time left."""
         counts = {state: len(self.schedule.named(state)) for state in _COLUMNS}
         listed = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
         spent = (time.monotonic() - self._started) / 60
@@ -69,7 +69,7 @@ class Display:
         return f"{spent:.1f} min ({self._cpu_seconds / 60:.1f} CPU): {listed or 'nothing to do'}{left}"
 
     def table(self) -> Table:
-        """Counts by arm."""
+        """Table of the counts by arm."""
         table = Table("arm", *_COLUMNS, caption=self.line())
         for group in dict.fromkeys(task.group for task in self.schedule.tasks):
             states = [self.schedule.states[task.name] for task in self.schedule.tasks if task.group == group]
@@ -77,7 +77,7 @@ class Display:
         return table
 
     def minutes_left(self) -> float:
-        """From what is expected of the remaining tasks, corrected by how the finished ones went."""
+        """Estimated minutes left: expected durations, scaled by the measured pace and divided by the running tasks."""
         left = self.schedule.named(State.WAITING, State.RUNNING)
         running = max(1, len(self.schedule.named(State.RUNNING)))
         pace = self._spent / self._planned if self._planned else 1.0

@@ -1,4 +1,4 @@
-"""`study report`: what a study says about the claims, for the terminal and for a README."""
+"""Report of a study: verdicts on the claims, for the terminal and for a README."""
 
 import csv
 import io
@@ -37,12 +37,12 @@ START, END = "<!-- study report -->", "<!-- end -->"
 
 @dataclass(frozen=True)
 class Report:
-    """A study's claims and shapes.
+    """Results and tables of a study.
 
     Attributes:
-        results: Every claim, compared in every way.
+        results: Result of every claim in every comparison.
         sheets: Tables, in reading order.
-        readings: Sentences about worlds where what was planted is weaker, by world.
+        readings: Sentences on each world besides the default one, where the planted prior is weaker.
         is_miniature: Whether the study was run in the miniature.
     """
 
@@ -52,7 +52,7 @@ class Report:
     is_miniature: bool
 
     def markdown(self, with_details: bool = True) -> str:
-        """The tables and sentences in Markdown."""
+        """The tables and sentences as Markdown."""
         lines = [f"{MINIATURE}\n\n"] if self.is_miniature else []
         first, *others = self.sheets
         lines.append(first.for_markdown())
@@ -64,7 +64,7 @@ class Report:
         return "".join(lines)
 
     def print(self, console: Console) -> None:
-        """The verdicts, the sentences, and the tables that are no details."""
+        """Print the tables that are not details, and the sentences."""
         for sheet in self.sheets:
             if not sheet.is_detail:
                 console.print(sheet.for_terminal())
@@ -78,19 +78,20 @@ def report(
     figures: str | Path | None = None,
     root: str | Path | None = None,
 ) -> None:
-    """Compute a study's claims from its runs, print them, and write them with their numbers into its root.
+    """Evaluate the claims of a study from its runs, print the verdicts, and write the results into its root.
 
-    `measurements.csv` holds every number, `claims.csv` every criterion with its effect in each seed, `report.md`
-    every table. From a recorded `measurements.csv` nothing is written. A finished run that is not the one the
-    study says is left out, and named.
+    `measurements.csv` holds every number, `claims.csv` every criterion with its effect in each seed, and `report.md`
+    every table. These files are not written when the input is a recorded `measurements.csv`. A finished run that
+    differs from the study's plan is left out, and its name is printed.
 
     Args:
-        study: File of the study, its root, or a recorded `measurements.csv` (also `.csv.gz`); the one study
+        study: Study file, root of the runs, or a recorded `measurements.csv` (also `.csv.gz`); the only study
             under `runs` if not given.
-        markdown: Also write the report here: between `<!-- study report -->` and `<!-- end -->` where a file has
-            these lines, without the details; else all of it, as a file of its own.
-        root: With the file of a study: folder of its runs, if not `runs/study-<name>`.
-        figures: Also draw what the KL weight does, `weights_<adapter>.png`, into this folder.
+        markdown: File to write the report to as well. In a file with the lines `<!-- study report -->` and
+            `<!-- end -->`, the text between them is replaced and details are left out; otherwise the file holds
+            the whole report.
+        figures: Folder for the figures of the KL weight's effect, `weights_<adapter>.png`; none if not given.
+        root: Folder of the runs if `study` is a study file; `runs/study-<name>` if not given.
 
     Raises:
         ValueError: If there is no such study, or none of its runs is finished.
@@ -125,7 +126,7 @@ def report(
 
 
 def report_from(frame: pd.DataFrame) -> Report:
-    """The report of a study that is known by its measurements alone."""
+    """Make the report of a study from its measurements alone."""
     results = evaluate(frame)
     worlds = list(dict.fromkeys(result.world for result in results))
     others = [world for world in worlds if world != DEFAULT_WORLD]
@@ -145,10 +146,11 @@ def report_from(frame: pd.DataFrame) -> Report:
 
 
 def write_markdown(found: Report, path: Path) -> None:
-    """Put what is no detail between its markers, or all of it into a file of its own.
+    """Write the report between the markers of a file without details, or the whole report as a file.
 
     Raises:
-        ValueError: If a file has one marker only, or the second before the first, or none and is no report.
+        ValueError: If an existing file has only one marker, has them in the wrong order, or has none and is not an
+            earlier report.
     """
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     if (START in before or END in before) and END not in before.partition(START)[2]:
@@ -165,14 +167,14 @@ def write_markdown(found: Report, path: Path) -> None:
 
 
 def replaced(document: str, text: str) -> str:
-    """A document with the text between its markers exchanged."""
+    """Replace the text between the markers of a document."""
     head, _, rest = document.partition(START)
     _, _, tail = rest.partition(END)
     return f"{head}{START}\n{text}{END}{tail}"
 
 
 def claims_csv(results: Sequence[ClaimResult]) -> str:
-    """Every criterion of every comparison with the effect of every seed: the table's every number."""
+    """CSV of every criterion of every comparison, with its effect in every seed."""
     text = io.StringIO()
     seeds = sorted({seed for r in results for f in r.findings for seed in f.values})
     writer = csv.writer(text, lineterminator="\n")

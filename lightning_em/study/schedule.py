@@ -1,4 +1,4 @@
-"""What can be done next: tasks that wait for others, and what becomes of those behind a failure. No torch."""
+"""Schedule of tasks that depend on each other; a failed task skips those that need it. Never imports torch."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class State(StrEnum):
-    """Where a task stands."""
+    """State of a task."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -17,15 +17,15 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Task:
-    """A piece of work for one worker.
+    """A task for one worker.
 
     Attributes:
-        name: Of the task; no two have the same.
-        kind: What to do; a function of `work`.
-        arguments: For it; plain values.
-        needs: Names of the tasks that must be done before it.
-        wants: Names of tasks that must be over before it, whether they succeeded or not.
-        group: Under which the progress table counts it.
+        name: Unique name of the task.
+        kind: Kind of the task: a key of `work.KINDS`.
+        arguments: Arguments of the function that runs the task; plain values.
+        needs: Names of the tasks that must be done before this one starts; it is skipped if one of them fails.
+        wants: Names of the tasks that must have ended before this one starts, whether they succeeded or not.
+        group: Row of the progress table that counts the task.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Task:
 
 @dataclass
 class Schedule:
-    """Tasks in the order in which they should be done, and their states.
+    """Tasks in order of priority, and their states.
 
     Attributes:
-        tasks: All of them; one that is needed by another comes before it.
-        states: By name.
-        reasons: Why a task failed or was skipped, by name.
+        tasks: All tasks; each comes after the tasks it needs or wants.
+        states: State of each task, by name.
+        reasons: Reason why a task failed or was skipped, by name.
     """
 
     tasks: list[Task]
@@ -59,7 +59,7 @@ class Schedule:
         self.states = dict.fromkeys((task.name for task in self.tasks), State.WAITING)
 
     def next(self) -> Task | None:
-        """The first task that can start now; None if all that is left waits for running ones."""
+        """Start the first task that is ready; None if no waiting task is."""
         for task in self.tasks:
             if self.states[task.name] is State.WAITING and self._is_ready(task):
                 self.states[task.name] = State.RUNNING
@@ -67,22 +67,22 @@ class Schedule:
         return None
 
     def put_back(self, task: Task) -> None:
-        """A running task did not come to its end and may be tried again."""
+        """Return a running task that was cut short to the waiting ones, to be tried again."""
         self.states[task.name] = State.WAITING
 
     def finish(self, task: Task) -> None:
-        """A running task is done."""
+        """Mark a running task as done."""
         self.states[task.name] = State.DONE
 
     def fail(self, task: Task, reason: str) -> list[Task]:
-        """A running task failed; what needs it is skipped.
+        """Mark a running task as failed, and skip the tasks that need it.
 
         Returns:
             The skipped tasks.
         """
         self.states[task.name], self.reasons[task.name] = State.FAILED, reason
         skipped = []
-        for later in self.tasks:
+        for later in self.tasks:  # dependents come later, so one pass skips indirect ones too
             lost = [need for need in later.needs if self.states[need] in (State.FAILED, State.SKIPPED)]
             if self.states[later.name] is State.WAITING and lost:
                 self.states[later.name], self.reasons[later.name] = State.SKIPPED, f"needs {lost[0]}"
@@ -90,12 +90,12 @@ class Schedule:
         return skipped
 
     def named(self, *states: State) -> list[Task]:
-        """The tasks in some states."""
+        """The tasks that are in one of these states."""
         return [task for task in self.tasks if self.states[task.name] in states]
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is running or waiting."""
+        """Whether no task is running or waiting."""
         return not self.named(State.WAITING, State.RUNNING)
 
     def _is_ready(self, task: Task) -> bool:

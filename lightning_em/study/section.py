@@ -1,4 +1,4 @@
-"""A mapping of a YAML file that knows its place there, so that whatever is wrong names file and key."""
+"""Mappings of a YAML file that know their file and key, so that error messages can name both."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -9,15 +9,16 @@ import yaml
 
 
 class Section:
-    """One mapping of a file.
+    """One mapping of a YAML file.
 
     Args:
-        file: The file.
+        file: File that holds the mapping.
         place: Dotted key of the mapping; empty for the whole file.
-        content: What is there.
+        content: Parsed value under that key.
 
     Raises:
-        ValueError: If it is no mapping, or a key is no text (YAML reads `on` and `1` as something else).
+        ValueError: If `content` is not a mapping, or a key is not a string (YAML reads `on` as a truth value and `1`
+            as a number).
     """
 
     def __init__(self, file: Path, place: str, content: Any) -> None:
@@ -33,10 +34,10 @@ class Section:
 
     @classmethod
     def read(cls, file: Path) -> "Section":
-        """The whole of a YAML file.
+        """Read a whole YAML file.
 
         Raises:
-            ValueError: If it is not there or no YAML.
+            ValueError: If the file cannot be read or is not valid YAML.
         """
         if file.is_dir():
             raise ValueError(
@@ -54,7 +55,11 @@ class Section:
         return self.content.get(key) is not None
 
     def refuse(self, key: str, expected: str) -> NoReturn:
-        """Say what should be under a key.
+        """Raise an error that says what a key must hold.
+
+        Args:
+            key: Key in this mapping.
+            expected: Description of the value that is expected.
 
         Raises:
             ValueError: Always.
@@ -64,41 +69,41 @@ class Section:
         )
 
     def only(self, known: Iterable[str]) -> None:
-        """Let nothing but these keys be here.
+        """Check that the mapping has no other keys than these.
 
         Raises:
-            ValueError: If there is another one.
+            ValueError: If it has another key.
         """
         names = list(known)
         for key in self.content:
             refuse_unknown(key, names, f"{self.file}: {self.place or 'top level'} has a key")
 
     def section(self, key: str) -> "Section":
-        """The mapping under a key; empty if there is none."""
+        """The mapping under a key; empty if the key is missing or null."""
         content = self.content.get(key)
         return Section(self.file, self._place(key), {} if content is None else content)
 
     def sections(self, key: str) -> dict[str, "Section"]:
-        """The mappings of a mapping, by name."""
+        """The mappings in the mapping under a key, by name."""
         inner = self.section(key)
         return {name: inner.section(name) for name in inner.content}
 
     def text(self, key: str) -> str | None:
-        """A string."""
+        """The string under a key; None if the key is missing or null."""
         value = self.content.get(key)
         if value is not None and not isinstance(value, str):
             self.refuse(key, "a text")
         return value
 
     def number(self, key: str) -> float | None:
-        """A number."""
+        """The number under a key; None if the key is missing or null."""
         value = self.content.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             self.refuse(key, "a number")
         return value
 
     def texts(self, key: str) -> list[str] | None:
-        """A string or several, never none."""
+        """The strings under a key, written as one string or as a list that is not empty; None if missing or null."""
         value = self.content.get(key)
         values = [value] if isinstance(value, str) else value
         if values is not None and not (
@@ -108,7 +113,7 @@ class Section:
         return values
 
     def integers(self, key: str) -> list[int] | None:
-        """Several whole numbers, each once."""
+        """The different integers under a key, at least one; None if missing or null."""
         values = self.content.get(key)
         if values is not None and not (
             isinstance(values, list)
@@ -119,15 +124,18 @@ class Section:
         return values
 
     def path(self, name: str, key: str, or_folder: bool = False) -> Path:
-        """A file named under a key, relative to the study's file.
+        """Resolve a path that a key names, relative to the study file.
 
         Args:
-            name: As it is written.
-            key: Where it is written.
-            or_folder: Whether it may be a folder.
+            name: Path as written in the file.
+            key: Key that names the path.
+            or_folder: Whether a folder is accepted as well.
+
+        Returns:
+            The absolute path.
 
         Raises:
-            ValueError: If there is no such file.
+            ValueError: If the path does not exist.
         """
         found = (self.file.parent / name).resolve()
         if not (found.exists() if or_folder else found.is_file()):
@@ -140,10 +148,15 @@ class Section:
 
 
 def refuse_unknown(name: str, known: Iterable[str], what: str) -> None:
-    """Compare a name with those there are.
+    """Check that a name is one of the known ones.
+
+    Args:
+        name: Name to check.
+        known: Valid names.
+        what: Beginning of the message, which the name follows.
 
     Raises:
-        ValueError: If it is none of them; a near one is suggested.
+        ValueError: If the name is not known; the message suggests a similar one.
     """
     known = list(known)
     if name in known:

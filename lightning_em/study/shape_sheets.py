@@ -1,4 +1,4 @@
-"""What the arms are, beside the published shapes: rates, scales, norms and principal components."""
+"""Tables of the arms next to the published results: rates, scales, norms and principal components."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ MOST_STEPS = 8
 
 
 def arms_sheet(frame: pd.DataFrame, world: str) -> Sheet:
-    """What each arm does: means over seeds."""
+    """Table of bad-answer rates, losses and norm of each arm: means over seeds."""
     rows = []
     for e in _evidence(frame, world):
         for arm in _arms(e):
@@ -50,7 +50,7 @@ def arms_sheet(frame: pd.DataFrame, world: str) -> Sheet:
 
 
 def scales_sheet(frame: pd.DataFrame, world: str) -> Sheet:
-    """Bad rates in held-out domains with the adapter scaled up, by KL weight, with the coherence."""
+    """Table of bad-answer rates and coherence in held-out domains with the adapter scaled up, by KL weight."""
     arms = [(e, arm) for e in _evidence(frame, world) for arm in e.arms(*KL_WEIGHT_ROLES)]
     scales = sorted({scale for e, arm in arms for run in _runs(e, arm) for scale in _scales(run)})
     rows = []
@@ -71,7 +71,7 @@ def scales_sheet(frame: pd.DataFrame, world: str) -> Sheet:
 
 
 def norms_sheet(frame: pd.DataFrame, world: str) -> Sheet:
-    """Effective norm by KL weight and checkpoint, and in how many seeds it falls with the weight."""
+    """Table of the effective norm by KL weight and checkpoint, and of the seeds in which it falls with the weight."""
     rows, steps = [], _steps(frame, world)
     for e in _evidence(frame, world):
         rows += _ways(e, "effective_norm", steps, e.adapter)
@@ -81,7 +81,10 @@ def norms_sheet(frame: pd.DataFrame, world: str) -> Sheet:
 
 
 def places_sheet(frame: pd.DataFrame, world: str) -> Sheet:
-    """Place on each component by KL weight and checkpoint, and in how many seeds it falls with the weight."""
+    """Table of the coordinate on each component by KL weight and checkpoint.
+
+    It also counts the seeds in which the coordinate falls with the weight.
+    """
     rows, steps = [], _steps(frame, world)
     for e in _evidence(frame, world):
         for component in (1, 2, 3):
@@ -95,7 +98,7 @@ def places_sheet(frame: pd.DataFrame, world: str) -> Sheet:
 
 
 def _ways(e: Evidence, quantity: str, steps: list[int], title: str) -> list[tuple[str, ...]]:
-    """A row a KL weight, mean over seeds at each step, and one for the order of the weights."""
+    """One row per KL weight with the mean over seeds at each step, and a row that counts the seeds in order."""
     arms = sorted(e.arms(*KL_WEIGHT_ROLES), key=lambda arm: arm.level or 0.0)
     rows = []
     for arm in arms:
@@ -107,7 +110,7 @@ def _ways(e: Evidence, quantity: str, steps: list[int], title: str) -> list[tupl
 
 
 def components_sheet(frame: pd.DataFrame) -> Sheet:
-    """Shares of the variance on the first components beside the published ones."""
+    """Table of the shares of variance on the first principal components, next to the published ones."""
     rows = [
         ("published", "-", *(f"{share:.1%}" for share in PUBLISHED_SHARES), f"{sum(PUBLISHED_SHARES):.0%}")
     ]
@@ -171,7 +174,7 @@ def _scales(run: RunNumbers) -> tuple[float, ...]:
 
 
 def _steps(frame: pd.DataFrame, world: str) -> list[int]:
-    """Checkpoints that the general run has, thinned out evenly."""
+    """Steps of the general run's checkpoints, evenly thinned to `MOST_STEPS`."""
     own = frame[(frame["world"] == world) & (frame["role"] == "general")]
     steps = sorted({int(step) for step in own["step"][own["quantity"] == "effective_norm"]})
     if len(steps) <= MOST_STEPS:
@@ -180,7 +183,10 @@ def _steps(frame: pd.DataFrame, world: str) -> list[int]:
 
 
 def _falling(e: Evidence, arms: list[Arm], quantity: str, step: int) -> str:
-    """Over the weights that a seed has: a search may have fewer seeds."""
+    """Count the seeds in which the quantity falls as the KL weight rises.
+
+    Only the weights that a seed was run with are compared: not every arm has every seed.
+    """
     falling, count = 0, 0
     for seed in e.seeds:
         runs = [e.run(arm, seed) for arm in arms if seed in e.seeds_of(arm)]

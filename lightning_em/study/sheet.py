@@ -1,4 +1,4 @@
-"""A table that can be printed on a terminal or written into a README, and how its numbers look."""
+"""Tables for a terminal or a README, and the format of their numbers."""
 
 import math
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ NOTHING = "-"
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table of texts.
+    """A table of strings.
 
     Attributes:
-        title: Above it.
-        columns: Their names; the first holds names, the others numbers or words.
-        rows: One text a column.
-        caption: Below it: how to read it.
-        is_detail: Neither a README nor the terminal shows it.
+        title: Title of the table.
+        columns: Names of the columns; the first column holds names, the others numbers or text.
+        rows: Rows, each with one string per column.
+        caption: Explanation of how to read the table.
+        is_detail: Whether only the full report holds the table, not a README or the terminal.
     """
 
     title: str
@@ -31,7 +31,7 @@ class Sheet:
     is_detail: bool = False
 
     def for_terminal(self) -> Table:
-        """The same for rich."""
+        """The table for rich."""
         table = Table(
             title=self.title,
             caption=Text(self.caption.replace("*", "")),
@@ -42,18 +42,19 @@ class Sheet:
         for number, column in enumerate(self.columns):
             table.add_column(column, overflow="fold", ratio=2 if number == 0 else None)
         for row in self.rows:
-            table.add_row(*(Text(cell.replace("*", "")) for cell in row))  # a Text: brackets are no markup
+            # `Text`, since rich would read brackets in a string as markup.
+            table.add_row(*(Text(cell.replace("*", "")) for cell in row))
         return table
 
     def for_markdown(self) -> str:
-        """The same in Markdown, ended by an empty line."""
+        """The table as Markdown, with a blank line at its end."""
         lines = [_line(self.columns), "|" + "---|" * len(self.columns), *map(_line, self.rows)]
         table = "\n".join(lines)
         return f"### {self.title}\n{self.caption}\n\n{table}\n\n"
 
 
 def number(value: float, unit: str = "") -> str:
-    """A value with as many digits as its unit bears; a dash for none."""
+    """Format a value: two decimals for units such as probabilities, else three digits; a dash for NaN."""
     if math.isnan(value):
         return NOTHING
     text = f"{value:.2f}" if unit in TWO_DECIMALS else f"{value:.3g}"
@@ -61,12 +62,12 @@ def number(value: float, unit: str = "") -> str:
 
 
 def probability(p: float) -> str:
-    """A p as journals write it."""
+    """Format a p value with three decimals and no leading zero, as in `.031`."""
     return f"{p:.3f}".removeprefix("0") if p < 1 else "1"
 
 
 def mean(values: Sequence[float]) -> float:
-    """Mean of what there is; NaN of nothing."""
+    """Mean of the values that are not NaN; NaN if there are none."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
 

@@ -1,4 +1,4 @@
-"""Where the runs of a study stand, and what the rest will cost. Never imports torch."""
+"""States of the runs of a study, and an estimate of the time left. Importing this module loads no torch."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,11 +18,11 @@ COMPARE_SECONDS = 5.0
 
 
 class Standing(NamedTuple):
-    """Where a run stands.
+    """State of a planned run.
 
     Attributes:
-        state: `to do`, `differs` where its folder holds another run, or the status of the run.
-        reason: What differs.
+        state: `to do`; `differs` if the folder holds another run; else the status of the run.
+        reason: What differs; None if nothing does.
     """
 
     state: str
@@ -30,9 +30,9 @@ class Standing(NamedTuple):
 
 
 def standings(study: Study) -> dict[str, Standing]:
-    """Where each run of a study stands, by name; a run differs if its folder holds another run.
+    """State of each run of a study, by name.
 
-    Resolves the configs of runs that are there and that study.json does not know, which needs torch.
+    Resolves the config of a recorded run whose identity is missing from study.json or out of date; this needs torch.
     """
     folder = StudyFolder(study.root)
     study = with_identities(study, begun(study))
@@ -48,20 +48,20 @@ def standings(study: Study) -> dict[str, Standing]:
 
 
 def begun(study: Study) -> list[str]:
-    """The runs that have something to compare on record."""
+    """Names of the runs whose run.json records an identity to compare with."""
     folder = StudyFolder(study.root)
     return [run.name for run in study.runs if folder.run(run.cell).read_run().get("identity") is not None]
 
 
 class Budget(NamedTuple):
-    """What is left to do.
+    """Estimate of the work that is left.
 
     Attributes:
-        runs: How many runs there are.
-        done: How many of them are finished.
-        seconds: What the rest will take on one core.
-        basis: Where that comes from.
-        comparisons: How many groups of runs are compared.
+        runs: Number of runs.
+        done: Number of runs that are finished.
+        seconds: Estimated time of the remaining tasks, one after the other.
+        basis: Source of the estimate.
+        comparisons: Number of groups of runs that are left to compare.
     """
 
     runs: int
@@ -71,10 +71,10 @@ class Budget(NamedTuple):
     comparisons: int
 
     def sentence(self, workers: int) -> str:
-        """The budget in words.
+        """Describe the budget in a sentence.
 
         Args:
-            workers: How many runs there are at a time.
+            workers: Number of runs at a time.
         """
         minutes, groups = self.seconds / 60, f"group{'s' if self.comparisons > 1 else ''} to compare"
         also = f" and {self.comparisons} {groups}" if self.comparisons else ""
@@ -85,14 +85,28 @@ class Budget(NamedTuple):
 
 
 def budget_of(runs: Sequence[PlannedRun], tasks: Sequence[Task], durations: "Durations") -> Budget:
-    """Add up what is left."""
+    """Add up the estimated durations of the remaining tasks.
+
+    Args:
+        runs: Selected runs, finished or not.
+        tasks: Tasks that are left.
+        durations: Estimates of the durations.
+    """
     fits, comparisons = (sum(task.kind == kind for task in tasks) for kind in ("fit", "compare"))
     seconds = sum(durations.of(tasks).values())
     return Budget(len(runs), len(runs) - fits, seconds, durations.basis, comparisons)
 
 
 class Durations:
-    """How long runs take: measured where runs like it are finished, else their overall median, else a guess."""
+    """Estimated durations of runs.
+
+    The estimate is the median over finished runs of the same arm and adapter; without any, the median over all
+    finished runs; without these, the study's `seconds_per_run` or a default. Runs that were continued do not count.
+
+    Args:
+        study: The planned study.
+        runs: Runs to measure and to estimate.
+    """
 
     def __init__(self, study: Study, runs: Iterable[PlannedRun]) -> None:
         self._measured: dict[tuple[str, str], list[float]] = {}
@@ -105,11 +119,11 @@ class Durations:
                 self.add(run, _seconds(attempts[0]["started"], attempts[0]["ended"]))
 
     def add(self, run: PlannedRun, seconds: float) -> None:
-        """Note what a run took."""
+        """Record the duration of a run."""
         self._measured.setdefault((run.cell.arm, run.cell.adapter), []).append(seconds)
 
     def of(self, tasks: Iterable[Task]) -> dict[str, float]:
-        """What each of the tasks will take, in seconds."""
+        """Estimated duration of each task in seconds, by name."""
         return {
             task.name: COMPARE_SECONDS if task.kind == "compare" else self._of_run(self._runs[task.name])
             for task in tasks
@@ -121,7 +135,7 @@ class Durations:
 
     @property
     def basis(self) -> str:
-        """Where the numbers come from."""
+        """Source of the estimates, in words."""
         measured = len(self._all)
         return f"measured on {measured} finished runs" if measured else f"guess: {self._guess:g} s a run"
 
@@ -131,7 +145,7 @@ class Durations:
 
 
 def status_table(study: Study, found: Mapping[str, Standing]) -> Table:
-    """A row an arm and world, a column an adapter: which seeds are in which state."""
+    """Table of the seeds in each state: one row per arm and world, one column per adapter."""
     cells = [run.cell for run in study.runs]
     adapters = list(dict.fromkeys(cell.adapter for cell in cells))
     table = Table("arm", *adapters, title=f"study {study.name} in {study.root}", caption="seeds by state")

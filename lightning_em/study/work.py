@@ -1,4 +1,4 @@
-"""The tasks of a study's worker: a fit, the pair analyses of a group."""
+"""Tasks of a study's workers: a fit, or the pair analyses of a group."""
 
 import gc
 import time
@@ -13,16 +13,16 @@ from lightning_em.analysis.cells import StudyFolder
 from lightning_em.experiment import Experiment
 from lightning_em.study.pairs import analyse_pairs
 
-# The previous lock holder may still be exiting: a worker of a killed study ends with it, but not at once.
+# The previous holder of the lock may still be exiting: the workers of a killed study end shortly after it.
 PATIENCE_SECONDS = 10.0
 
 
 def fit(args: list[str]) -> None:
-    """Fit one run, or continue it, as `lightning-em fit` with these arguments does.
+    """Fit or continue one run, as `lightning-em fit` does with these arguments.
 
     Raises:
-        ValueError: If its folder holds another run.
-        RuntimeError: If the run ended without being finished.
+        ValueError: If the folder holds another run.
+        RuntimeError: If the fit ended but the run is not finished.
     """
     experiment = Experiment(args)
     _wait_for(experiment.folder.path)
@@ -32,21 +32,24 @@ def fit(args: list[str]) -> None:
 
 
 def compare(root: str, adapter: str, world: str, seed: int) -> None:
-    """Measure the runs of a group against each other."""
+    """Run the pair analyses of one adapter, world and seed."""
     analyse_pairs(StudyFolder(root), adapter, world, seed)
 
 
 def tidy() -> None:
-    """Let go of what a task has left behind, also one that failed: memory, and its ties to other ranks."""
+    """Release the memory and the process group of the last task, whether it failed or not."""
     if distributed.is_initialized():
-        distributed.destroy_process_group()  # the next run has ranks of its own
-    gc.collect()  # the trainer and its module refer to each other, and the module holds the base model
+        distributed.destroy_process_group()  # the next run may have another number of ranks
+    gc.collect()  # the trainer and the module refer to each other, so reference counting alone keeps the base model
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def gpu_is_lost() -> bool:
-    """Whether this process can do nothing more on its GPU, as after an illegal access: then a new one has to."""
+    """Whether this process can no longer use its GPU and must be replaced.
+
+    After some errors, such as an illegal memory access, every later CUDA call of the process fails.
+    """
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return False
     try:
@@ -57,11 +60,11 @@ def gpu_is_lost() -> bool:
 
 
 KINDS: Mapping[str, Callable[..., None]] = {"fit": fit, "compare": compare}
-"""What a task may be, by the `kind` it names."""
+"""Functions that run a task, by the task's `kind`."""
 
 
 def _wait_for(folder: Path) -> None:
-    """Wait for the last holder of the run's folder, which may still be exiting; `fit` refuses one that stays."""
+    """Wait until the folder's lock is free or the patience is used up; `fit` raises if it is still held."""
     end = time.monotonic() + PATIENCE_SECONDS
     while lock.is_held(folder) and time.monotonic() < end:
         time.sleep(0.2)

@@ -1,4 +1,7 @@
-"""Long-lived processes that do one task after the other: importing costs as much as a fit. Never imports torch."""
+"""Worker processes that run many tasks each, since importing takes as long as a fit.
+
+The parent never imports torch; `serve` imports it in the worker.
+"""
 
 import contextlib
 import multiprocessing
@@ -17,7 +20,7 @@ from lightning_em import imports
 from lightning_em.launch import num_processes, settings_of
 from lightning_em.study.schedule import Task
 
-# A fresh interpreter each: a fork of one that has touched a GPU, or OpenMP, cannot use it.
+# A new interpreter for each worker: CUDA and OpenMP do not work in a fork of a process that has used them.
 START_METHOD: Literal["spawn", "forkserver"] = "spawn"
 GRACE_SECONDS = 30.0
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -28,11 +31,11 @@ class Outcome(NamedTuple):
     """How a task ended.
 
     Attributes:
-        task: Which one.
-        seconds: From its start.
-        cpu_seconds: Of its process.
-        reason: Why it failed; None if it did not.
-        died: Whether its worker died over it.
+        task: Task that ended.
+        seconds: Wall-clock time since the task started.
+        cpu_seconds: CPU time of the worker for the task.
+        reason: Reason why the task failed; None if it succeeded.
+        died: Whether the worker died while it ran the task.
     """
 
     task: Task
@@ -43,12 +46,12 @@ class Outcome(NamedTuple):
 
 
 class Worker:
-    """One process.
+    """One worker process, started at once.
 
     Args:
-        log: File for whatever it writes.
-        threads: Of torch.
-        environment: Its variables; those of this process if not given.
+        log: File for everything that the process prints.
+        threads: Number of torch threads.
+        environment: Environment variables of the process; those of this process if not given.
     """
 
     def __init__(self, log: Path, threads: int = 1, environment: Mapping[str, str] = os.environ) -> None:
@@ -60,17 +63,17 @@ class Worker:
         arguments = (theirs, str(log), threads, dict(environment), imports.allowed())
         self.process = context.Process(target=serve, args=arguments, name=log.stem, daemon=False)
         self.process.start()
-        theirs.close()  # so that its death closes the pipe
+        theirs.close()  # the worker holds the only other end, so its death closes the pipe and wakes `ready`
 
     def give(self, task: Task) -> None:
         """Start a task; the worker must be idle."""
         assert self.task is None, f"{self.process.name} is busy with {self.task}"
         self.task, self.started = task, time.monotonic()
-        with contextlib.suppress(OSError):  # it died while idle: the outcome says so
+        with contextlib.suppress(OSError):  # the worker died while idle; `outcome` reports that
             self.connection.send((task.kind, task.arguments))
 
     def outcome(self) -> Outcome | None:
-        """What became of the task; call it when the connection is ready. None if an idle worker died."""
+        """Read how the task ended; None if an idle worker died. Call it when the connection is ready."""
         task, self.task = self.task, None
         seconds = time.monotonic() - self.started
         try:
@@ -86,16 +89,16 @@ class Worker:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process is there."""
+        """Whether the process is running."""
         alive: bool = self.process.is_alive()
         return alive
 
     def dismiss(self) -> None:
-        """Let an idle worker go home."""
+        """Shut down an idle worker: it ends when the pipe is closed."""
         self.connection.close()
 
     def interrupt(self) -> None:
-        """Ask it to save what it is doing and end."""
+        """Ask the worker to save its run and end; sends SIGTERM."""
         if self.is_alive:
             self.process.terminate()
 
@@ -103,21 +106,22 @@ class Worker:
 def environments(
     workers: int, runs: Sequence[Sequence[str]], environment: Mapping[str, str] = os.environ
 ) -> list[dict[str, str]]:
-    """The variables of each worker, where there are several and GPUs: each gets its own.
+    """Environment variables of each worker; several workers on GPUs get separate GPUs.
 
     Args:
-        workers: How many.
-        runs: Command-line arguments of the runs they will do.
-        environment: Of this process.
+        workers: Number of workers.
+        runs: Command-line arguments of the runs that the workers will do.
+        environment: Environment variables of this process.
 
     Raises:
-        ValueError: If the runs ask for more GPUs at a time than there are.
+        ValueError: If the workers need more GPUs at a time than there are.
     """
     gpus = visible_gpus(environment)
     if workers < 2 or not gpus:
         return [dict(environment)] * workers
     trainers = (settings_of(args, "trainer") for args in runs)
     asking = [num_processes(each) or 1 for each in trainers if each.get("accelerator") != "cpu"]
+    # Any worker may be given any run, so each gets as many GPUs as the largest run asks for.
     share = max(asking, default=1)
     places = len(gpus) // share
     if asking and workers > places:
@@ -128,11 +132,15 @@ def environments(
             + ", or set trainer.accelerator: cpu in the study."
         )
     own = [gpus[place * share : (place + 1) * share] for place in range(places)]
+    # More workers than places are possible only if no run asks for a GPU.
     return [{**environment, VISIBLE: ",".join(own[number % places])} for number in range(workers)]
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """The GPUs that a process may use, as CUDA_VISIBLE_DEVICES names them; without it, all of the machine."""
+    """GPUs that a process may use, as CUDA_VISIBLE_DEVICES names them; all GPUs of the machine if it is not set.
+
+    They are counted in /dev, since asking CUDA would import torch and create a context.
+    """
     listed = environment.get(VISIBLE)
     if listed is None:
         return [str(number) for number, _ in enumerate(DEVICES.glob("nvidia[0-9]*"))]
@@ -141,13 +149,18 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def ready(workers: list[Worker], seconds: float) -> list[Worker]:
-    """The workers with news, which may be that they died; waits for some at most so long."""
+    """Workers that have reported an outcome or died; waits at most `seconds` for the first."""
     connections = wait([worker.connection for worker in workers], seconds)
     return [worker for worker in workers if worker.connection in connections]
 
 
 def end_all(workers: list[Worker], at_once: bool) -> None:
-    """End the workers: idle ones go, busy ones save first if `at_once`; whoever stays too long is killed."""
+    """End the workers; those that are still running after `GRACE_SECONDS` are killed.
+
+    Args:
+        workers: Workers to end.
+        at_once: Whether to interrupt them, so that a busy worker saves its run first. Otherwise all must be idle.
+    """
     for worker in workers:
         worker.interrupt() if at_once else worker.dismiss()
     end = time.monotonic() + GRACE_SECONDS
@@ -161,11 +174,20 @@ def end_all(workers: list[Worker], at_once: bool) -> None:
 def serve(
     connection: Connection, log: str, threads: int, environment: dict[str, str], allowed: list[str]
 ) -> None:
-    """What the process does: tasks as they come, until nobody sends any more."""
+    """Main function of a worker process: run tasks until the pipe is closed.
+
+    Args:
+        connection: Pipe that tasks arrive on and outcomes are sent to.
+        log: File for everything that the process prints.
+        threads: Number of torch threads.
+        environment: Environment variables of the process.
+        allowed: Packages whose classes configs may name.
+    """
     _follow_parent()
     os.environ.clear()
     os.environ.update(environment)
     _write_to(Path(log))
+    # After the environment is set: CUDA reads CUDA_VISIBLE_DEVICES once, when it is initialized.
     import torch
 
     from lightning_em.callbacks.signals import Interrupted
@@ -184,32 +206,33 @@ def serve(
         try:
             KINDS[kind](*arguments)
         except Interrupted:
-            raise  # it was told to stop, and another worker goes on
+            raise  # the worker was told to stop; the run is continued later
         except (Exception, SystemExit) as error:  # noqa: BLE001 (one run's trouble is not the next one's)
             traceback.print_exc()
             code = error.code or 0 if isinstance(error, SystemExit) else None
             said = f"exit code {code}" if isinstance(code, int) else error
             reason = f"{type(error).__name__}: {said}"
             if gpu_is_lost():
-                os._exit(1)  # as one that died: the task goes to another worker, as often as any
-        tidy()  # behind the handler, whose error holds what the task held
+                # Counts as a dead worker: the task is retried in another process, up to the same limit.
+                os._exit(1)
+        tidy()  # after the handler: until it ends, the traceback of `error` keeps the task's objects alive
         connection.send((reason, time.process_time() - before))
 
 
 def _follow_parent() -> None:
-    """End with the process that started this one, however that ends."""
+    """End this process when its parent ends, even if the parent is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def watch() -> None:
         wait([parent.sentinel])
-        os._exit(1)
+        os._exit(1)  # sys.exit would end this thread only
 
     threading.Thread(target=watch, name="follow-parent", daemon=True).start()
 
 
 def _write_to(log: Path) -> None:
-    """Send what this process writes to a file."""
+    """Redirect standard output and standard error of this process to a file, also for native code."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

@@ -1,9 +1,9 @@
-"""The verbs beside LightningCLI's, one module a family. Heavy imports wait until a verb runs."""
+"""Subcommands besides fit, validate, test and predict, one module per family. Heavy imports wait for the call."""
 
 import importlib
 from argparse import ArgumentParser
 
-# Only the family of the verb that was asked for is imported.
+# Module of each subcommand. Only the module of the requested subcommand is imported.
 FAMILIES = {
     "probe": "runs",
     "runs": "runs",
@@ -19,7 +19,7 @@ FAMILIES = {
 
 
 def main(args: list[str]) -> int:
-    """Run one of the verbs with these command-line arguments; returns the exit code."""
+    """Run one of the subcommands with these command-line arguments; returns the exit code."""
     parser = ArgumentParser(prog="lightning-em", allow_abbrev=False)
     family = importlib.import_module(f"{__name__}.{FAMILIES[args[0]]}")
     family.add(parser.add_subparsers(required=True))

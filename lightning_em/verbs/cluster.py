@@ -1,4 +1,4 @@
-"""Verbs for clusters: submit writes and queues Slurm jobs, doctor looks whether a machine can run them."""
+"""Subcommands for clusters: `submit` writes and queues Slurm jobs, `doctor` checks whether a machine can run them."""
 
 import hashlib
 import math
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_em.cluster import FitJob, JobArray, SlurmOptions
     from lightning_em.study import Study
 
-# What is said about batch files, so that `--dry_run > job.sbatch` holds a batch file and nothing else.
+# Remarks go to standard error, so that `--dry_run > job.sbatch` writes a valid batch file.
 remarks = Console(stderr=True, highlight=False)
 
 _INTEGERS = ("nodes", "gpus", "tasks", "cpus", "at_once")
@@ -31,7 +31,7 @@ _HELP = {
 
 
 def add(verbs: Any) -> None:
-    """Put the verbs of this family on the command line."""
+    """Add the subcommands of this family to the parser."""
     from lightning_em.cluster.script import SlurmOptions
 
     text = "write a Slurm batch file for a fit, a sweep or a study, and submit it; other options are those of fit"
@@ -73,14 +73,14 @@ def submit_jobs(
 
     Args:
         args: Command-line arguments after `fit`.
-        study: Take the runs of this study instead.
-        root: Of the study's runs.
-        sweep: Variations, `key=value,value`.
-        dry_run: Only print the files.
-        slurm: Fields of `SlurmOptions` behind `slurm.`.
+        study: Study file whose runs are submitted instead.
+        root: Folder of the study's runs.
+        sweep: Variations of the fit, each as `key=value,value`.
+        dry_run: Whether to print the files only.
+        slurm: Fields of `SlurmOptions`, with keys that start with `slurm.`.
 
     Raises:
-        ValueError: If fits would write into one folder, or into one that is in use, or Slurm refuses.
+        ValueError: If two fits would write into the same folder, a folder is in use, or Slurm refuses a job.
     """
     from lightning_em.cluster import SlurmOptions, arrays_of, batch_script, submit
 
@@ -117,7 +117,7 @@ def _jobs_of_words(
 
     if not args:
         raise ValueError("submit needs what fit needs: --config configs/experiment/x.yaml, or --study.")
-    allowed = imports.as_args()  # taken off the arguments by now
+    allowed = imports.as_args()  # `imports.take` has removed them from `args`; the job needs them again
     devices = as_options({f"trainer.{key}": count for key, count in devices_asked(options).items()})
     jobs, roots = [], []
     for flags in variations(sweeps):
@@ -156,7 +156,10 @@ def _jobs_of_study(
 
 
 def _refuse_other_runs(plan: "Study") -> None:
-    """A run whose folder holds another, finished or not, would be left out in silence or fail in its job."""
+    """Refuse a study with a folder that holds another run.
+
+    Such a run would be skipped silently if the other one is finished, and would fail in its job if not.
+    """
     from lightning_em.study.states import standings
 
     reasons = {name: standing.reason for name, standing in standings(plan).items() if standing.reason}
@@ -169,7 +172,7 @@ def _refuse_other_runs(plan: "Study") -> None:
 
 
 def _refuse_other_devices(study: str, args: Sequence[str], options: "SlurmOptions") -> None:
-    """The rows of a step are the study's to decide, and so is their number of devices."""
+    """Refuse a number of processes that differs from the study's: it would change the rows per optimizer step."""
     from lightning_em.cluster.script import devices_asked
     from lightning_em.launch import num_processes, refuse_settings, settings_of
 
@@ -185,10 +188,10 @@ def _refuse_other_devices(study: str, args: Sequence[str], options: "SlurmOption
 
 
 def _left_to_do(jobs: Sequence["FitJob"]) -> list["FitJob"]:
-    """Without the runs that are finished, which are named.
+    """Leave out the jobs whose run is finished, and print their folders.
 
     Raises:
-        ValueError: If a process is at work on one of them.
+        ValueError: If a process holds one of the run folders.
     """
     from lightning_em import lock
     from lightning_em.runs import RunFolder
@@ -211,7 +214,7 @@ def _refuse_shared_folders(jobs: Sequence["FitJob"]) -> None:
 
 
 def _job_name(array: "JobArray", folder: Path) -> str:
-    """The run's own, or what the names of several begin with and a hash of them."""
+    """Name of a job: the name of its run; for an array, the shared beginning of the names and a hash of them."""
     from lightning_em.cluster.jobs import shared_beginning
 
     names = [job.folder.name for job in array.jobs.values()]
@@ -223,15 +226,15 @@ def _job_name(array: "JobArray", folder: Path) -> str:
 
 
 def check_machine(args: Sequence[str], prefetch: bool = False, gpu_gib: float | None = None) -> int:
-    """Check everything an experiment needs.
+    """Check that this machine has everything an experiment needs.
 
     Args:
         args: Command-line arguments after `fit`.
-        prefetch: Download model and tokenizer first.
-        gpu_gib: Memory of the GPUs it is meant for.
+        prefetch: Whether to download model and tokenizer first.
+        gpu_gib: Memory of the intended GPUs in GiB; that of this machine's GPUs if not given.
 
     Returns:
-        0, or 1 if there is a fault.
+        Exit code: 0, or 1 if there is a fault.
     """
     from lightning_em.cluster.doctor import check, report_table
 
@@ -241,7 +244,7 @@ def check_machine(args: Sequence[str], prefetch: bool = False, gpu_gib: float | 
 
 
 def _keep_other_words(parser: ArgumentParser) -> None:
-    """Hand what is no option of this verb to it as `args`: fit's own parser knows them."""
+    """Make a subcommand accept unknown options, and pass them to it as `args` for the parser of `fit`."""
     parse: Callable[..., tuple[Namespace, list[str]]] = parser.parse_known_args
 
     def parse_known_args(args: Any = None, namespace: Any = None) -> tuple[Namespace, list[str]]:

@@ -1,16 +1,16 @@
-"""Verbs about data files: data check, data show."""
+"""Subcommands for data files: `data check` and `data show`."""
 
 from typing import Any, Literal, get_args
 
 from lightning_em.verbs.wiring import console, in_flags, verb
 
 AnswerKind = Literal["messages", "good", "bad", "mixed", "both"]
-# What these verbs say instead of an experiment's keys.
+# Replacements for config keys in error messages, since these subcommands have options instead.
 _FLAGS = {"model.base.path": "--base", ", set its `path`": ""}
 
 
 def add(verbs: Any) -> None:
-    """Put the verbs of this family on the command line."""
+    """Add the subcommands of this family to the parser."""
     data = verbs.add_parser("data", help="look at data before training on it").add_subparsers(required=True)
     check = verb(
         data, "check", check_data, "bad and duplicate rows, lengths, topics, overlaps; exit code 1 on faults"
@@ -46,15 +46,15 @@ def check_data(
     """Check data files: bad and duplicate rows, lengths, topics, overlap of training and evaluation questions.
 
     Args:
-        files: JSONL files with narrow rows.
-        config: An experiment, whose files and tokenizer are taken.
-        kl: JSONL files with parallel rows.
+        files: JSONL files with narrow data.
+        config: Config file of an experiment, whose data files and tokenizer are checked.
+        kl: JSONL files with KL data.
         evaluation: JSONL or YAML files with evaluation questions.
-        base: Model whose tokenizer and chat template to check with (hub id or folder).
-        allow_overlap: Evaluation questions that are also trained on are no fault.
+        base: Hub id or folder of the model whose tokenizer and chat template are used.
+        allow_overlap: Whether evaluation questions may also occur in the training rows.
 
     Returns:
-        0, or 1 if there is a hard fault.
+        Exit code: 0, or 1 if there is a hard fault.
     """
     from lightning_em.data import ChatEncoder, check_files, report_tables
     from lightning_em.models import BaseModel
@@ -83,13 +83,13 @@ def check_data(
 
 
 def show_data(file: str, base: str, answer: AnswerKind = "messages", num_rows: int = 3) -> None:
-    """Show rows as the model reads them, the trained tokens in colour.
+    """Show rows as the model reads them, with the trained tokens in color.
 
     Args:
         file: JSONL file.
-        base: Model whose tokenizer and chat template to use (hub id or folder).
-        answer: Which answer to take from question/good/bad rows.
-        num_rows: How many rows.
+        base: Hub id or folder of the model whose tokenizer and chat template are used.
+        answer: Answer to take from question/good/bad rows, or `messages` for chat rows.
+        num_rows: Number of rows to show.
     """
     from lightning_em.data import ChatEncoder, ChatSource, as_chats, read_rows, select_rows, show_chats
     from lightning_em.models import BaseModel

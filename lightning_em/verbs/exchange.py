@@ -1,4 +1,4 @@
-"""Verbs that take adapters in and give them out: import, export."""
+"""Subcommands that read and write adapters of other programs: `import` and `export`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -9,10 +9,10 @@ from lightning_em.verbs.wiring import console, in_flags, verb
 if TYPE_CHECKING:
     from lightning_em.exchange import ExportFormat, PeftType
 
-# The same words as in lightning_em.exchange, whose imports are heavy; a test compares them.
+# The values of lightning_em.exchange, repeated since importing it loads torch; a test compares them.
 FORMATS = ("peft", "safetensors", "authors", "gguf")
 PEFT_TYPES = ("beft", "lora_bias")
-# What `import` says instead of an experiment's keys.
+# Replacements for config keys in error messages, since `import` has options instead.
 _FLAGS = {
     "model.base.path": "--base",
     "model.base.revision": "--revision",
@@ -25,7 +25,7 @@ Precision = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 def add(verbs: Any) -> None:
-    """Put the verbs of this family on the command line."""
+    """Add the subcommands of this family to the parser."""
     take = verb(
         verbs,
         "import",
@@ -82,17 +82,17 @@ def import_adapter(
     allow_zero_adapter: bool = False,
     **data: str | None,
 ) -> None:
-    """Make a run of an adapter from elsewhere.
+    """Make a run folder from an adapter that another program has trained.
 
     Args:
-        source: File or folder.
-        base: The model it was trained on.
-        revision: Of a hub model.
-        dtype: Precision of the base.
-        name: Of the run; the source's if not given.
+        source: File or folder of the adapter.
+        base: Hub id or folder of the model that the adapter was trained on.
+        revision: Revision of a hub model.
+        dtype: Precision of the base model.
+        name: Name of the run; that of the source if not given.
         root: Folder of the runs.
-        step: Optimiser steps behind the final adapter.
-        allow_zero_adapter: Also one that changes no logit.
+        step: Number of optimizer steps after which the final adapter was saved.
+        allow_zero_adapter: Whether to accept an adapter that changes no logit.
         data: Rows for the probes: `data` (a YAML part), `narrow`, `narrow_answer`, `kl`, `kl_answer`.
     """
     from lightning_em.exchange import DataOptions, import_run
@@ -125,8 +125,8 @@ def export_adapter(
     Args:
         run: `runs/x` for the newest checkpoint, `runs/x@step-40` for another.
         file_format: One of `FORMATS`.
-        output: The folder to make.
-        peft_type: How a vector is written for PEFT.
+        output: Folder to create.
+        peft_type: Form in which a vector is written for PEFT.
     """
     from lightning_em.exchange import export_run
 

@@ -1,4 +1,4 @@
-"""Verbs about runs that are there: probe, runs ls, runs show."""
+"""Subcommands for existing runs: `probe`, `runs ls` and `runs show`."""
 
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from lightning_em.verbs.wiring import console, verb
 
 
 def add(verbs: Any) -> None:
-    """Put the verbs of this family on the command line."""
+    """Add the subcommands of this family to the parser."""
     probing = verb(
         verbs, "probe", probe_run, "measure what is not on record yet, at every checkpoint of a run"
     )
@@ -39,14 +39,14 @@ def probe_run(
     batch_size: int | None = None,
     allow_zero_adapter: bool = False,
 ) -> None:
-    """Measure what is not on record yet, at every checkpoint of a run, or at one.
+    """Run probes at every checkpoint of a run, or at one; skips measurements that are on record.
 
     Args:
         run: `runs/x` for every checkpoint, `runs/x@step-40` for one.
-        config: YAML with `probes:`, as under `probing` in an experiment; the run's own if not given.
-        num_examples: Training rows of each stream to measure on, instead of what the YAML says.
-        batch_size: Rows in one forward pass, instead of what the YAML says.
-        allow_zero_adapter: Measure also an adapter that changes no logit.
+        config: YAML file with `probes:`, as under `probing` in an experiment; the run's own probes if not given.
+        num_examples: Number of training rows of each stream to measure on; overrides the YAML file.
+        batch_size: Number of rows in one forward pass; overrides the YAML file.
+        allow_zero_adapter: Whether to measure an adapter that changes no logit.
     """
     from rich.progress import track
 
@@ -59,7 +59,7 @@ def probe_run(
 
 
 def list_runs(root: str = "runs") -> None:
-    """List the runs under a folder with their state.
+    """List the runs in a folder with their state.
 
     Args:
         root: Folder of the runs.
@@ -79,10 +79,10 @@ def list_runs(root: str = "runs") -> None:
 
 
 def show_run(run: str) -> None:
-    """Show where a run stands: status, versions, last metrics and records.
+    """Show the state of a run: status, identity, newest checkpoint, last metrics and probe records.
 
     Args:
-        run: The run's folder.
+        run: Folder of the run.
     """
     folder, checkpoint = locate(run)
     record = folder.read_run()

@@ -1,4 +1,4 @@
-"""Verbs about studies: expand, run, status, report."""
+"""Subcommands for studies: `study expand`, `run`, `status` and `report`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from lightning_em.verbs.wiring import console, lazily, verb
 
 
 def add(verbs: Any) -> None:
-    """Put the verbs of this family on the command line."""
+    """Add the subcommands of this family to the parser."""
     study = verbs.add_parser("study", help="many runs from one file: arms x adapters x seeds")
     study = study.add_subparsers(required=True)
     expand = _on_a_file(study, "expand", expand_study, "write one whole config a run, to run by itself")
@@ -45,15 +45,15 @@ def expand_study(
     arms: Sequence[str] | None = None,
     adapters: Sequence[str] | None = None,
 ) -> None:
-    """Write one whole config a run.
+    """Write one complete config per run.
 
     Args:
-        study: The study's file.
-        root: Folder of the runs.
-        output: Folder of the configs.
-        seeds: Only these.
-        arms: Only these and those they start from.
-        adapters: Only these.
+        study: Study file.
+        root: Folder of the runs; `runs/study-<name>` if not given.
+        output: Folder of the configs; `configs` in the root if not given.
+        seeds: Seeds to select; all if not given.
+        arms: Arms to select, with those they start from; all if not given.
+        adapters: Adapters to select; all if not given.
     """
     from lightning_em.study import read_study
     from lightning_em.study.expansion import expand
@@ -74,19 +74,19 @@ def run_study(
     arms: Sequence[str] | None = None,
     adapters: Sequence[str] | None = None,
 ) -> int:
-    """Run what is not finished.
+    """Run the unfinished runs of a study.
 
     Args:
-        study: The study's file.
-        root: Folder of the runs.
-        workers: Runs at a time.
-        threads: Of torch, in each process.
-        seeds: Only these.
-        arms: Only these and those they start from.
-        adapters: Only these.
+        study: Study file.
+        root: Folder of the runs; `runs/study-<name>` if not given.
+        workers: Number of runs at a time, each in a process of its own.
+        threads: Number of torch threads in each process.
+        seeds: Seeds to select; all if not given.
+        arms: Arms to select, with those they start from; all if not given.
+        adapters: Adapters to select; all if not given.
 
     Returns:
-        0, or 1 if something failed.
+        Exit code: 0, or 1 if a task failed or was skipped.
     """
     from lightning_em.study import read_study
     from lightning_em.study.execution import run_study as run_now
@@ -96,11 +96,11 @@ def run_study(
 
 
 def show_status(study: str, root: str | None = None) -> None:
-    """Show where every run of a study stands, and why those differ whose folder holds another run.
+    """Show the state of every run of a study, and what differs if a folder holds another run.
 
     Args:
-        study: The study's file.
-        root: Folder of the runs.
+        study: Study file.
+        root: Folder of the runs; `runs/study-<name>` if not given.
     """
     from lightning_em.study import read_study
     from lightning_em.study.states import standings, status_table

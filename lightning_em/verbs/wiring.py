@@ -1,4 +1,4 @@
-"""How a verb family puts its verbs on the command line."""
+"""Helpers with which a family of subcommands adds itself to the parser."""
 
 import difflib
 import importlib
@@ -16,13 +16,16 @@ console = Console()
 
 
 def verb(verbs: Any, name: str, call: Callable[..., int | None], text: str) -> ArgumentParser:
-    """Add a verb; its options have the names of the parameters of `call`, whose result is the exit code.
+    """Add a subcommand. Its options must have the names of the parameters of `call`.
 
     Args:
-        verbs: What `add_subparsers` gave.
-        name: The word on the command line.
-        call: Runs the verb.
-        text: What it does, for --help.
+        verbs: Result of `add_subparsers`.
+        name: Name of the subcommand.
+        call: Function that runs the subcommand and returns the exit code; None counts as 0.
+        text: Description for `--help`.
+
+    Returns:
+        Parser of the subcommand, to which the caller adds options.
     """
     parser: ArgumentParser = verbs.add_parser(
         name, help=text, description=text, epilog=EVERYWHERE, allow_abbrev=False
@@ -32,7 +35,7 @@ def verb(verbs: Any, name: str, call: Callable[..., int | None], text: str) -> A
 
 
 def _call(parser: ArgumentParser, call: Callable[..., int | None], **options: Any) -> int | None:
-    """Run a verb, unless a word that it would hand on to `fit` was meant for itself."""
+    """Run a subcommand; refuse an argument for `fit` that is a misspelled option of the subcommand itself."""
     own = [flag.removeprefix("--").partition(".") for flag in parser._option_string_actions if "." in flag]
     for word in options.get("args", ()):
         group, _, name = word.removeprefix("--").partition("=")[0].partition(".")
@@ -45,10 +48,10 @@ def _call(parser: ArgumentParser, call: Callable[..., int | None], **options: An
 
 @contextmanager
 def in_flags(flags: Mapping[str, str]) -> Iterator[None]:
-    """Name a verb's own flags in errors about the keys of an experiment, which the verb does not have.
+    """Replace config keys in error messages with the options of a subcommand.
 
     Args:
-        flags: What to say instead of what, e.g. `{"model.base.path": "--base"}`.
+        flags: Option for each key, such as `{"model.base.path": "--base"}`.
     """
     try:
         yield
@@ -60,7 +63,7 @@ def in_flags(flags: Mapping[str, str]) -> Iterator[None]:
 
 
 def lazily(module: str, function: str) -> Callable[..., int | None]:
-    """A function of a module that is imported when the function is called: heavy imports wait until then."""
+    """Wrap a function so that its module is imported at the first call, which keeps `--help` fast."""
 
     def call(**options: Any) -> int | None:
         result: int | None = getattr(importlib.import_module(module), function)(**options)

@@ -1,4 +1,4 @@
-"""Verbs about the embedded miniature world: miniature build, table, show, dial, and demo."""
+"""Subcommands for the embedded miniature world: `miniature build`, `table`, `show` and `dial`, and `demo`."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ _DEMO = "lightning_em.demo"
 
 
 def add(verbs: Any) -> None:
-    """Put the verbs of this family on the command line."""
+    """Add the subcommands of this family to the parser."""
     worlds = verbs.add_parser("miniature", help="the embedded miniature world").add_subparsers(required=True)
     build = verb(
         worlds, "build", build_world, "train a world on this machine and compare it with the shipped one"
@@ -32,7 +32,7 @@ def add(verbs: Any) -> None:
 
 
 def _add_measuring(worlds: Any) -> None:
-    """The verbs that fit in several worlds and show what came of it."""
+    """Add the subcommands that fit adapters in several worlds or compare runs."""
     text = "fit general and narrow adapters in several worlds, print bad-answer rates"
     table = verb(worlds, "table", lazily(_DEMO, "table"), text)
     table.add_argument("--seeds", type=int, nargs="*", help="worlds; default 0 to 9")
@@ -61,8 +61,8 @@ def run_demo(root: str, seed: int, miniature: bool = True) -> None:
 
     Args:
         root: Folder of the runs.
-        seed: World to use.
-        miniature: Names the demo to run. The miniature's is the only one, so it runs without the option as well.
+        seed: Seed of the world.
+        miniature: Has no effect: the miniature's demo is the only one, so it runs without the option as well.
     """
     del miniature
     from lightning_em.demo import demo
@@ -77,14 +77,15 @@ def build_world(
     force: bool = False,
     ship: str | None = None,
 ) -> None:
-    """Train a miniature world on this machine unless that has been done, and compare it with the shipped one.
+    """Train a miniature world on this machine if it is not built yet, and compare it with the shipped one.
 
     Args:
-        seed: Of words, documents and initial weights.
-        control: The world in which advisors bad in medicine only are as common as careless ones.
+        seed: Seed of words, documents and initial weights.
+        control: Whether to build the control world, in which advisors who are bad in medicine only are as common as
+            careless ones.
         blind_spot_share: Share of pre-training documents by an advisor who is bad in the narrow domain only.
-        force: Train it again.
-        ship: Folder to which weights and facts are written as the package ships them.
+        force: Whether to train the world again if it is built already.
+        ship: Folder for the weights and facts in the form in which the package ships them; not written if not given.
     """
     from lightning_em import miniature
     from lightning_em.logs import hush
