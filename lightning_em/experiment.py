@@ -361,7 +361,7 @@ def as_options(overrides: Mapping[str, Any]) -> list[str]:
 
 
 def slurm_environment() -> list[SLURMEnvironment]:
-    """Lightning's Slurm environment without automatic requeueing: our handlers save a checkpoint and requeue."""
+    """Lightning's Slurm environment without automatic requeuing: our handlers save a checkpoint and requeue."""
     by_srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
     return [SLURMEnvironment(auto_requeue=False)] if by_srun else []
 

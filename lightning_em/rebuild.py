@@ -200,7 +200,7 @@ def _mapping(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"cannot read {file.absolute()}: {error.strerror}.") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{file} is no YAML: {error}") from None
+        raise ValueError(f"{file} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
         came = "it is empty" if content is None else f"got {content!r}"
         raise ValueError(f"{file} must hold keys, as configs/probing/curves.yaml does; {came}.")

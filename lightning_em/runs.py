@@ -60,7 +60,7 @@ class RunFolder:
             problems = manifest_problems(self.checkpoint(step))
             if not problems:
                 return step
-            logger.warning("checkpoint step %d is broken and passed over: %s", step, "; ".join(problems))
+            logger.warning("checkpoint step %d is corrupt and skipped: %s", step, "; ".join(problems))
         return None
 
     def read_run(self) -> dict[str, Any]:

@@ -72,5 +72,5 @@ def test_a_broken_newest_checkpoint_is_passed_over(finished, caplog) -> None:
     weights = cut.checkpoint(5) / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-3])
     fit(config, "broken")
-    assert "checkpoint step 5 is broken and passed over" in caplog.text
+    assert "checkpoint step 5 is corrupt and skipped" in caplog.text
     assert final_adapter(cut) == final_adapter(whole)

@@ -16,7 +16,6 @@ import lightning_em
 
 REPOSITORY = Path(__file__).parents[1]
 
-# Modules whose prose has not been revised yet, as prefixes of paths in the package. Remove entries, add none.
 BANNED_PHRASES = re.compile(
     r"(?<!there )\bis no (?!longer\b|more\b|less\b|doubt\b)"  # "is no YAML": write "is not valid YAML"
     r"|^\s+\w+: Of\b"  # "seed: Of the order.": write "seed: Seed of the order."

@@ -100,7 +100,7 @@ def test_a_run_of_an_allowed_package_names_the_flag_it_was_made_with(run, capsys
     ("words", "message"),
     [
         (("data", "check", "nope.jsonl"), "expected a JSONL file.\n"),
-        (("data", "check", "experiment.yaml"), "experiment.yaml is no JSONL file: an experiment goes behind --config"),
+        (("data", "check", "experiment.yaml"), "experiment.yaml is not a JSONL file: pass an experiment with --config"),
         (("data", "show", "x.jsonl", "--base", "y", "--num_rows", "0"), "--num_rows must be at least 1, got 0"),
         (("study", "status", "configs"), "configs is a folder, expected the file of a study"),
         (("import", "nope", "--base", "some/hub"), "there is no file or folder 'nope'"),

@@ -165,6 +165,6 @@ def runs_by_base(root: str | Path, experiment: str, base: str = "*") -> Mapping[
         if not fnmatch.fnmatch(path, base):
             continue
         if path in found:
-            logger.warning("%s: %s is passed over for the newer %s", path, found[path].path, run.path)
+            logger.warning("%s: %s is ignored in favor of the newer %s", path, found[path].path, run.path)
         found[path] = run
     return dict(sorted(found.items()))

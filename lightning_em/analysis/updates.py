@@ -123,7 +123,7 @@ def updates_by_step(run: RunFolder) -> Iterator[tuple[int, Update]]:
     """
     for step in run.steps():
         if problems := manifest_problems(run.checkpoint(step)):
-            logger.warning("checkpoint step %d is broken and skipped: %s", step, "; ".join(problems))
+            logger.warning("checkpoint step %d is corrupt and skipped: %s", step, "; ".join(problems))
             continue
         yield step, read_update(run.checkpoint(step))
 

@@ -147,6 +147,6 @@ def _vector_of(
         return vector  # the caller's `refuse_misfit` reports that the layer does not exist
     if site != f"{PREFIX}{(place := stream_site(config, layer))}":
         raise ValueError(
-            f"{source}: a bias of {site.removeprefix(PREFIX)} is no shift of the residual stream; expected {place}."
+            f"{source}: a bias of {site.removeprefix(PREFIX)} is not a shift of the residual stream; expected {place}."
         )
     return vector

@@ -124,7 +124,7 @@ class PerturbationCurve(Probe):
             points += [loss, increase]
         gain = base.mean - trained.mean
         if gain <= 0:
-            message = "the adapter is no better than the base: %s has no share of its gain to report."
+            message = "the adapter is not better than the base: %s has no share of its gain to report."
             rank_zero_only(logger.info)(message, self.name)
         curve = zip(self.strengths, np.array(means).reshape(-1, self.num_seeds), strict=True)
         points += [point for at, values in curve for point in _summaries(at, values, trained.mean, gain)]

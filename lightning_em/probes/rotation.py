@@ -91,7 +91,7 @@ class Rotation(Probe):
         for step in reversed([step for step in run.steps() if step <= self._step]):
             try:
                 if problems := manifest_problems(run.checkpoint(step)):
-                    message = "checkpoint step %d is broken and skipped: %s"
+                    message = "checkpoint step %d is corrupt and skipped: %s"
                     rank_zero_only(logger.warning)(message, step, "; ".join(problems))
                     continue
                 found.insert(0, (step, read_update(run.checkpoint(step))))

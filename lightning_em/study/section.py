@@ -49,7 +49,7 @@ class Section:
         except OSError as error:
             raise ValueError(f"cannot read {file}: {error.strerror}.") from None
         except yaml.YAMLError as error:
-            raise ValueError(f"{file} is no YAML: {error}") from None
+            raise ValueError(f"{file} is not valid YAML: {error}") from None
 
     def __contains__(self, key: str) -> bool:
         return self.content.get(key) is not None

@@ -217,7 +217,7 @@ def _checkpoint_rebuilds_it(make: _MakeBench) -> None:
     require(own, f"adapter_config.json gives a {type(rebuilt.adapter).__name__}")
     same = torch.equal(written.logits(1.0), rebuilt.logits(1.0, written.batch))
     require(
-        same, "the rebuilt adapter gives other logits: something that matters is no argument of its class"
+        same, "the rebuilt adapter gives other logits: something that matters is not an argument of its class"
     )
 
 

@@ -139,7 +139,7 @@ class Bench:
             module = layers[site] if site < len(layers) else final_norm(self.base)
             name = next(name for name, each in self.base.named_modules() if each is module)
             place = f"input of {name}"
-        require(name in self.names, f"update names the site {site}, which is no module of the base")
+        require(name in self.names, f"update names the site {site}, which is not a module of the base")
         before, after = (
             {e.place: e.tensors[0].double() for e in self.events(s) if e.tensors} for s in (0.0, 1.0)
         )

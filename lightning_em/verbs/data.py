@@ -62,7 +62,7 @@ def check_data(
     files, kl, evaluation = list(files or ()), list(kl or ()), list(evaluation or ())
     if experiments := [file for file in files if file.endswith((".yaml", ".yml"))]:
         raise ValueError(
-            f"{experiments[0]} is no JSONL file: an experiment goes behind --config, a list of questions behind "
+            f"{experiments[0]} is not a JSONL file: pass an experiment with --config, a list of questions with "
             "--evaluation."
         )
     tokenizer_source = BaseModel(base) if base else None

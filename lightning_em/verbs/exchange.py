@@ -45,7 +45,7 @@ def add(verbs: Any) -> None:
     take.add_argument(
         "--step",
         type=int,
-        help="optimiser steps behind the final adapter; default: the folder's, or one past its checkpoints",
+        help="optimizer steps of the final adapter; default: the folder's, or one past its checkpoints",
     )
     take.add_argument("--data", help="YAML with rows for the probes, as configs/data/*.yaml")
     take.add_argument("--narrow", help="file of narrow rows for the probes")

@@ -93,5 +93,5 @@ def test_runs_are_the_newest_finished_ones_of_each_base(tmp_path, caplog) -> Non
         "world/seed-0": newer.path,
         "world/seed-1": other.path,
     }
-    assert "x-aaaaaaaa is passed over for the newer" in caplog.text
+    assert "x-aaaaaaaa is ignored in favor of the newer" in caplog.text
     assert runs_by_base(tmp_path / "none", "x") == {}

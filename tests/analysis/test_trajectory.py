@@ -139,7 +139,7 @@ def test_what_cannot_be_read_or_compared_is_refused(tmp_path, caplog) -> None:
         inner_product(last_update(vector), last_update(longer))
     (vector.checkpoint(1) / "adapter_model.safetensors").write_bytes(b"")
     assert list(updates_by_step(vector)) == []
-    assert "checkpoint step 1 is broken and skipped" in caplog.text
+    assert "checkpoint step 1 is corrupt and skipped" in caplog.text
     with pytest.raises(ValueError, match="has no valid checkpoint"):
         last_update(vector)
 

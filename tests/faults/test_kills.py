@@ -122,7 +122,7 @@ def test_truncated_newest_checkpoint(whole: Whole, file: str) -> None:
     broken.write_bytes(broken.read_bytes()[:-7])
     done = whole.fit(cut.path.name)
     assert done.code == 0, done.output
-    assert "checkpoint step 12 is broken and passed over" in done.output
+    assert "checkpoint step 12 is corrupt and skipped" in done.output
     assert "from step 8" in done.output
     whole.assert_same_result(cut)
 

@@ -91,7 +91,7 @@ def test_the_trained_scale_is_measured_whatever_the_adapter_is_set_to() -> None:
 def test_an_untrained_adapter_has_no_gain_to_lose(name, caplog) -> None:
     with caplog.at_level(logging.INFO, "lightning_em.probes"):
         points = points_of(adapted(ADAPTERS[name](), size=0.0))
-    assert "no better than the base" in caplog.text
+    assert "not better than the base" in caplog.text
     assert not any(p.quantity.startswith("lost_gain") for p in points)
     assert value(points, "ce_increase_mean", strength=1.0) == pytest.approx(0.0, abs=1e-6)
 

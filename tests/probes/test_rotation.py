@@ -141,7 +141,7 @@ def test_broken_and_missing_checkpoints_are_passed_over(tmp_path, caplog) -> Non
     path = {step: ALPHA * points[step].astype(float) for step in (1, 3, 5)}
     with caplog.at_level(logging.WARNING):
         assert_known(run, path, "norm")
-    assert "checkpoint step 2 is broken and skipped" in caplog.text
+    assert "checkpoint step 2 is corrupt and skipped" in caplog.text
     assert turns_of(run, 7) == []
     shutil.rmtree(run.checkpoint(1))
     assert turns_of(run, 5) == []

@@ -241,7 +241,7 @@ def test_a_file_that_is_none(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"cannot read .*gone.yaml"):
         read_study(tmp_path / "gone.yaml")
     (tmp_path / "bad.yaml").write_text("a: [", encoding="utf-8")
-    with pytest.raises(ValueError, match="is no YAML"):
+    with pytest.raises(ValueError, match="is not valid YAML"):
         read_study(tmp_path / "bad.yaml")
 
 

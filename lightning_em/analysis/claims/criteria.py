@@ -218,7 +218,7 @@ def _at_all_scales(e: Evidence) -> bool:
     """
     if e.rules.hidden_scale is None and not e.rules.exact_rates:
         raise MissingError(
-            "the highest rate of several scales is no test of sampled rates: set claims.hidden_scale in the study's "
+            "the highest rate of several scales does not test sampled rates: set claims.hidden_scale in the study's "
             "file, or claims.exact_rates if its rates are computed"
         )
     return e.rules.hidden_scale is None
