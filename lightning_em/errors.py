@@ -286,6 +286,8 @@ def _near(name: str, candidates: Iterable[str]) -> str:
     """Return a suggestion, or all candidates if none is similar and there are few."""
     names = list(dict.fromkeys(candidates))
     by_lower = {candidate.lower(): candidate for candidate in names}
+    if name.lower() in by_lower:  # only the case is wrong
+        return f" Did you mean {by_lower[name.lower()]}?"
     if near := difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6):
         return f" Did you mean {' or '.join(by_lower[match] for match in near)}?"
     return f" It has {', '.join(names)}." if 0 < len(names) <= _MAX_LINES else ""
