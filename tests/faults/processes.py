@@ -68,7 +68,7 @@ def run(*words: str, output: Path, **environment: str) -> Ended:
     return Running(*words, output=output, **environment).wait()
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 60, what: str = "it") -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 180, what: str = "it") -> None:
     """Poll until a condition holds; raise an assertion error after the timeout."""
     end = time.monotonic() + seconds
     while not condition():
