@@ -82,7 +82,7 @@ ROWS_OF_A_MICRO_BATCH = (4, 16)
 """Rows per stream: few enough for one pass over both streams, and enough for gradients in several parts."""
 
 CHILD = """
-import json, runpy, sys
+import json, runpy, sys, traceback
 import lightning_em
 print(lightning_em.__file__)
 for spellings in json.loads(sys.stdin.read()):
@@ -93,6 +93,9 @@ for spellings in json.loads(sys.stdin.read()):
             code = 0
         except SystemExit as end:
             code = end.code or 0
+        except ValueError:  # --debug raises what a revision says of a key that it does not know
+            traceback.print_exc()
+            code = 2
         if code == 0:
             break
     else:
