@@ -1,4 +1,4 @@
-"""The Slurm job of this process: id, signal and requeueing. Never imports torch."""
+"""The Slurm job of this process: id, signal and requeuing. Never imports torch."""
 
 import logging
 import os
