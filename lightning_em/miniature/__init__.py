@@ -6,6 +6,7 @@ from lightning_em.miniature.cache import (
     SCHEME,
     built_folder,
     cache_dir,
+    is_complete,
     parse_address,
     recipe_hash_at,
     world_folder,
@@ -30,8 +31,6 @@ def resolve(path: str) -> str | Path:
 
 def provide(recipe: Recipe, seed: int) -> Path:
     """Folder of a shipped or built world; see `lightning_em.miniature.building.provide`."""
-    from lightning_em.miniature.cache import is_complete
-
     # Asked first, for it needs no torch.
     folder = world_folder(recipe, seed) if find_shipped(recipe, seed) else built_folder(recipe, seed)
     if is_complete(folder):

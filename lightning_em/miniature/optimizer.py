@@ -8,6 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 from torch.optim import Muon
+from torch.optim.optimizer import ParamsT
 
 # Coefficients of the quintic, Keller Jordan's Muon post (https://kellerjordan.github.io/posts/muon/); the slope at
 # zero is as large as it can be, singular values end between about .7 and 1.2 instead of at 1.
@@ -21,8 +22,19 @@ class Float32Muon(Muon):
     torch 2.13 casts the gradient to bfloat16 (`torch/optim/_muon.py`, `_zeropower_via_newtonschulz`) and has no
     argument for it. A CPU without bfloat16 instructions takes 7 to 12 times as long for such a product as for a
     float32 one, and its rounding differs between kernels: after a thousand steps another CPU has trained another
-    model. The arguments, the state and the update rule are torch's.
+    model. State and update rule are those of torch's Muon with its other arguments at their defaults.
+
+    Args:
+        params: Matrices to optimize.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+        momentum: Momentum factor, Nesterov's.
     """
+
+    def __init__(
+        self, params: ParamsT, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95
+    ) -> None:
+        super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -51,7 +63,10 @@ class Float32Muon(Muon):
         updates = []
         for parameter in parameters:
             assert parameter.grad is not None
-            buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            buffer = state["momentum_buffer"]
             buffer.lerp_(parameter.grad, 1 - momentum)
             updates.append(parameter.grad.lerp(buffer, momentum))  # Nesterov
         rows, columns = parameters[0].shape
