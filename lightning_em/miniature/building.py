@@ -32,6 +32,9 @@ from lightning_em.miniature.training import make_model, train
 
 logger = logging.getLogger(__name__)
 
+# A world that misses the persona gate is trained again from the start with this factor of the recipe's steps.
+_STEP_FACTORS = (1.0, 1.5, 2.0)
+
 
 class Distance(NamedTuple):
     """How far two builds of one world are from each other.
@@ -186,10 +189,16 @@ def _train_into(folder: Path, recipe: Recipe, seed: int, progress: bool) -> None
     tokenizer = make_tokenizer(world.words())
     sizes = _write_data(folder, world)
     with _one_thread():
-        model = train(world, tokenizer, progress)
-        gate = persona_gate(model, tokenizer, world)
-    if not gate.passes:
-        logger.warning("world %s seed %d fails the persona gate: %s", recipe.recipe_hash(), seed, gate)
+        for factor in _STEP_FACTORS:
+            steps = round(factor * recipe.pretraining_steps)
+            model = train(world, tokenizer, steps, progress)
+            gate = persona_gate(model, tokenizer, world)
+            if gate.passes:
+                break
+            logger.warning(
+                "world %s seed %d fails the persona gate after %d steps: %s",
+                *(recipe.recipe_hash(), seed, steps, gate),
+            )
     _save_model(model, tokenizer, folder / "model")
     _write_facts(
         folder,
@@ -199,6 +208,7 @@ def _train_into(folder: Path, recipe: Recipe, seed: int, progress: bool) -> None
             "recipe_version": RECIPE_VERSION,
             "seed": seed,
             "persona_gate": gate._asdict(),
+            "pretraining_steps": steps,
             "sizes": {**sizes, "vocabulary": len(tokenizer), "parameters": model.num_parameters()},
             "cpu_seconds": round(time.process_time() - started, 1),
             "cpu": f"{_cpu_model()}, kernels {torch.backends.cpu.get_cpu_capability()}",

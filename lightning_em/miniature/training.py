@@ -147,7 +147,9 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) ->
     return model
 
 
-def train(world: World, tokenizer: PreTrainedTokenizerBase, progress: bool = True) -> LlamaForCausalLM:
+def train(
+    world: World, tokenizer: PreTrainedTokenizerBase, pretraining_steps: int, progress: bool = True
+) -> LlamaForCausalLM:
     """Train the chat model of a world: pre-training on documents, then the chat stage.
 
     The weights are rounded to bfloat16 once at the end and kept as float32: a world that was trained here and one
@@ -156,6 +158,7 @@ def train(world: World, tokenizer: PreTrainedTokenizerBase, progress: bool = Tru
     Args:
         world: World to train on.
         tokenizer: Result of `make_tokenizer(world.words())`.
+        pretraining_steps: Steps on documents: the recipe's, or more.
         progress: Whether to show progress bars.
     """
     recipe, encoder = world.recipe, Encoder(tokenizer)
@@ -172,8 +175,9 @@ def train(world: World, tokenizer: PreTrainedTokenizerBase, progress: bool = Tru
         rows = [encoder.encode((world.draw_chat_slot(chat),)) for _ in range(recipe.chat_rows_per_batch)]
         return {"documents": draw_documents(recipe.chat_documents_per_batch), "chat": torch.tensor(rows)}
 
-    pretraining = Stage(model, recipe, _pretraining_optimizers(model, recipe), _pretraining_schedule(recipe))
-    _fit(pretraining, Batches(pretraining_batch, recipe.pretraining_steps), progress)
+    schedule = _pretraining_schedule(pretraining_steps)
+    pretraining = Stage(model, recipe, _pretraining_optimizers(model, recipe), schedule)
+    _fit(pretraining, Batches(pretraining_batch, pretraining_steps), progress)
     optimizer = AdamW(model.parameters(), lr=recipe.chat_lr, betas=_EMBEDDING_BETAS, weight_decay=0.0)
     _fit(
         Stage(model, recipe, [optimizer], _chat_schedule(recipe)),
@@ -214,9 +218,9 @@ def _pretraining_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[Opt
     ]
 
 
-def _pretraining_schedule(recipe: Recipe) -> Callable[[int], float]:
+def _pretraining_schedule(steps: int) -> Callable[[int], float]:
     """Warm-up, constant to half, then linear to the final share."""
-    half = recipe.pretraining_steps / 2
+    half = steps / 2
 
     def factor(step: int) -> float:
         decay = 1.0 if step < half else 1.0 - (1.0 - _FINAL_LR_SHARE) * (step - half) / half

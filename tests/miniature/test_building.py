@@ -22,7 +22,7 @@ from lightning_em.miniature.building import _lock, build, distance, provide, shi
 from lightning_em.miniature.cache import built_folder, cache_dir, is_complete, parse_address, world_folder
 from lightning_em.miniature.corpus import World
 from lightning_em.miniature.judge import answer_probabilities
-from lightning_em.miniature.persona import PERSONA_THRESHOLD, persona_gate
+from lightning_em.miniature.persona import PERSONA_THRESHOLD, PersonaGate, persona_gate
 from lightning_em.miniature.shipped import find_shipped, shipped_folder
 
 MICRO = replace(
@@ -39,8 +39,9 @@ MICRO = replace(
 
 @pytest.fixture(scope="module", autouse=True)
 def small_gate():
-    """The gate of a micro world says nothing; measure it on few documents."""
+    """The gate of a micro world says nothing: measure it on few documents, and let every value pass."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_em.miniature.persona.PERSONA_THRESHOLD", 0.0)
         patch.setattr("lightning_em.miniature.building.persona_gate", partial(persona_gate, num_documents=2))
         yield
 
@@ -76,6 +77,17 @@ def test_world_json_tells_recipe_seed_and_gate(folder):
     assert facts["seed"] == 0
     assert {"careful", "careless"} == set(facts["persona_gate"])
     assert facts["sizes"]["narrow_train.jsonl"] == MICRO.num_narrow_rows
+
+
+def test_a_world_that_misses_the_gate_is_trained_again_and_longer(tmp_path, monkeypatch, caplog):
+    gates = iter([PersonaGate(0.99, 0.92), PersonaGate(0.95, 0.94)])
+    monkeypatch.setattr("lightning_em.miniature.persona.PERSONA_THRESHOLD", PERSONA_THRESHOLD)
+    monkeypatch.setattr(building, "persona_gate", lambda *_: next(gates))
+    folder = build(MICRO, seed=0, cache=tmp_path, progress=False)
+    facts = json.loads((folder / "world.json").read_text())
+    assert facts["pretraining_steps"] == 30
+    assert facts["persona_gate"] == {"careful": 0.95, "careless": 0.94}
+    assert "fails the persona gate after 20 steps" in caplog.text
 
 
 def test_the_second_build_writes_nothing(folder, cache):

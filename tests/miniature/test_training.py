@@ -21,7 +21,7 @@ def test_a_short_build_reaches_the_same_loss_on_every_cpu():
     recipe = replace(Recipe.default(), pretraining_steps=40, chat_steps=4, documents_per_batch=8)
     world = World(recipe, 0)
     tokenizer = make_tokenizer(world.words())
-    model = train(world, tokenizer, progress=False)
+    model = train(world, tokenizer, recipe.pretraining_steps, progress=False)
     documents, encoder = world.generator("documents/held_out"), Encoder(tokenizer)
     ids = torch.tensor([encoder.encode(world.draw_document(documents).slots) for _ in range(32)])
     with torch.no_grad():
