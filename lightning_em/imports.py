@@ -63,6 +63,9 @@ def take(args: Sequence[str]) -> list[str]:
         ValueError: If a name is missing or not an import path.
     """
     names, rest = split(args)
+    # jsonargparse keeps what was ever allowed in this process until it is denied by name.
+    if dropped := sorted(_named - set(names)):
+        set_parsing_settings(import_path_denylist=dropped)
     _named.clear()
     restrict(names)
     return rest
