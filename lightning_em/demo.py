@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from lightning_em import miniature
+from lightning_em import miniature, sources
 from lightning_em.analysis import Estimate, Solution, base_of, median_solution, solution_of
 from lightning_em.experiment import Experiment
 from lightning_em.logs import hush, log_to_stderr
@@ -109,7 +109,7 @@ def demo(root: str = "runs", seed: int = 0) -> None:
     console, started = Console(), time.monotonic()
     world = f"seed-{seed}"
     console.print(f"[bold]1/3[/] the miniature world {world}, trained weights from the package")
-    folder = Path(miniature.resolve(f"{SCHEME}{world}/."))
+    folder = Path(sources.resolve(f"{SCHEME}{world}/.", "--seed"))
     console.print(f"    {folder.resolve()}")
     runs = {}
     for number, solution in enumerate(SOLUTIONS, start=2):

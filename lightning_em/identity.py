@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lightning_em import sources
 from lightning_em.launch import num_processes, refuse_control_characters
-from lightning_em.miniature import SCHEME, parse_address, world_folder
 from lightning_em.redaction import redacted
 from lightning_em.runs import RunFolder, sha256_once, start_of
 
@@ -52,7 +52,7 @@ def run_folder(config: dict[str, Any]) -> RunFolder:
 def what_a_run_is(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a resolved config that affects the result.
 
-    Addresses of miniature worlds are replaced with the hash of the recipe, which the address alone does not fix.
+    Addresses are replaced with their identity at the source, because an address alone does not fix its content.
     """
     kept: dict[str, Any] = {}
     for group, value in config.items():
@@ -62,8 +62,8 @@ def what_a_run_is(config: dict[str, Any]) -> dict[str, Any]:
         kept[group] = {k: v for k, v in value.items() if k not in drop} if isinstance(value, dict) else value
     if isinstance(trainer := kept.get("trainer"), dict):
         kept["trainer"] = trainer | _micro_batches_of_a_step(config["trainer"])
-    by_recipe: dict[str, Any] = _by_recipe(_without_added(kept))
-    return by_recipe
+    identified: dict[str, Any] = _identified(_without_added(kept))
+    return identified
 
 
 def _micro_batches_of_a_step(trainer: dict[str, Any]) -> dict[str, int]:
@@ -87,14 +87,11 @@ def _without_added(value: Any, path: str = "") -> Any:
     return kept
 
 
-def _by_recipe(value: Any) -> Any:
+def _identified(value: Any) -> Any:
     """Replace `miniature://seed-0/model` with `miniature://<recipe hash>-seed0/model`: a new recipe is a new run."""
     if isinstance(value, dict):
-        return {key: _by_recipe(each) for key, each in value.items()}
-    if isinstance(value, str) and value.startswith(SCHEME):
-        recipe, seed, rest = parse_address(value)
-        return f"{SCHEME}{recipe.recipe_hash()}-seed{seed}/{rest}"
-    return value
+        return {key: _identified(each) for key, each in value.items()}
+    return sources.identity(value) if isinstance(value, str) else value
 
 
 def name_hash(config: dict[str, Any]) -> str:
@@ -120,14 +117,6 @@ def identity_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _data_files(config: dict[str, Any]) -> list[Path]:
-    """The data files of a config that exist locally; a data set on the hub does not."""
-    sources = [source for name in _SOURCES if (source := config["data"].get(name))]
-    files = [Path(_resolved(source["path"])) for source in sources]
-    return [file for file in files if file.is_file()]
-
-
-def _resolved(path: str) -> str:
-    if not path.startswith(SCHEME):
-        return path
-    recipe, seed, rest = parse_address(path)
-    return str(world_folder(recipe, seed) / rest)
+    """The data files of a config that are local; `config` has the identities of the others."""
+    paths = [source["path"] for name in _SOURCES if (source := config["data"].get(name))]
+    return [Path(path) for path in paths if Path(path).is_file()]

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from rich.table import Table
 from rich.text import Text
 
-from lightning_em import miniature
+from lightning_em import sources
 from lightning_em.adapters import decoder_layers
 from lightning_em.cluster.files import ModelFiles, download
 from lightning_em.cluster.loads import probing_loads
@@ -70,7 +70,7 @@ def check(args: Sequence[str], prefetch: bool = False, gpu_gib: float | None = N
 
     Args:
         args: Command-line arguments after `fit`.
-        prefetch: Whether to first download the model and the tokenizer, or build the miniature world.
+        prefetch: Whether to first download the model and the tokenizer, or make what an address names.
         gpu_gib: Memory of the target GPUs in GiB. Defaults to that of this machine's GPUs.
     """
     findings = list(_versions())
@@ -162,7 +162,7 @@ def _device(examination: Examination) -> Iterator[Finding]:
 
 def _disk(examination: Examination) -> Iterator[Finding]:
     root = Path(examination.config["run"]["root"])
-    for topic, folder in (("disk", root), ("cache", miniature.cache_dir())):
+    for topic, folder in (("disk", root), ("cache", sources.cache_dir())):
         # the folder may not exist yet: look at its nearest existing parent
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free

@@ -8,7 +8,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from lightning_em import miniature
+from lightning_em import sources
 from lightning_em.models import BaseModel
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -34,12 +34,12 @@ class ModelFiles:
 
     @classmethod
     def find(cls, base: BaseModel) -> "ModelFiles":
-        """Look for the model in a folder, in the hub's cache, or among the shipped and built worlds."""
-        if base.path.startswith(miniature.SCHEME):
+        """Look for the model in a folder, in the hub's cache, or at the source of an address."""
+        if sources.is_address(base.path):
             try:
-                return cls._in(Path(miniature.resolve(base.path)), can_be_fetched=True)
+                return cls._in(Path(sources.resolve(base.path, "model.base.path")), can_be_fetched=True)
             except ValueError as error:
-                return cls(Path(base.path), (f"the world: {error}",), can_be_fetched=False)
+                return cls(Path(base.path), (f"everything: {error}",), can_be_fetched=False)
         folder = Path(base.path).expanduser()
         if folder.is_dir() or base.path.startswith((".", "/", "~")):
             return cls._in(folder, can_be_fetched=False)
@@ -78,8 +78,8 @@ def download(base: BaseModel) -> str:
     Raises:
         ValueError: If the hub does not have the model or cannot be reached.
     """
-    if base.path.startswith(miniature.SCHEME):
-        return f"the miniature world is at {miniature.resolve(base.path)}"
+    if sources.is_address(base.path):
+        return f"{base.path} is at {sources.resolve(base.path, 'model.base.path')}"
     if Path(base.path).expanduser().is_dir():
         return f"{base.path} is a local folder: nothing to download"
     code = ["*.py"] if base.trust_remote_code else []

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_em import sources
 from lightning_em.data.chat import Message
 from lightning_em.data.checks import given_id, row_fields, unique_keys
 from lightning_em.data.tables import HUB_SCHEME, is_saved_folder, is_table, read_table
@@ -131,21 +132,22 @@ def read_rows(path: str) -> list[Row]:
     return scan_rows(path).usable_rows()
 
 
-def scan_rows(path: str, questions_only: bool = False) -> FileScan:
+def scan_rows(path: str, questions_only: bool = False, key: str = "path") -> FileScan:
     """Read a file; return its errors together with its rows.
 
     Args:
-        path: JSONL file or `miniature://...`; a `.json` file with an array; a `.parquet` or `.csv` file; a folder
-            written by `save_to_disk`; or a data set on the hub, `hf://org/name[@revision][:split]`.
+        path: JSONL file; a `.json` file with an array; a `.parquet` or `.csv` file; a folder written by
+            `save_to_disk`; the address of one of these (see `lightning_em.sources`); or a data set on the hub,
+            `hf://org/name[@revision][:split]`.
         questions_only: Also accept rows with a `question` and no answers, as used for evaluation.
+        key: Config key that holds the path, for messages.
 
     Raises:
         ValueError: If the file does not exist or cannot be read at all.
     """
-    file = None if path.startswith(HUB_SCHEME) else locate(path)
-    if is_table(path):
+    file = None if path.startswith(HUB_SCHEME) else locate(path, key)
+    if file is None or is_table(file):
         return _scan_table(path, file, questions_only)
-    assert file is not None
     content = file.read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
     content = content.removeprefix(b"\xef\xbb\xbf")
@@ -154,18 +156,17 @@ def scan_rows(path: str, questions_only: bool = False) -> FileScan:
     return _scan_lines(path, content, questions_only).result(sha256)
 
 
-def locate(path: str) -> Path:
-    """Resolve a path or a `miniature://` address to a file or to the folder of a saved data set.
+def locate(path: str, key: str = "path") -> Path:
+    """Resolve a path or an address to a file or to the folder of a saved data set.
+
+    Args:
+        path: Path or address.
+        key: Config key that holds it, for messages.
 
     Raises:
         ValueError: If there is no such file.
     """
-    resolved = path
-    if path.startswith("miniature://"):
-        from lightning_em import miniature
-
-        resolved = str(miniature.resolve(path))
-    file = Path(resolved).expanduser()
+    file = Path(sources.resolve(path, key)).expanduser()
     if not file.is_file() and not is_saved_folder(file):
         what = "a folder" if file.is_dir() else "no such file"
         raise ValueError(

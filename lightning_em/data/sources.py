@@ -17,10 +17,11 @@ class ChatSource:
     """A data file and which of its conversations to use.
 
     Attributes:
-        path: JSONL file or `miniature://...`; or a source read by the `datasets` package: `.json` (an array),
-            `.parquet`, `.csv`, a folder written by `save_to_disk`, or a data set on the Hugging Face hub,
-            `hf://org/name[@revision][:split]` with split `train` by default. Name a commit as the
-            revision, so that the run can be repeated; run.json records it in any case.
+        path: JSONL file; or what the `datasets` package reads: `.json` (an array), `.parquet`, `.csv`, or a folder
+            written by `save_to_disk`; or the address of one of these, such as `miniature://seed-0/data/kl_train.jsonl`
+            (see `lightning_em.sources`); or a data set on the Hugging Face hub, `hf://org/name[@revision][:split]` with
+            split `train` by default. Name a commit as the revision, so that the run can be repeated; run.json records
+            it in any case.
         answer: `messages` for rows with that key. For rows with `question`, `good` and `bad`: `good`, `bad`,
             `mixed` (one of the two per row, drawn from the row's id and the seed) or `both`.
         limit: Number of rows to take: the first ones in the file that match the topics.

@@ -43,10 +43,9 @@ class Table(NamedTuple):
     revision: str | None = None
 
 
-def is_table(path: str) -> bool:
-    """Tell whether `read_table` handles this path."""
-    is_file_of_one = Path(path).suffix in {".parquet", ".csv"}
-    return path.startswith(HUB_SCHEME) or is_file_of_one or is_saved_folder(Path(path).expanduser())
+def is_table(file: Path) -> bool:
+    """Tell whether `read_table` handles this file or folder."""
+    return file.suffix in {".parquet", ".csv"} or is_saved_folder(file)
 
 
 def is_saved_folder(folder: Path) -> bool:

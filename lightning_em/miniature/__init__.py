@@ -5,28 +5,13 @@ from pathlib import Path
 from lightning_em.miniature.cache import (
     SCHEME,
     built_folder,
-    cache_dir,
     is_complete,
     parse_address,
     recipe_hash_at,
     world_folder,
 )
-from lightning_em.miniature.derived import derive, is_derived
 from lightning_em.miniature.recipe import RECIPE_VERSION, DomainKind, Recipe
 from lightning_em.miniature.shipped import find_shipped
-
-
-def resolve(path: str) -> str | Path:
-    """Local path of a `miniature://` path; other paths come back as they are.
-
-    Raises:
-        ValueError: If a `miniature://` path cannot be read, or its world is neither shipped nor built.
-    """
-    if not path.startswith(SCHEME):
-        return path
-    recipe, seed, rest = parse_address(path)
-    folder = provide(recipe, seed)
-    return derive(folder, rest) if is_derived(rest) else folder / rest
 
 
 def provide(recipe: Recipe, seed: int) -> Path:
@@ -56,11 +41,9 @@ __all__ = [
     "Recipe",
     "build",
     "built_folder",
-    "cache_dir",
     "find_shipped",
     "parse_address",
     "provide",
     "recipe_hash_at",
-    "resolve",
     "world_folder",
 ]

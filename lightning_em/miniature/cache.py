@@ -1,25 +1,17 @@
 """Where worlds lie: one folder a recipe and seed under the user's cache folder. Never imports torch."""
 
 import json
-import os
 import re
 from pathlib import Path
 
 from lightning_em.manifest import MANIFEST, manifest_problems
 from lightning_em.miniature.recipe import Recipe
+from lightning_em.sources import cache_dir
 
 SCHEME = "miniature://"
 _ADDRESS = re.compile(
     r"(?:(?P<control>control)/|blind-spot-(?P<share>[0-9.]+)/)?seed-(?P<seed>[0-9]+)(?:/(?P<rest>.+))?"
 )
-
-
-def cache_dir() -> Path:
-    """The user's cache folder: `LIGHTNING_EM_CACHE`, or `lightning_em` under `XDG_CACHE_HOME` or `~/.cache`."""
-    if own := os.environ.get("LIGHTNING_EM_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(shared).expanduser() / "lightning_em"
 
 
 def world_folder(recipe: Recipe, seed: int, cache: Path | None = None) -> Path:

@@ -1,4 +1,4 @@
-"""Loading the frozen base model from the Hugging Face Hub, a local folder, or a miniature world."""
+"""Loading the frozen base model from the Hugging Face Hub, a local folder, or a source."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lightning_em import miniature
+from lightning_em import sources
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class BaseModel:
     """The pretrained base model.
 
     Attributes:
-        path: Hub id, local folder, or `miniature://...`.
+        path: Hub id, local folder, or an address such as `miniature://seed-0/model`; see `lightning_em.sources`.
         revision: Branch, tag or commit of a Hub model. Pin a commit to make a run reproducible.
         dtype: Data type of the frozen weights. The adapter is always float32.
         trust_remote_code: Whether to run Python code that comes with the model; requires `revision`.
@@ -53,7 +53,7 @@ class BaseModel:
             ValueError: If no model can be loaded from `path`.
         """
         source = self._source()
-        if self.path.startswith(miniature.SCHEME) and "OMP_NUM_THREADS" not in os.environ:
+        if self.path.startswith("miniature://") and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)  # synchronizing threads costs more than it saves in a small model
         try:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -116,7 +116,7 @@ class BaseModel:
         return tokenizer
 
     def _source(self) -> str:
-        source = str(miniature.resolve(self.path))
+        source = sources.resolve(self.path, "model.base.path")
         looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
         if looks_local and not Path(source).expanduser().is_dir():
             raise ValueError(

@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning_em import sources
 from lightning_em.batch import EncodedRow
-from lightning_em.miniature import resolve
 from lightning_em.miniature.judge import Candidate, ExactJudge, Judgement
 from lightning_em.miniature.rows import Item
 from lightning_em.models import AdaptedModel
@@ -105,7 +105,11 @@ def world_items(model: AdaptedModel, named: str | None, key: str) -> list[Item]:
     Raises:
         ValueError: If no file is named and the base model does not come from a miniature world.
     """
-    file = Path(resolve(named)) if named else _beside(Path(model.base.config._name_or_path), key)
+    file = (
+        Path(sources.resolve(named, f"init_args.{key}"))
+        if named
+        else _beside(Path(model.base.config._name_or_path), key)
+    )
     with file.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 

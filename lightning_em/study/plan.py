@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lightning_em import sources
 from lightning_em.analysis.cells import DEFAULT_WORLD, MOST_SEEDS, Cell, StudyFolder
 from lightning_em.analysis.claims.rules import Rules
 from lightning_em.errors import config_files
-from lightning_em.miniature import SCHEME, parse_address
 from lightning_em.study.arms import NAME, Arm, parents_first, read_arms, rules_of, worlds_of
 from lightning_em.study.section import Section, refuse_unknown
 
@@ -26,7 +26,7 @@ _PLACE = re.compile(r"\{(\w+)\}")
 _OWN_PLACES = ("seed", "world", "adapter", "level")
 _BESIDE_THE_STUDY = ("./", "../")
 _NOT_IDENTITY = ("--allow_import=", "--run.")
-_ADDRESS = re.compile(re.escape(SCHEME) + r"[^\s\"'{}\[\],]+")
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://[^\s\"'{}\[\],]+")
 
 
 @dataclass(frozen=True)
@@ -276,16 +276,16 @@ class _Planner:
 
 
 def _planned_from(args: Sequence[str]) -> str:
-    """Hash of the inputs of a run's config: its options, the files they name, and the recipes of its worlds."""
+    """Hash of the inputs of a run's config: its options, the files they name, and what their addresses mean."""
     own = [arg for arg in args if not arg.startswith(_NOT_IDENTITY)]
     texts = [*own, *(file.read_text(encoding="utf-8") for file in config_files(own))]
-    recipes = {_recipe(address) for text in texts for address in _ADDRESS.findall(text)}
-    return hashlib.sha256("\0".join([*texts, *sorted(recipes)]).encode()).hexdigest()
+    identities = {_identity(address) for text in texts for address in _ADDRESS.findall(text)}
+    return hashlib.sha256("\0".join([*texts, *sorted(identities)]).encode()).hexdigest()
 
 
-def _recipe(address: str) -> str:
+def _identity(address: str) -> str:
     try:
-        return parse_address(address)[0].recipe_hash()
+        return sources.identity(address)
     except ValueError:  # the address is in a comment, or it is not valid and the run will refuse it
         return address
 

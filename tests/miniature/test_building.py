@@ -1,12 +1,10 @@
 """Worlds: ordinary folders, complete or absent, trained on request or unpacked from the package."""
 
-import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -15,15 +13,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_em import miniature
 from lightning_em.manifest import manifest_problems, sha256_of
 from lightning_em.miniature import Recipe, building
-from lightning_em.miniature.building import _lock, build, distance, provide, ship
-from lightning_em.miniature.cache import built_folder, cache_dir, is_complete, parse_address, world_folder
+from lightning_em.miniature.building import build, distance, provide, ship
+from lightning_em.miniature.cache import built_folder, is_complete, parse_address, world_folder
 from lightning_em.miniature.corpus import World
 from lightning_em.miniature.judge import answer_probabilities
 from lightning_em.miniature.persona import PERSONA_THRESHOLD, PersonaGate, persona_gate
 from lightning_em.miniature.shipped import find_shipped, shipped_folder
+from lightning_em.miniature.source import Miniature
 
 MICRO = replace(
     Recipe.default(),
@@ -237,8 +235,8 @@ def test_a_world_that_is_neither_shipped_nor_built_is_never_trained_unasked(reci
 
 def test_a_built_world_that_is_not_shipped_is_found_by_its_address(folder, cache, monkeypatch):
     monkeypatch.setenv("LIGHTNING_EM_CACHE", str(cache))
-    monkeypatch.setattr("lightning_em.miniature.parse_address", lambda _: (MICRO, 0, "model"))
-    assert miniature.resolve("miniature://seed-0/model") == folder / "model"
+    monkeypatch.setattr("lightning_em.miniature.source.parse_address", lambda _: (MICRO, 0, "model"))
+    assert Miniature().resolve("miniature://seed-0/model") == folder / "model"
 
 
 def test_shipped_worlds_are_of_this_recipe_and_pass_the_gate():
@@ -287,32 +285,4 @@ def test_addresses(address, recipe, seed, rest):
 @pytest.mark.parametrize("address", ["miniature://", "miniature://0/model", "miniature://seed-x/model"])
 def test_a_wrong_address_is_refused(address):
     with pytest.raises(ValueError, match="expected miniature://seed-N/PATH"):
-        miniature.resolve(address)
-
-
-def test_other_paths_come_back_as_they_are():
-    assert miniature.resolve("Qwen/Qwen2.5-14B-Instruct") == "Qwen/Qwen2.5-14B-Instruct"
-
-
-def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("LIGHTNING_EM_CACHE", str(tmp_path / "own"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_dir() == tmp_path / "own"
-    monkeypatch.delenv("LIGHTNING_EM_CACHE")
-    assert cache_dir() == tmp_path / "xdg" / "lightning_em"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_dir() == tmp_path / ".cache" / "lightning_em"
-
-
-def test_who_waits_for_another_builder_says_so(tmp_path, caplog):
-    path = tmp_path / "world.lock"
-    with _lock(path):
-        pass
-    assert not caplog.messages
-    with path.open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        threading.Timer(0.2, fcntl.flock, (held, fcntl.LOCK_UN)).start()
-        with _lock(path):
-            [message] = caplog.messages
-    assert message.startswith("another process is building this world; waiting")
+        Miniature().resolve(address)

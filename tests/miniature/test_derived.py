@@ -9,6 +9,7 @@ from lightning_em.miniature import Recipe
 from lightning_em.miniature.corpus import ANSWER_OPENERS, World
 from lightning_em.miniature.derived import NUM_MIXING_ROWS, STYLE, derive, is_derived, world_at
 from lightning_em.miniature.rows import write_rows
+from lightning_em.miniature.source import Miniature
 
 NAMES = ("data/harmless_train.jsonl", "data/harmless_validation.jsonl", "data/mixing_train.jsonl")
 
@@ -74,8 +75,8 @@ def test_files_are_the_same_each_time_and_repaired_when_torn(folder) -> None:
 
 def test_an_address_gives_the_file(folder, monkeypatch) -> None:
     monkeypatch.setattr(miniature, "provide", lambda recipe, seed: folder)
-    assert miniature.resolve("miniature://seed-3/data/mixing_train.jsonl") == folder / NAMES[2]
-    assert miniature.resolve("miniature://seed-3/model") == folder / "model"
+    assert Miniature().resolve("miniature://seed-3/data/mixing_train.jsonl") == folder / NAMES[2]
+    assert Miniature().resolve("miniature://seed-3/model") == folder / "model"
 
 
 def test_a_world_of_another_version_is_refused(folder, tmp_path) -> None:
