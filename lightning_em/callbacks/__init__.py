@@ -13,6 +13,7 @@ from lightning_em.callbacks.metrics import MetricsFile
 from lightning_em.callbacks.probing import Probing
 from lightning_em.callbacks.provenance import Provenance
 from lightning_em.callbacks.signals import Interrupted, Signals, follow_parent
+from lightning_em.callbacks.threads import Threads
 
 __all__ = [
     "AdapterCheckpoint",
@@ -24,6 +25,7 @@ __all__ = [
     "Probing",
     "Provenance",
     "Signals",
+    "Threads",
     "UnhealthyError",
     "base_sha256",
     "follow_parent",

@@ -53,8 +53,6 @@ class BaseModel:
             ValueError: If no model can be loaded from `path`.
         """
         source = self._source()
-        if self.path.startswith("miniature://") and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)  # synchronizing threads costs more than it saves in a small model
         try:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 source,
