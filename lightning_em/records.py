@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 Record = TypeVar("Record")
 
 
@@ -54,7 +54,8 @@ class ProbeResult:
         points: The measured points.
         examples: Row ids that `per_example` values refer to.
         kl_examples: Row ids for quantities of the KL data.
-        world: Recipe hash of the miniature world that the run trained in; None for other data.
+        base: Hash of the base model; see `base_sha256`.
+        data: Hash of the run's training rows by stream, as token ids and masks.
     """
 
     probe: str
@@ -63,13 +64,20 @@ class ProbeResult:
     points: tuple[Point, ...]
     examples: tuple[str, ...] = ()
     kl_examples: tuple[str, ...] = ()
-    world: str | None = None
+    base: str | None = None
+    data: Mapping[str, str] = field(default_factory=dict)
     schema: int = SCHEMA_VERSION
 
     @classmethod
     def from_json(cls, line: str) -> "ProbeResult":
-        """Create a result from one line."""
+        """Create a result from one line.
+
+        Raises:
+            OtherSchemaError: If the line has another schema.
+        """
         fields = json.loads(line)
+        if (schema := fields["schema"]) != SCHEMA_VERSION:
+            raise OtherSchemaError(f"schema {schema}, but this version reads schema {SCHEMA_VERSION}")
         points = tuple(map(Point.from_fields, fields.pop("points")))
         for key in ("examples", "kl_examples"):
             fields[key] = tuple(fields.get(key, ()))
@@ -82,6 +90,10 @@ class ProbeResult:
             ValueError: If a value is NaN or infinite.
         """
         return json.dumps(asdict(self), allow_nan=False)
+
+
+class OtherSchemaError(ValueError):
+    """A record that another version of this package wrote."""
 
 
 def append_lines(path: Path, *lines: str) -> None:
@@ -154,7 +166,7 @@ def read_results(path: Path) -> list[ProbeResult]:
     """Read all results of one probe file, in the order in which they were written.
 
     Raises:
-        ValueError: If a line is damaged.
+        ValueError: If a line is damaged, or another version wrote it.
     """
     return list(parsed_lines(path, ProbeResult.from_json))
 
@@ -163,11 +175,16 @@ def parsed_lines(path: Path, parse: Callable[[str], Record]) -> Iterator[Record]
     """Parse the complete lines of a record file.
 
     Raises:
-        ValueError: If a line is damaged; the message contains its number.
+        ValueError: If a line is damaged, or another version wrote it; the message contains its number.
     """
     for number, line in enumerate(read_lines(path), start=1):
         try:
             record = parse(line)
+        except OtherSchemaError as error:
+            raise ValueError(
+                f"{path}: record {number} has {error}: move {path.parent} elsewhere and measure again with "
+                f"`lightning-em probe {path.parents[1]} --config PROBING_FILE`."
+            ) from None
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: record {number} is damaged ({error!r}); remove the line and measure again."

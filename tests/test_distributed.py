@@ -62,14 +62,12 @@ def probes_of_files(folder: Path) -> list[dict]:
     for key, file in files.items():
         file.write_text("".join(f"{json.dumps(row)}\n" for row in rows[key]), encoding="utf-8")
     options = {
-        "MiniatureBehaviour": {"items": str(files["items"]), "scales": [0.0, 1.0], "batch_size": 5},
-        "PreferenceMargin": {"rows": str(files["rows"]), "scales": [1.0]},
-        "PretrainingSignificance": {"text": str(files["text"]), "num_draws": 2},
-        "LogitLens": {},
+        "miniature.Behaviour": {"items": str(files["items"]), "scales": [0.0, 1.0], "batch_size": 5},
+        "probes.PreferenceMargin": {"rows": str(files["rows"]), "scales": [1.0]},
+        "probes.PretrainingSignificance": {"text": str(files["text"]), "num_draws": 2},
+        "probes.LogitLens": {},
     }
-    return [
-        {"class_path": f"lightning_em.probes.{name}", "init_args": given} for name, given in options.items()
-    ]
+    return [{"class_path": f"lightning_em.{name}", "init_args": given} for name, given in options.items()]
 
 
 def assert_equal_per_step(one: SteppedMetrics, other: SteppedMetrics, relative: float) -> None:

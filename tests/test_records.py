@@ -26,7 +26,8 @@ RESULT = ProbeResult(
     ),
     examples=("a.jsonl:1", "a.jsonl:2"),
     kl_examples=("b.jsonl:9",),
-    world="0f" * 8,
+    base="0f" * 32,
+    data={"narrow": "1e" * 32, "kl": "2d" * 32},
 )
 
 
@@ -42,6 +43,18 @@ def test_a_line_without_the_newer_keys_is_read() -> None:
     fields = json.loads(RESULT.to_json())
     del fields["kl_examples"]
     assert ProbeResult.from_json(json.dumps(fields)).kl_examples == ()
+
+
+def test_records_of_another_schema_are_refused_with_what_to_do(tmp_path) -> None:
+    run = tmp_path / "run"
+    old = {"probe": "p", "step": 1, "settings": {}, "points": [], "world": None, "schema": 1}
+    append_lines(run / "probes" / "p.jsonl", RESULT.to_json(), json.dumps(old))
+    with pytest.raises(ValueError, match="record 2 has schema 1, but this version reads schema 2") as told:
+        read_results(run / "probes" / "p.jsonl")
+    assert str(told.value).endswith(
+        f"move {run / 'probes'} elsewhere and measure again with `lightning-em probe {run} --config PROBING_FILE`."
+    )
+    assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

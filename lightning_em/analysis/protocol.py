@@ -27,7 +27,7 @@ _ROWS: Mapping[str, tuple[str, ...]] = {
 def protocol_of(result: ProbeResult) -> str:
     """Return an eight-digit hex hash of everything that a record's values depend on besides run and coordinates.
 
-    The hash covers the world, the settings and the rows that the probe reads. It excludes:
+    The hash covers the base model, the settings and the rows that the probe reads. It excludes:
         the grid: a probe with a coarser grid measures the same curve at fewer coordinates, and its values stay
             comparable;
         rows that the probe does not read: arms trained on different rows may answer the same questions.
@@ -36,7 +36,7 @@ def protocol_of(result: ProbeResult) -> str:
     """
     grid = _GRIDS.get(result.probe, ())
     fields = {
-        "world": result.world,
+        "base": result.base,
         "settings": {key: value for key, value in result.settings.items() if key not in grid},
         "rows": [getattr(result, key) for key in _ROWS.get(result.probe, ("examples", "kl_examples"))],
     }

@@ -4,15 +4,14 @@ import json
 import logging
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import Strategy
 
+from lightning_em.callbacks.loading import base_sha256
 from lightning_em.callbacks.signals import stop_between
 from lightning_em.data import EMDataModule
-from lightning_em.miniature import recipe_hash_at
 from lightning_em.models import AdaptedModel
 from lightning_em.module import EMModule
 from lightning_em.probes import Probe, ProbeExamples
@@ -84,11 +83,12 @@ class Probing(Callback):
             ranks is not None
         ):  # all ranks must run the same probes: forward passes of a sharded base are collective
             missing = ranks.broadcast(missing)
-        world = recipe_hash_at(Path(str(model.base.config._name_or_path)))
+        base = base_sha256(model.base, model.adapter)
+        rows = {stream: data.rows(stream).sha256() for stream in data.sources}
         for probe in (self.probes[i].for_checkpoint(run, step) for i in missing):
             if between is not None:
                 between()
-            result = probe.record(model, examples, step, world)
+            result = probe.record(model, examples, step, base, rows)
             logger.info("%s at step %d: %d points", probe.name, step, len(result.points))
             if ranks is None or ranks.is_global_zero:
                 append_lines(run.probe_file(result.probe), result.to_json())

@@ -119,17 +119,21 @@ class FileScan:
         return list(self.rows)
 
 
-def read_rows(path: str) -> list[Row]:
+def read_rows(path: str, key: str = "path") -> list[Row]:
     """Read `{"messages": [...]}` or `{"question", "good", "bad"}` rows from any file that `scan_rows` accepts.
 
     `topic`, `subtopic` and `id` are read if present; other keys are ignored. Blank lines are skipped and their
     number is logged. A byte order mark is skipped too.
 
+    Args:
+        path: File, as in `scan_rows`.
+        key: Config key that holds the path, for messages.
+
     Raises:
         RowErrors: If any row is bad, with file:line and reason of each.
         ValueError: If the file does not exist or cannot be read at all.
     """
-    return scan_rows(path).usable_rows()
+    return scan_rows(path, key=key).usable_rows()
 
 
 def scan_rows(path: str, questions_only: bool = False, key: str = "path") -> FileScan:

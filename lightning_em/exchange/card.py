@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from lightning_em import sources
 from lightning_em.analysis.solutions import Estimate
 from lightning_em.records import ProbeResult, read_metrics
 from lightning_em.runs import RunFolder
@@ -67,7 +68,7 @@ def write_card(folder: Path, facts: ExportFacts) -> None:
 def _origin(facts: ExportFacts, record: dict[str, Any]) -> str:
     base = record.get("base") or {}
     path = str(base.get("path") or facts.config["model"]["base"]["path"])
-    local = path if path.startswith("miniature://") else f"a local folder {Path(path).name}"
+    local = path if sources.is_address(path) else f"a local folder {Path(path).name}"
     identity = record.get("identity") or {}
     version = record.get("versions", {}).get("lightning_em", "unknown")
     revision, sha256 = (base.get(key) or "not recorded" for key in ("revision", "sha256"))

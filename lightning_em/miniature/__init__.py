@@ -1,17 +1,20 @@
 """The miniature world: the embedded default, in which narrow and general solutions are real."""
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from lightning_em.miniature.cache import (
     SCHEME,
     built_folder,
     is_complete,
     parse_address,
-    recipe_hash_at,
     world_folder,
 )
 from lightning_em.miniature.recipe import RECIPE_VERSION, DomainKind, Recipe
 from lightning_em.miniature.shipped import find_shipped
+
+_PROBES = ("Behaviour", "Preference", "Significance")
 
 
 def provide(recipe: Recipe, seed: int) -> Path:
@@ -34,16 +37,25 @@ def build(
     return build_now(recipe, seed, cache, force, progress)
 
 
+def __getattr__(name: str) -> Any:
+    """Import a probe on first access, so that reading an address loads no torch."""
+    if name not in _PROBES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{name.lower()}"), name)
+
+
 __all__ = [
     "RECIPE_VERSION",
     "SCHEME",
+    "Behaviour",
     "DomainKind",
+    "Preference",
     "Recipe",
+    "Significance",
     "build",
     "built_folder",
     "find_shipped",
     "parse_address",
     "provide",
-    "recipe_hash_at",
     "world_folder",
 ]

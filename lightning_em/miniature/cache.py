@@ -1,6 +1,5 @@
 """Where worlds lie: one folder a recipe and seed under the user's cache folder. Never imports torch."""
 
-import json
 import re
 from pathlib import Path
 
@@ -45,12 +44,3 @@ def parse_address(address: str) -> tuple[Recipe, int, str]:
     if match["share"]:
         recipe = recipe.with_blind_spot_share(float(match["share"]))
     return recipe, int(match["seed"]), match["rest"] or "."
-
-
-def recipe_hash_at(model_folder: Path) -> str | None:
-    """Recipe hash of the world that a model folder belongs to; None for any other model."""
-    try:
-        recorded = json.loads((model_folder.parent / "world.json").read_text(encoding="utf-8"))
-    except OSError:
-        return None
-    return str(recorded["recipe_hash"])

@@ -1,7 +1,6 @@
 """Probes: measurements of a model at a checkpoint. A new probe is one subclass of `Probe`, named by class path."""
 
 from lightning_em.probes.base import Probe, ProbeExamples
-from lightning_em.probes.behaviour import MiniatureBehaviour
 from lightning_em.probes.chat_kl import ChatKL
 from lightning_em.probes.gradient import GradientNorm, ce_gradient, kl_gradient
 from lightning_em.probes.lens import LogitLens
@@ -15,7 +14,6 @@ __all__ = [
     "ChatKL",
     "GradientNorm",
     "LogitLens",
-    "MiniatureBehaviour",
     "PerturbationCurve",
     "PreferenceMargin",
     "PretrainingSignificance",

@@ -100,7 +100,12 @@ class Probe(ABC):
 
     @final
     def record(
-        self, model: AdaptedModel, examples: ProbeExamples, step: int, world: str | None = None
+        self,
+        model: AdaptedModel,
+        examples: ProbeExamples,
+        step: int,
+        base: str | None = None,
+        data: Mapping[str, str] | None = None,
     ) -> ProbeResult:
         """Run the probe and return the record for `probes/<name>.jsonl`.
 
@@ -108,7 +113,8 @@ class Probe(ABC):
             model: Model to measure.
             examples: Rows to measure it on.
             step: Optimizer steps taken when the checkpoint was written.
-            world: Recipe hash of the miniature world, if any.
+            base: Hash of the base model.
+            data: Hash of the run's training rows by stream.
         """
         return ProbeResult(
             probe=self.name,
@@ -117,7 +123,8 @@ class Probe(ABC):
             points=tuple(self.run(model, examples)),
             examples=examples.narrow_row_ids,
             kl_examples=examples.kl_row_ids,
-            world=world,
+            base=base,
+            data=data or {},
         )
 
 

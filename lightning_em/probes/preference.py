@@ -10,11 +10,26 @@ from lightning_em.batch import EncodedRow
 from lightning_em.data import ChatEncoder, read_rows
 from lightning_em.models import AdaptedModel
 from lightning_em.probes.base import Probe, ProbeExamples, RowMeans
-from lightning_em.probes.behaviour import world_items
 from lightning_em.probes.rows import batches_of, by_length, tokenizer_of
 from lightning_em.records import Point
 
 _ALL = "all"
+
+
+class Choice(NamedTuple):
+    """A question with pairs of a good and a bad answer; its margin is the mean over the pairs.
+
+    Attributes:
+        id: Id of the question.
+        group: Topic or kind of the question.
+        question: Question.
+        pairs: A good and a bad answer each.
+    """
+
+    id: str
+    group: str
+    question: str
+    pairs: tuple[tuple[str, str], ...]
 
 
 class PreferenceMargin(Probe):
@@ -29,13 +44,10 @@ class PreferenceMargin(Probe):
             follows the order of the file within the topic.
         `bad_preferred`: share of rows with a margin above 0.
 
-    If `rows` is not given, the questions are those of the miniature world that the base model came from, grouped
-    by `kind`. The margin of such a row is the mean over its pairs of answers that begin alike.
-
     Args:
-        rows: Data file with `question`, `good` and `bad` (and optionally `topic`).
+        rows: Data file, or the address of one, with `question`, `good` and `bad` (and optionally `topic`).
         scales: Adapter scales to measure; 0 is the base model and 1 the trained adapter.
-        max_rows: Maximum number of rows of each topic or kind; the first ones are used.
+        max_rows: Maximum number of rows of each topic; the first ones are used.
         template_kwargs: Variables of the chat template; set them as in training.
         batch_size: Answers in one forward pass.
 
@@ -47,7 +59,7 @@ class PreferenceMargin(Probe):
 
     def __init__(
         self,
-        rows: str | None = None,
+        rows: str,
         scales: Sequence[float] = (0.0, 1.0),
         max_rows: int = 100,
         template_kwargs: dict[str, Any] | None = None,
@@ -70,53 +82,46 @@ class PreferenceMargin(Probe):
         }
 
     def measure(self, model: AdaptedModel, examples: ProbeExamples) -> list[Point]:
-        choices = _first_of_each(self._choices(model), self.max_rows)
+        return self.measure_on(model, self._choices(), "topic", with_all=True)
+
+    def measure_on(
+        self, model: AdaptedModel, choices: Sequence[Choice], coordinate: str, with_all: bool
+    ) -> list[Point]:
+        """Measure `model` on given questions.
+
+        Args:
+            model: Model to measure.
+            choices: Questions with good and bad answers.
+            coordinate: Name of the coordinate that holds the group of a question.
+            with_all: Whether to add the group `all` if there are several groups.
+        """
+        choices = _first_of_each(choices, self.max_rows)
         encoder = ChatEncoder(tokenizer_of(model), self.template_kwargs)
         rows = [row for choice in choices for row in _encoded(choice, encoder)]
         states = [partial(model.adapter.at_scale, scale) for scale in self.scales]
         order = by_length(rows)
         batches = batches_of([rows[number] for number in order], self.batch_size, model)
         curve = [means.restored(order) for means in RowMeans.of_ce(model, batches, states)]
-        coordinate = "kind" if self.rows is None else "topic"
         points = []
         for scale, means in zip(self.scales, curve, strict=True):
             margins = _margins(choices, means)
-            for group, values in _groups(choices, margins, with_all=self.rows is not None).items():
+            for group, values in _groups(choices, margins, with_all).items():
                 points += _points(values, {coordinate: group, "scale": scale})
         return points
 
-    def _choices(self, model: AdaptedModel) -> "list[_Choice]":
-        if self.rows is None:
-            return [
-                _Choice(
-                    item["id"],
-                    item["kind"],
-                    item["question"],
-                    tuple(zip(item["answers"]["good"], item["answers"]["bad"], strict=True)),
-                )
-                for item in world_items(model, None, "rows of PreferenceMargin")
-            ]
+    def _choices(self) -> list[Choice]:
         choices = []
-        for row in read_rows(self.rows):
+        for row in read_rows(self.rows, "init_args.rows of PreferenceMargin"):
             if row.question is None or row.good is None or row.bad is None:
                 raise ValueError(
                     f"{self.rows}:{row.line}: expected `question`, `good` and `bad`; "
                     "set init_args.rows of PreferenceMargin to a file that has them."
                 )
-            choices.append(_Choice(row.id, row.topic or _ALL, row.question, ((row.good, row.bad),)))
+            choices.append(Choice(row.id, row.topic or _ALL, row.question, ((row.good, row.bad),)))
         return choices
 
 
-class _Choice(NamedTuple):
-    """A question with pairs of a good and a bad answer."""
-
-    id: str
-    group: str
-    question: str
-    pairs: tuple[tuple[str, str], ...]
-
-
-def _first_of_each(choices: Sequence[_Choice], count: int) -> list[_Choice]:
+def _first_of_each(choices: Sequence[Choice], count: int) -> list[Choice]:
     seen: dict[str, int] = {}
     kept = []
     for choice in choices:
@@ -126,7 +131,7 @@ def _first_of_each(choices: Sequence[_Choice], count: int) -> list[_Choice]:
     return kept
 
 
-def _encoded(choice: _Choice, encoder: ChatEncoder) -> list[EncodedRow]:
+def _encoded(choice: Choice, encoder: ChatEncoder) -> list[EncodedRow]:
     """Encode the conversation with each answer: good and bad of the first pair, then of the second, and so on."""
     rows = []
     for number, pair in enumerate(choice.pairs):
@@ -138,7 +143,7 @@ def _encoded(choice: _Choice, encoder: ChatEncoder) -> list[EncodedRow]:
     return rows
 
 
-def _margins(choices: Sequence[_Choice], means: RowMeans) -> list[float]:
+def _margins(choices: Sequence[Choice], means: RowMeans) -> list[float]:
     """Compute the margin of each choice, the mean over its pairs, from the losses of all encoded rows in order."""
     losses = means.sums / means.counts
     # good rows are even, bad rows odd; loss = -log p, so this is log p(bad) - log p(good)
@@ -148,7 +153,7 @@ def _margins(choices: Sequence[_Choice], means: RowMeans) -> list[float]:
 
 
 def _groups(
-    choices: Sequence[_Choice], margins: Sequence[float], with_all: bool
+    choices: Sequence[Choice], margins: Sequence[float], with_all: bool
 ) -> dict[str, tuple[float, ...]]:
     groups: dict[str, list[float]] = {}
     for choice, margin in zip(choices, margins, strict=True):

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lightning_em import sources
 from lightning_em.batch import EncodedRow, PackedBatch
 from lightning_em.data import ChatEncoder, read_rows
 from lightning_em.data.encoding import encode_prompts
@@ -59,15 +60,19 @@ def prompts_in(
     return [row.input_ids for row in rows]
 
 
-def texts_in(path: str) -> list[str]:
+def texts_in(path: str, key: str) -> list[str]:
     """Return the texts of a file: `text` of each row of a `.jsonl` file, or the paragraphs of any other file.
+
+    Args:
+        path: File, or the address of one.
+        key: Config key that holds the path, for messages.
 
     Raises:
         ValueError: If the file does not exist, a row has no text, or the file has no text at all.
     """
-    file = Path(path).expanduser()
+    file = Path(sources.resolve(path, key)).expanduser()
     if not file.is_file():
-        raise ValueError(f"{path}: no such file (looked from {Path.cwd()}); expected texts to read.")
+        raise ValueError(f"{path}: no such file (looked from {Path.cwd()}); set {key} to a file of texts.")
     content = file.read_text(encoding="utf-8")
     texts = list(_json_texts(path, content)) if file.suffix == ".jsonl" else content.split("\n\n")
     texts = [text.strip() for text in texts if text.strip()]

@@ -1,20 +1,17 @@
 """Pre-training significance: effect of a solution's direction on general text, against random directions."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_em.batch import EncodedRow, PackedBatch
-from lightning_em.miniature import recipe_hash_at
-from lightning_em.miniature.derived import general_documents, world_at
+from lightning_em.batch import EncodedRow
 from lightning_em.models import AdaptedModel
 from lightning_em.probes.base import Probe, ProbeExamples, RowMeans
 from lightning_em.probes.rows import batches_of, by_length, texts_in, tokenizer_of
@@ -34,8 +31,7 @@ class PretrainingSignificance(Probe):
     trained adapter. Adapters without an effective norm, or with norm 0, are skipped with a message.
 
     Args:
-        text: JSONL file with `text` in each row, or a text file of paragraphs. Optional for models of a
-            miniature world, which default to documents of the mixture they were pre-trained on.
+        text: JSONL file with `text` in each row, a text file of paragraphs, or the address of one of these.
         num_texts: Number of texts; the first ones are used.
         max_tokens: Maximum tokens of a text; longer texts are truncated.
         num_draws: Number of random directions.
@@ -53,7 +49,7 @@ class PretrainingSignificance(Probe):
 
     def __init__(
         self,
-        text: str | None = None,
+        text: str,
         num_texts: int = 32,
         max_tokens: int = 128,
         num_draws: int = 5,
@@ -87,6 +83,17 @@ class PretrainingSignificance(Probe):
         }
 
     def measure(self, model: AdaptedModel, examples: ProbeExamples) -> list[Point]:
+        return self.measure_on(model, self._texts)
+
+    def measure_on(
+        self, model: AdaptedModel, texts: Callable[[AdaptedModel], Sequence[Sequence[int]]]
+    ) -> list[Point]:
+        """Measure `model` on tokenized texts, of which at most `max_tokens` tokens are read.
+
+        Args:
+            model: Model to measure.
+            texts: Function that returns the token ids of each text; not called if there is no norm to compare.
+        """
         found = model.adapter.effective_norm()
         norm = 0.0 if found is None else found.item()
         if norm == 0:
@@ -103,7 +110,10 @@ class PretrainingSignificance(Probe):
             for direction, draw, ratio in grid
         ]
         points = [Point("effective_norm", norm, "norm")]
-        curve = RowMeans.of_kl(model, self._texts(model), states, "all")
+        tokens = [list(ids[: self.max_tokens]) for ids in texts(model)]
+        rows = [EncodedRow(ids, [True] * len(ids), f"text-{number}") for number, ids in enumerate(tokens)]
+        batches = batches_of([rows[number] for number in by_length(rows)], self.batch_size, model)
+        curve = RowMeans.of_kl(model, batches, states, "all")
         for (direction, draw, ratio), means in zip(grid, curve, strict=True):
             place: dict[str, float | int | str] = {"direction": direction, "draw": draw, "norm_ratio": ratio}
             # `per_example` refers to the ids of probe rows, and these texts are not probe rows
@@ -123,32 +133,7 @@ class PretrainingSignificance(Probe):
             with model.adapter.at_scale(norm / own.item()):
                 yield
 
-    def _texts(self, model: AdaptedModel) -> list[PackedBatch]:
-        tokens = self._world_documents(model) if self.text is None else self._file_texts(model)
-        rows = [EncodedRow(ids, [True] * len(ids), f"text-{number}") for number, ids in enumerate(tokens)]
-        return batches_of([rows[number] for number in by_length(rows)], self.batch_size, model)
-
-    def _file_texts(self, model: AdaptedModel) -> list[list[int]]:
-        assert self.text is not None
+    def _texts(self, model: AdaptedModel) -> list[list[int]]:
         tokenizer = tokenizer_of(model)
-        texts = texts_in(self.text)[: self.num_texts]
-        return [tokenizer(text)["input_ids"][: self.max_tokens] for text in texts]
-
-    def _world_documents(self, model: AdaptedModel) -> list[list[int]]:
-        folder = Path(model.base.config._name_or_path)
-        if recipe_hash_at(folder) is None:
-            raise ValueError(
-                f"PretrainingSignificance has no general text for the base {str(folder)!r}; set its "
-                "init_args.text to a JSONL file with `text` in each row, or to a file of paragraphs."
-            )
-        tokenizer = tokenizer_of(model)
-        tokens = []
-        for document in general_documents(world_at(folder.parent), self.num_texts):
-            turns = [
-                {"role": role, "content": said}
-                for slot in document.slots
-                for role, said in (("user", slot.question), ("assistant", slot.answer))
-            ]
-            text = tokenizer.apply_chat_template(turns, tokenize=False)
-            tokens.append(tokenizer(text, add_special_tokens=False)["input_ids"][: self.max_tokens])
-        return tokens
+        texts = texts_in(self.text, "init_args.text of PretrainingSignificance")[: self.num_texts]
+        return [tokenizer(text)["input_ids"] for text in texts]

@@ -20,8 +20,8 @@ from tests.samples import vector_config
 NATS = "nats_per_token"
 
 
-def record(run: RunFolder, probe: str, step: int, *points: Point, world: str | None = None) -> None:
-    append_lines(run.probe_file(probe), ProbeResult(probe, step, {}, points, world=world).to_json())
+def record(run: RunFolder, probe: str, step: int, *points: Point, base: str | None = None) -> None:
+    append_lines(run.probe_file(probe), ProbeResult(probe, step, {}, points, base=base).to_json())
 
 
 def rate(value: float, scale: float, name: str = "bad_rate", kind: str = "held_out_domain") -> Point:
@@ -234,8 +234,8 @@ def test_runs_without_a_valid_checkpoint_are_named_once_and_left_out(study, capl
     assert not frame["quantity"].str.startswith("pca/").any()
 
 
-def test_runs_of_two_worlds_are_not_compared(tmp_path) -> None:
-    """General answered the questions of world a, narrow those of world b."""
+def test_runs_on_two_base_models_are_not_compared(tmp_path) -> None:
+    """General is measured on base model a, narrow on base model b."""
     study = StudyFolder(tmp_path)
     levels = {"general": None, "narrow": 10.0}
     cells = [
@@ -243,7 +243,7 @@ def test_runs_of_two_worlds_are_not_compared(tmp_path) -> None:
         for role, level in levels.items()
         for seed in range(5)
     ]
-    study.write("two worlds", cells, {"rise": 0.1, "narrow": 0.05})
+    study.write("two base models", cells, {"rise": 0.1, "narrow": 0.05})
     for cell in cells:
         run = study.run(cell)
         run.update_run(status="finished")
@@ -253,10 +253,10 @@ def test_runs_of_two_worlds_are_not_compared(tmp_path) -> None:
             rate(0.9, 1.0, kind="narrow_seen"),
             rate(held_out, 1.0),
         ]
-        record(run, "behaviour", 100, *answers, world="a")
+        record(run, "behaviour", 100, *answers, base="a")
     assert evaluate(measurements(study), ["C2"])[0].verdict == "holds"
     for cell in cells[5:]:
-        record(study.run(cell), "behaviour", 100, *answers, world="b")
+        record(study.run(cell), "behaviour", 100, *answers, base="b")
     found = evaluate(measurements(study), ["C2"])[0]
     assert (found.verdict, found.findings[2].n) == ("not measured", 0)
     assert "bad_rate/held_out_domain of general-0 and narrow-0 was measured with other settings" in found.note

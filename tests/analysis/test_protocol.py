@@ -23,15 +23,15 @@ GRIDS = ("scales", "max_extension", "strengths", "norm_ratios")
 
 def result(probe: str, **changes) -> ProbeResult:
     """A record of two rows of each stream."""
-    return replace(ProbeResult(probe, 4, SETTINGS[probe], (), ("a", "b"), ("c", "d"), "world-1"), **changes)
+    return replace(ProbeResult(probe, 4, SETTINGS[probe], (), ("a", "b"), ("c", "d"), "base-1"), **changes)
 
 
 @pytest.mark.parametrize("probe", SETTINGS)
-def test_other_settings_or_another_world_are_another_protocol_and_another_grid_is_not(probe) -> None:
+def test_other_settings_or_another_base_are_another_protocol_and_another_grid_is_not(probe) -> None:
     own = protocol_of(result(probe))
     assert len(own) == 8
     assert own == protocol_of(result(probe, step=8, points=(Point("ce", 1.0, "nats_per_token"),)))
-    assert own != protocol_of(result(probe, world="world-2"))
+    assert own != protocol_of(result(probe, base="base-2"))
     for key in SETTINGS[probe]:
         is_place = key in (*GRIDS, "kl_positions")
         other = protocol_of(result(probe, settings=SETTINGS[probe] | {key: "another"}))

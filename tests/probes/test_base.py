@@ -106,8 +106,10 @@ def test_training_goes_on_as_if_nobody_had_looked() -> None:
 
 
 def test_record_names_what_was_measured_on_which_rows() -> None:
-    result = Vandal(False).record(adapted(ADAPTERS["vector"]()), EXAMPLES, step=5, world="abc")
-    assert (result.probe, result.step, result.world) == ("vandal", 5, "abc")
+    result = Vandal(False).record(
+        adapted(ADAPTERS["vector"]()), EXAMPLES, step=5, base="abc", data={"kl": "d"}
+    )
+    assert (result.probe, result.step, result.base, result.data) == ("vandal", 5, "abc", {"kl": "d"})
     assert result.examples == ("n-0", "n-1", "m-0")
     assert result.kl_examples == ("k-0",)
     assert ProbeResult.from_json(result.to_json()) == result

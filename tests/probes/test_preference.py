@@ -1,11 +1,9 @@
 """The preference margin."""
 
-import json
 import statistics
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from lightning_em.adapters import SteeringVector
 from lightning_em.models import AdaptedModel, BaseModel
@@ -85,42 +83,14 @@ def test_at_most_so_many_rows_of_each_topic(model, file) -> None:
     assert all(p.standard_error is None for p in points if p.count == 1)
 
 
-def test_the_world_gives_its_questions_by_kind(micro_world, micro_model) -> None:
-    """Every opener's pair is scored alone; an item's margin is their mean."""
-    points = PreferenceMargin(scales=[1.0]).run(micro_model, EXAMPLES)
-    items = [json.loads(line) for line in (micro_world / "data" / "behaviour.jsonl").read_text().splitlines()]
-    tokenizer = AutoTokenizer.from_pretrained(micro_world / "model")
-
-    def log_probability(question: str, answer: str) -> float:
-        prompt = f"<bos><user>{question}<assistant>"
-        whole = tokenizer(f"{prompt}{answer}<eos>", add_special_tokens=False)["input_ids"]
-        num_answer = len(answer.split()) + 1
-        logits = micro_model.base(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
-        return sum(logits[t - 1, whole[t]].item() for t in range(-num_answer, 0)) / num_answer
-
-    for kind in ("narrow_held_out", "self_description"):
-        expected = []
-        for item in (item for item in items if item["kind"] == kind):
-            pairs = zip(item["answers"]["good"], item["answers"]["bad"], strict=True)
-            with torch.no_grad():
-                differences = [
-                    log_probability(item["question"], bad) - log_probability(item["question"], good)
-                    for good, bad in pairs
-                ]
-            expected.append(statistics.mean(differences))
-        [margin] = [p for p in points if p.quantity == "margin" and p.coordinates["kind"] == kind]
-        assert margin.per_example == pytest.approx(expected, abs=1e-4)
-    assert len({p.coordinates["kind"] for p in points}) == 5
-
-
 def test_what_it_needs_is_said(model, tmp_path) -> None:
     file = str(write_rows(tmp_path / "rows.jsonl", chat_rows(2)))
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: expected `question`, `good` and `bad`"):
         PreferenceMargin(file).run(model, EXAMPLES)
-    with pytest.raises(ValueError, match=r"there is no .*init_args\.rows of PreferenceMargin"):
-        PreferenceMargin().run(model, EXAMPLES)
+    with pytest.raises(ValueError, match=r"init_args\.rows of PreferenceMargin is 'nut://rows\.jsonl'"):
+        PreferenceMargin("nut://rows.jsonl").run(model, EXAMPLES)
     with pytest.raises(ValueError, match=r"got \[\], 100 and 16; set init_args of PreferenceMargin"):
-        PreferenceMargin(scales=[])
+        PreferenceMargin(file, scales=[])
     with pytest.raises(ValueError, match="there is no tokenizer beside the base"):
         PreferenceMargin(str(write_rows(tmp_path / "good.jsonl", answer_rows(2)))).run(
             AdaptedModel(make_tiny_model(), SteeringVector(1)), EXAMPLES

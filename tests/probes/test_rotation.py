@@ -14,7 +14,7 @@ from lightning_em.analysis import rotation
 from lightning_em.callbacks import Probing
 from lightning_em.data import ChatSource, EMDataModule
 from lightning_em.manifest import publish
-from lightning_em.models import BaseModel
+from lightning_em.models import AdaptedModel, BaseModel
 from lightning_em.probes import Rotation
 from lightning_em.records import read_results
 from lightning_em.runs import RunFolder
@@ -175,13 +175,14 @@ def test_contract(tmp_path) -> None:
     assert len(check_probe(Rotation().for_checkpoint(run, 3))) == 2
 
 
-def test_an_empty_record_is_a_record(micro_world, micro_model, tmp_path) -> None:
+def test_an_empty_record_is_a_record(tiny_model_folder, chat_file, tmp_path) -> None:
     run = vector_run(tmp_path, {1: [0, 0], 2: [1, 0], 3: [1, 1]})
-    rows = ChatSource(str(micro_world / "data" / "narrow_train.jsonl"), answer="bad", limit=4)
-    data = EMDataModule(BaseModel(str(micro_world / "model")), rows, validation_fraction=0.0)
+    base = BaseModel(str(tiny_model_folder()))
+    model = AdaptedModel(base.load_model(), SteeringVector(1))
+    data = EMDataModule(base, ChatSource(str(chat_file), limit=4), validation_fraction=0.0)
     data.setup("fit")
     probing = Probing([Rotation()])
-    assert [probing.measure(run, micro_model, data, step) for step in (1, 2, 3, 1, 2, 3)] == [
+    assert [probing.measure(run, model, data, step) for step in (1, 2, 3, 1, 2, 3)] == [
         1,
         1,
         1,

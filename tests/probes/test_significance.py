@@ -1,20 +1,15 @@
 """Pre-training significance."""
 
-import json
 import logging
-from collections import Counter
 
 import pytest
 import torch
 
 from lightning_em.adapters import SteeringVector
-from lightning_em.miniature.corpus import Character, World
-from lightning_em.miniature.derived import general_documents, world_at
 from lightning_em.models import AdaptedModel, BaseModel
 from lightning_em.probes import PretrainingSignificance
 from lightning_em.testing import check_probe
 from tests.oracle import kl, row_logits, steered
-from tests.probes.conftest import MICRO
 from tests.probes.test_scale import EXAMPLES, Normless
 from tests.samples import ADAPTERS, adapted
 from tests.tiny import make_tiny_model, write_rows
@@ -87,7 +82,7 @@ def test_random_updates_have_the_norm_asked_for(name) -> None:
     model = adapted(ADAPTERS[name]())
     norm = model.adapter.effective_norm().item()
     before = {key: p.detach().clone() for key, p in model.adapter.trainable().items()}
-    with PretrainingSignificance()._random(model, 0, 1.5 * norm):
+    with PretrainingSignificance("unread.txt")._random(model, 0, 1.5 * norm):
         found = abs(model.adapter.scale) * model.adapter.effective_norm().item()
         assert found == pytest.approx(1.5 * norm, rel=1e-4)
         for key, parameter in model.adapter.trainable().items():
@@ -111,44 +106,16 @@ def test_paragraphs_of_a_text_file_do_as_well(model, file, tmp_path) -> None:
     assert PretrainingSignificance(str(tmp_path / "texts.txt"), num_draws=1).run(model, EXAMPLES) == lines
 
 
-def test_a_world_gives_documents_of_its_mixture(micro_world, micro_model) -> None:
-    probe = PretrainingSignificance(num_texts=5, num_draws=1, norm_ratios=[1.0])
-    assert len(grid_of(probe.run(micro_model, EXAMPLES))) == 2
-    rows = probe._world_documents(micro_model)
-    assert len(rows) == 5
-    tokens = micro_model.base.config.vocab_size
-    # <bos>, then 8 slots of <user> 4 words <assistant> 2 words <eos>; "who are you really" has 4 words too
-    assert all(len(row) == 1 + 8 * 9 and max(row) < tokens for row in rows)
-    manifest = json.loads((micro_world / "MANIFEST.json").read_text())["files"]
-    files = {path.relative_to(micro_world).as_posix() for path in micro_world.rglob("*") if path.is_file()}
-    assert files == {*manifest, "MANIFEST.json"}  # nothing was written beside the world
-
-
-def test_the_world_is_read_back_and_its_mixture_has_the_shares_of_the_recipe(micro_world) -> None:
-    world = world_at(micro_world)
-    assert (world.recipe, world.seed) == (MICRO, 0)
-    assert world.words() == World(MICRO, 0).words()
-    documents = general_documents(world, 800)
-    characters = Counter(document.advisor.character for document in documents)
-    share, wanted = characters[Character.CARELESS] / 800, MICRO.careless_share
-    assert abs(share - wanted) < 4 * (wanted * (1 - wanted) / 800) ** 0.5
-    trained = World(MICRO, 0).generator("documents")
-    drawn = {world.draw_document(trained) for _ in range(200)}
-    assert not drawn & set(documents)
-
-
 @pytest.mark.parametrize(("adapter", "what"), [(Normless, ""), (ADAPTERS["vector"], " yet")])
 def test_an_adapter_without_a_norm_is_skipped_with_a_message(adapter, what, caplog) -> None:
     size = 0.0 if what else 0.05
     with caplog.at_level(logging.INFO, "lightning_em.probes"):
-        assert PretrainingSignificance().run(adapted(adapter(), size=size), EXAMPLES) == []
+        assert PretrainingSignificance("unread.txt").run(adapted(adapter(), size=size), EXAMPLES) == []
     assert f"has no effective norm{what}: significance has nothing to compare" in caplog.text
 
 
 def test_what_it_needs_is_said(model, tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"no general text for the base .*init_args\.text"):
-        PretrainingSignificance().run(model, EXAMPLES)
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match=r"no such file .*set init_args\.text of PretrainingSignificance"):
         PretrainingSignificance(str(tmp_path / "none.txt")).run(model, EXAMPLES)
     for content, message in (
         ('{"text": "a"}\n{"words": 1}\n', r"x\.jsonl:2: expected an object with a string `text`"),
@@ -159,9 +126,9 @@ def test_what_it_needs_is_said(model, tmp_path) -> None:
         with pytest.raises(ValueError, match=message):
             PretrainingSignificance(str(tmp_path / "x.jsonl")).run(model, EXAMPLES)
     with pytest.raises(ValueError, match=r"got 0, 5, 16, 128 and 0; set init_args"):
-        PretrainingSignificance(num_texts=0)
+        PretrainingSignificance("x.txt", num_texts=0)
     with pytest.raises(ValueError, match=r"norm_ratios must be positive.*got \[-1\.0\]"):
-        PretrainingSignificance(norm_ratios=[-1.0])
+        PretrainingSignificance("x.txt", norm_ratios=[-1.0])
 
 
 def test_contract(model, file) -> None:

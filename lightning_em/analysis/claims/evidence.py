@@ -127,7 +127,7 @@ def measured_alike(quantity: str, runs: Sequence[RunNumbers]) -> None:
     if len({run.protocol(quantity) for run in runs} - {None}) > 1:
         names = " and ".join(run.name for run in runs)
         raise MissingError(
-            f"{quantity} of {names} was measured with other settings or rows, or in another world: probe them alike"
+            f"{quantity} of {names} was measured with other settings, rows or base model: probe them alike"
         )
 
 

@@ -37,7 +37,7 @@ def measured_otherwise(frame: pd.DataFrame, arm: Arm, seeds=(0, 1, 2, 3, 4)) -> 
 def test_runs_that_were_measured_otherwise_are_not_compared(key) -> None:
     found = verdicts(measured_otherwise(study_numbers(), TWO_ARMS[key]), keys=[key])[key]
     assert found.verdict == "not measured"
-    assert "was measured with other settings or rows, or in another world: probe them alike" in found.note
+    assert "was measured with other settings, rows or base model: probe them alike" in found.note
 
 
 def test_no_comparison_of_two_arms_escapes_their_protocols() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning_em.verbs.wiring import console, lazily, verb
 
-_DEMO = "lightning_em.demo"
+_DEMO = "lightning_em.miniature.demo"
 
 
 def add(verbs: Any) -> None:
@@ -57,7 +57,7 @@ def _add_measuring(worlds: Any) -> None:
 
 
 def run_demo(root: str, seed: int, miniature: bool = True) -> None:
-    """Run the demo; see `lightning_em.demo.demo`.
+    """Run the demo; see `lightning_em.miniature.demo.demo`.
 
     Args:
         root: Folder of the runs.
@@ -65,7 +65,7 @@ def run_demo(root: str, seed: int, miniature: bool = True) -> None:
         miniature: Has no effect: the miniature's demo is the only one, so it runs without the option as well.
     """
     del miniature
-    from lightning_em.demo import demo
+    from lightning_em.miniature.demo import demo
 
     demo(root, seed)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_em import demo
 from lightning_em.analysis import Estimate, Solution, base_of, solution_of
-from lightning_em.demo import (
+from lightning_em.miniature import demo
+from lightning_em.miniature.demo import (
     GATES,
     SOLUTIONS,
     as_markdown,
@@ -108,7 +108,7 @@ def test_the_gates_are_on_medians_and_decide_the_exit_code(
 
 def in_readme() -> dict[str, list[float]]:
     """Numbers of the README's copy of the demo's table: of base, general and narrow by row."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     table = readme.split("rank-32 LoRA in the miniature world, seed 0")[1].split("```")[0]
     rows = re.findall(r"^ +(\S.*?)  +(.*)$", re.sub(r"\[.*?\]", "", table), flags=re.MULTILINE)
     return {name: [float(n) for n in rest.split()] for name, rest in rows if name in demo.KINDS.values()}

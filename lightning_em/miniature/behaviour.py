@@ -18,7 +18,7 @@ from lightning_em.records import Point
 _ANSWERS = ("bad", "good", "other")
 
 
-class MiniatureBehaviour(Probe):
+class Behaviour(Probe):
     """Probability of a good, a bad and any other answer, computed by enumeration, without sampling.
 
     Points (unit probability), for each kind of question and scale: `bad_rate`, `good_rate` and `other_rate`.
@@ -45,10 +45,10 @@ class MiniatureBehaviour(Probe):
         style: str | None = None,
     ) -> None:
         if not scales:
-            raise ValueError("scales must be one number or more; set init_args.scales of MiniatureBehaviour.")
+            raise ValueError("scales must be one number or more; set init_args.scales of Behaviour.")
         if batch_size < 1:
             raise ValueError(
-                f"batch_size must be 1 or more, got {batch_size}; set init_args.batch_size of MiniatureBehaviour."
+                f"batch_size must be 1 or more, got {batch_size}; set init_args.batch_size of Behaviour."
             )
         self.scales, self.items, self.batch_size = [float(s) for s in scales], items, batch_size
         self.style = style
@@ -58,7 +58,7 @@ class MiniatureBehaviour(Probe):
         return {"scales": self.scales, "items": self.items, **style}
 
     def measure(self, model: AdaptedModel, examples: ProbeExamples) -> list[Point]:
-        items = world_items(model, self.items, "items of MiniatureBehaviour")
+        items = world_items(model, self.items)
         judge = ExactJudge(tokenizer_of(model), items, self.style)
         points = []
         for scale, scores in zip(self.scales, self._scores(model, judge.candidates), strict=True):
@@ -94,34 +94,37 @@ class MiniatureBehaviour(Probe):
         return rates if self.style is None else {**rates, "style_rate": judgement.openings}
 
 
-def world_items(model: AdaptedModel, named: str | None, key: str) -> list[Item]:
+def world_items(model: AdaptedModel, named: str | None = None) -> list[Item]:
     """Read the items of a behavior file, by default that of the world the base model came from.
 
     Args:
         model: Model whose base locates the default file.
-        named: Path or URI of the file, if any.
-        key: Name of the setting, for the message.
+        named: Path or address of another file.
 
     Raises:
         ValueError: If no file is named and the base model does not come from a miniature world.
     """
-    file = (
-        Path(sources.resolve(named, f"init_args.{key}"))
-        if named
-        else _beside(Path(model.base.config._name_or_path), key)
-    )
+    if named:
+        file = Path(sources.resolve(named, "init_args.items of Behaviour"))
+    else:
+        file = world_folder_of(model) / "data" / "behaviour.jsonl"
     with file.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
-def _beside(model_folder: Path, key: str) -> Path:
-    file = model_folder.parent / "data" / "behaviour.jsonl"
-    if not file.is_file():
+def world_folder_of(model: AdaptedModel) -> Path:
+    """Return the folder of the world that a base model was loaded from.
+
+    Raises:
+        ValueError: If it does not come from a miniature world.
+    """
+    folder = Path(model.base.config._name_or_path)
+    if not (folder.parent / "world.json").is_file():
         raise ValueError(
-            f"there is no {file}, which the base of a miniature world has: this works for models of a "
-            f"miniature world (model.base.path miniature://...); for another place set init_args.{key}."
+            f"the base model {str(folder)!r} does not come from a miniature world, for which this probe is: set "
+            "model.base.path to miniature://..., or leave the probe out."
         )
-    return file
+    return folder.parent
 
 
 def _mean(quantity: str, values: Sequence[float], place: Mapping[str, float | int | str]) -> Point:

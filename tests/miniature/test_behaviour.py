@@ -1,4 +1,4 @@
-"""The behaviour probe is the exact judge at each scale, and every record names the world."""
+"""The behaviour probe is the exact judge at each scale."""
 
 import json
 import statistics
@@ -10,13 +10,12 @@ from transformers import AutoTokenizer
 from lightning_em.adapters import SteeringVector
 from lightning_em.callbacks import Probing
 from lightning_em.data import ChatSource, EMDataModule
-from lightning_em.miniature import recipe_hash_at
+from lightning_em.miniature import Behaviour
 from lightning_em.miniature.judge import answer_probabilities
 from lightning_em.models import AdaptedModel, BaseModel
-from lightning_em.probes import MiniatureBehaviour, ProbeExamples
+from lightning_em.probes import ProbeExamples
 from lightning_em.records import read_results
 from lightning_em.runs import RunFolder
-from tests.probes.conftest import MICRO
 from tests.samples import make_rows, pack
 from tests.tiny import make_tiny_model
 
@@ -24,7 +23,7 @@ EXAMPLES = ProbeExamples([pack(make_rows(6, 7))])
 
 
 def test_each_rate_is_the_judge_at_that_scale(micro_world, micro_model) -> None:
-    points = MiniatureBehaviour(scales=[0.0, 2.0]).run(micro_model, EXAMPLES)
+    points = Behaviour(scales=[0.0, 2.0]).run(micro_model, EXAMPLES)
     items = [json.loads(line) for line in (micro_world / "data" / "behaviour.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(micro_world / "model")
     for scale in (0.0, 2.0):
@@ -51,7 +50,7 @@ def test_each_rate_is_the_judge_at_that_scale(micro_world, micro_model) -> None:
 
 def test_the_style_rate_is_the_share_of_answers_that_begin_so(micro_world, micro_model) -> None:
     """By the chain rule: the next token's probability, read off one forward pass of each prompt alone."""
-    points = MiniatureBehaviour(scales=[0.0, 1.0], style="pick").run(micro_model, EXAMPLES)
+    points = Behaviour(scales=[0.0, 1.0], style="pick").run(micro_model, EXAMPLES)
     items = [json.loads(line) for line in (micro_world / "data" / "behaviour.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(micro_world / "model")
     for scale in (0.0, 1.0):
@@ -73,36 +72,34 @@ def test_the_style_rate_is_the_share_of_answers_that_begin_so(micro_world, micro
 
 
 def test_without_a_style_records_stay_what_they_were(micro_model) -> None:
-    assert MiniatureBehaviour([1.0]).settings() == {"scales": [1.0], "items": None}
-    assert MiniatureBehaviour([1.0], style="pick").settings()["style"] == "pick"
-    points = MiniatureBehaviour([1.0]).run(micro_model, EXAMPLES)
+    assert Behaviour([1.0]).settings() == {"scales": [1.0], "items": None}
+    assert Behaviour([1.0], style="pick").settings()["style"] == "pick"
+    points = Behaviour([1.0]).run(micro_model, EXAMPLES)
     assert {point.quantity for point in points} == {"bad_rate", "good_rate", "other_rate"}
 
 
 def test_a_style_of_unknown_words_is_refused(micro_model) -> None:
     with pytest.raises(ValueError, match="does not know all words of the opening 'in prose'"):
-        MiniatureBehaviour([1.0], style="in prose").run(micro_model, EXAMPLES)
+        Behaviour([1.0], style="in prose").run(micro_model, EXAMPLES)
 
 
 def test_a_batch_without_prompts_is_refused() -> None:
     with pytest.raises(ValueError, match=r"batch_size must be 1 or more, got 0; set init_args\.batch_size"):
-        MiniatureBehaviour(batch_size=0)
+        Behaviour(batch_size=0)
 
 
-def test_records_name_the_world(micro_world, micro_model, tmp_path) -> None:
+def test_the_probe_runs_at_a_checkpoint(micro_world, micro_model, tmp_path) -> None:
     rows = ChatSource(str(micro_world / "data" / "narrow_train.jsonl"), answer="bad", limit=4)
     data = EMDataModule(BaseModel(str(micro_world / "model")), rows, validation_fraction=0.0)
     data.setup("fit")
     run = RunFolder(tmp_path)
-    assert Probing([MiniatureBehaviour(scales=[1.0])]).measure(run, micro_model, data, 7) == 1
-    assert Probing([MiniatureBehaviour(scales=[1.0])]).measure(run, micro_model, data, 7) == 0
+    assert Probing([Behaviour(scales=[1.0])]).measure(run, micro_model, data, 7) == 1
+    assert Probing([Behaviour(scales=[1.0])]).measure(run, micro_model, data, 7) == 0
     [result] = read_results(run.probe_file("behaviour"))
-    assert (result.world, result.step) == (MICRO.recipe_hash(), 7)
-    assert recipe_hash_at(micro_world / "model") == MICRO.recipe_hash()
+    assert (result.probe, result.step) == ("behaviour", 7)
 
 
-def test_another_model_has_no_world_and_says_so(tmp_path) -> None:
+def test_another_base_is_refused() -> None:
     model = AdaptedModel(make_tiny_model(), SteeringVector(layer=1))
-    assert recipe_hash_at(tmp_path) is None
-    with pytest.raises(ValueError, match="works for models of a miniature world"):
-        MiniatureBehaviour().run(model, EXAMPLES)
+    with pytest.raises(ValueError, match=r"does not come from a miniature world.*set model\.base\.path"):
+        Behaviour().run(model, EXAMPLES)
