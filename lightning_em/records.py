@@ -97,19 +97,29 @@ class OtherSchemaError(ValueError):
 
 
 def append_lines(path: Path, *lines: str) -> None:
-    """Append lines and flush them to disk; remove an incomplete last line of a killed process first.
+    """Append all lines or, on an error, none, and flush them to disk.
+
+    An incomplete last line, left by a killed process, is removed first.
 
     Raises:
         ValueError: If a line contains a newline.
+        OSError: If the lines cannot be written.
     """
     if any("\n" in line for line in lines):
         raise ValueError("a record is one line; got a newline inside it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     repair_tail(path)
-    with path.open("ab") as file:
-        file.write("".join(f"{line}\n" for line in lines).encode())
-        file.flush()
-        os.fsync(file.fileno())
+    content = memoryview("".join(f"{line}\n" for line in lines).encode())
+    # without a buffer, which would be written once more when the file is closed after an error
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while content:  # a disk that is nearly full takes a part of it
+                content = content[file.write(content) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def repair_tail(path: Path) -> None:

@@ -1,6 +1,8 @@
 """Metrics file of a run: append-only, with each step and name exactly once."""
 
 import logging
+import math
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,14 @@ logger = logging.getLogger(__name__)
 
 HEADER = "step,name,value"
 
+_SECONDS_BETWEEN_WRITES = 5.0
+
 
 class MetricsFile(Logger):
     """Append every metric to a long-form CSV: step, name, value.
 
-    A resumed run first drops the rows after its checkpoint, so that no step occurs twice.
+    Values reach the file every five seconds and before each checkpoint, so that a long run can be watched. A resumed
+    run first drops the rows after its checkpoint, so that no step occurs twice.
 
     Args:
         path: CSV file, created with the first value.
@@ -29,6 +34,7 @@ class MetricsFile(Logger):
         super().__init__()
         self.path = path
         self._rows: list[str] = []
+        self._written = time.monotonic()
 
     @property
     def name(self) -> str:
@@ -42,20 +48,30 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Buffer the values; `save` writes them."""
-        if step is not None:
-            self._rows += [f"{step},{name},{float(value)!r}" for name, value in metrics.items()]
+        """Buffer the values, and write them if the last write is five seconds ago.
+
+        A failed write is only a warning here, since the values stay in the buffer; before a checkpoint it is an error.
+        """
+        if step is None:
+            return
+        self._rows += [f"{step},{name},{float(value)!r}" for name, value in metrics.items()]
+        if time.monotonic() - self._written >= _SECONDS_BETWEEN_WRITES:
+            try:
+                self.save()
+            except OSError as error:
+                self._written = math.inf  # until `save` succeeds
+                logger.warning("%s cannot be written before the next checkpoint: %s", self.path, error)
 
     @rank_zero_only
     def save(self) -> None:
-        """Append the buffered values with one write and one fsync.
-
-        Lightning calls this every `trainer.log_every_n_steps`, `AdapterCheckpoint` before it publishes.
-        """
+        """Append the buffered values with one write and one fsync; `AdapterCheckpoint` calls it before it publishes."""
         if self._rows:
-            header = [] if self.path.exists() else [HEADER]
+            # a process that is killed in its first write leaves an empty file, once the incomplete line is removed
+            has_header = self.path.exists() and self.path.stat().st_size > 0
+            header = [] if has_header else [HEADER]
             append_lines(self.path, *header, *self._rows)
             self._rows = []
+        self._written = time.monotonic()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
