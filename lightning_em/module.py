@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -243,9 +243,11 @@ class EMModule(LightningModule):
         """Sample answers to a batch of prompts; return one dict with `row_id` and `answers` for each prompt."""
         if batch.is_dummy:
             return []
-        sampling = replace(self.sampling, seed=self.sampling.seed + batch_idx)
-        answers = sample_answers(self.model, self._tokenizer, batch, sampling)
-        return [{"row_id": row, "answers": texts} for row, texts in zip(batch.row_ids, answers, strict=True)]
+        sampled = sample_answers(self.model, self._tokenizer, batch, self.sampling)
+        return [
+            {"row_id": row, "answers": [answer.text for answer in answers]}
+            for row, answers in zip(batch.row_ids, sampled, strict=True)
+        ]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """Return only the adapter's tensors; checkpoints do not contain the frozen base model."""

@@ -3,12 +3,13 @@
 from lightning_em.models.adapted import AdaptedModel
 from lightning_em.models.backend import LossSums, RowLosses, StepLoss
 from lightning_em.models.fast import ActivationStore, StoreOptions
-from lightning_em.models.generation import Sampling, sample_answers, sample_tokens
+from lightning_em.models.generation import Answer, Sampling, sample_answers, sample_tokens
 from lightning_em.models.pretrained import BaseModel
 
 __all__ = [
     "ActivationStore",
     "AdaptedModel",
+    "Answer",
     "BaseModel",
     "LossSums",
     "RowLosses",

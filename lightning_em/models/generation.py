@@ -1,22 +1,22 @@
-"""Batched sampling of answers."""
+"""Batched sampling of answers, with random draws that do not depend on the batch."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from lightning_em.batch import PackedBatch
 from lightning_em.models.adapted import AdaptedModel
 
 # Overrides the generation config of published models, which can distort the distribution. Qwen2.5, for example, sets a
 # repetition penalty of 1.05.
-_PLAIN = {
-    "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
-}  # fmt: skip
+_PLAIN = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,30 @@ class Sampling:
             )
 
 
+class Answer(NamedTuple):
+    """A sampled answer.
+
+    Attributes:
+        text: The answer without special tokens.
+        ended: Whether the model ended it; False if it was cut off at `max_new_tokens`.
+    """
+
+    text: str
+    ended: bool
+
+
 def sample_answers(
     model: AdaptedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: PackedBatch,
     sampling: Sampling,
     scale: float = 1.0,
-) -> list[list[str]]:
+) -> list[list[Answer]]:
     """Sample answers to each prompt, in the order of the rows.
 
-    Prompts are padded on the left, so that each answer starts directly after its prompt.
+    Prompts are padded on the left, so that each answer starts directly after its prompt. The random draws of an answer
+    depend on the seed, the id of its row and its position only. The same row thus gets the same answer in any batch, as
+    long as the rounding of the logits, which may depend on the batch, does not decide between two tokens.
 
     Args:
         model: The model with its adapter.
@@ -62,10 +76,13 @@ def sample_answers(
         scale: Scale of the adapter.
 
     Returns:
-        `answers_per_prompt` texts for each row.
+        `answers_per_prompt` answers for each row.
     """
-    answers = sample_tokens(model, prompts, sampling, scale, tokenizer)
-    return [list(tokenizer.batch_decode(each, skip_special_tokens=True)) for each in answers]
+    stop_ids = _stop_ids(model, tokenizer)
+    return [
+        [Answer(str(tokenizer.decode(ids, skip_special_tokens=True)), ids[-1] in stop_ids) for ids in answers]
+        for answers in sample_tokens(model, prompts, sampling, scale, tokenizer)
+    ]
 
 
 def sample_tokens(
@@ -89,27 +106,58 @@ def sample_tokens(
         `answers_per_prompt` answers for each row.
     """
     pad_id, stop_ids = _pad_id(tokenizer), _stop_ids(model, tokenizer)
-    input_ids, attention_mask = _left_padded(prompts, pad_id)
-    drawing = {"do_sample": True, "temperature": sampling.temperature}
-    own_device = [input_ids.device] if input_ids.is_cuda else []
-    # transformers samples from the global generator; fork it, so that sampling does not change its state
-    with torch.random.fork_rng(own_device), torch.no_grad(), model.adapter.at_scale(scale):
-        torch.manual_seed(sampling.seed)
+    input_ids, attention_mask = (
+        each.repeat_interleave(sampling.answers_per_prompt, dim=0) for each in _left_padded(prompts, pad_id)
+    )
+    draws = [_Draws(prompts, sampling, input_ids.shape[1])] if sampling.temperature > 0 else []
+    with torch.no_grad(), model.adapter.at_scale(scale):
         output = model.base.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             max_new_tokens=sampling.max_new_tokens,
-            num_return_sequences=sampling.answers_per_prompt,
             pad_token_id=pad_id,
             eos_token_id=stop_ids or None,
+            do_sample=False,  # the most likely token, which is the drawn one if there are draws
+            logits_processor=LogitsProcessorList(draws),
             # with FSDP all ranks must run every pass; a rank that is done continues until all are done
             synced_gpus=isinstance(model.base.get_decoder(), FSDPModule),
             **_PLAIN,
-            **(drawing if sampling.temperature > 0 else {"do_sample": False}),
         )
     answers = [_ended(row, stop_ids) for row in output[:, input_ids.shape[1] :].tolist()]
     per_prompt = sampling.answers_per_prompt
     return [answers[i : i + per_prompt] for i in range(0, len(answers), per_prompt)]
+
+
+class _Draws(LogitsProcessor):  # type: ignore[misc]
+    """Draw each next token by inverting the cumulative distribution at a uniform number, and exclude all others.
+
+    transformers samples all rows of a batch from one global random stream instead, so that an answer would depend on
+    the other rows, and sampling would change the global state.
+
+    Args:
+        prompts: The prompts; each answer has its own stream of numbers, seeded by the row's id.
+        sampling: Sampling settings.
+        prompt_length: Length of the padded prompts in tokens.
+    """
+
+    def __init__(self, prompts: PackedBatch, sampling: Sampling, prompt_length: int) -> None:
+        numbers = []
+        for row_id in prompts.row_ids:
+            for index in range(sampling.answers_per_prompt):
+                digest = hashlib.sha256(f"{sampling.seed}\x1f{row_id}\x1f{index}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+                numbers.append(torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64))
+        self.numbers = torch.stack(numbers).to(prompts.input_ids.device)
+        self.temperature, self.prompt_length = sampling.temperature, prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores `[answers, vocab]` that are 0 at the drawn token and minus infinity elsewhere."""
+        number = self.numbers[:, input_ids.shape[1] - self.prompt_length, None]
+        # float64: in float32, rounding of the sums would exclude unlikely tokens of a large vocabulary
+        cumulative = (scores.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
+        drawn = torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True)
+        drawn = drawn.clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
 
 
 def _ended(answer: list[int], stop_ids: Sequence[int]) -> list[int]:
