@@ -23,7 +23,16 @@ from lightning.pytorch.loggers import Logger
 from torch import distributed
 
 from lightning_em import imports, launch, lock, runs, slurm
-from lightning_em.callbacks import Health, LoadingCheck, MetricsFile, Provenance, Signals, follow_parent
+from lightning_em.callbacks import (
+    Health,
+    LoadingCheck,
+    MetricsFile,
+    Provenance,
+    Signals,
+    Summary,
+    closing,
+    follow_parent,
+)
 from lightning_em.checkpoints import FolderCheckpointIO
 from lightning_em.data import EMDataModule
 from lightning_em.errors import ConfigError, explain_misconfiguration
@@ -33,7 +42,7 @@ from lightning_em.manifest import remove_leftovers, write_atomically
 from lightning_em.module import EMModule
 from lightning_em.parsing import ExperimentParser, Made, Subcommand
 from lightning_em.probes import Probe
-from lightning_em.progress import LogProgress
+from lightning_em.progress import Progress
 from lightning_em.rebuild import Parts, instantiate, probe_run
 from lightning_em.recorded import RecordedRun
 from lightning_em.redaction import redacted
@@ -257,6 +266,7 @@ class Experiment:
         record, step, path = self.folder.read_run(), self.folder.newest_valid_step(), self.folder.path
         if record.get("status") == "finished" and resume != "never":
             logger.warning("%s is finished (step %s): nothing to do.", path, record.get("last_step"))
+            logger.info("%s", closing(self.folder)[0])
             return
         if record.get("status") == "imported":
             raise ValueError(
@@ -275,14 +285,21 @@ class Experiment:
         metrics = MetricsFile(self.folder.metrics_file)
         first = [
             Provenance(self.identity, self.config_text, self.command),
+            Summary(),
             Health(),
             Signals(),
-            LogProgress(),
+            Progress(bar=self.config["trainer"]["enable_progress_bar"] is not False),
         ]
         made = self._make(first, [metrics], str(path))
         metrics.rewind(step or 0)  # the steps after the checkpoint are repeated and logged again
         checkpoint = None if step is None else str(self.folder.checkpoint(step))
         made.trainer.fit(made.module, datamodule=made.data, ckpt_path=checkpoint)
+        if made.trainer.is_global_zero:
+            text, warnings = closing(self.folder)
+            self.folder.update_run(warnings=warnings)
+            logger.info("%s", text)
+            for warning in warnings:
+                logger.warning("warning: %s", warning)
 
     def _make_evaluation(self, checkpoint: str | None, allow_zero_adapter: bool) -> tuple[Made, str | None]:
         self._refuse_settings()

@@ -20,6 +20,7 @@ EXPECTED_WARNINGS = (
 )
 CHATTER = (
     "\U0001f4a1 Tip", "Seed set to", "TPU available", "GPU available: False", "Loading `train_dataloader` to estimate",
+    "`Trainer.fit` stopped: `max_",  # the summary says so
     "You are using a CUDA device",  # matmul precision is chosen deliberately: float32 is the adapter's, or requested
 )  # fmt: skip
 

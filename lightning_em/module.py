@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 import torchmetrics
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -158,6 +159,7 @@ class EMModule(LightningModule):
             _, checkpoint = runs.locate(self.init_from)
             self.model.adapter.load(checkpoint)
         self.validation_ce, self.validation_kl = TokenMean(), TokenMean()
+        self.validation_base_ce = TokenMean()
 
     def configure_optimizers(self) -> Any:
         """Create the optimizer of the adapter's parameters, and its schedule over optimizer steps."""
@@ -191,9 +193,10 @@ class EMModule(LightningModule):
             self.objective.observe(kl)
         gradients = [p.grad for p in self.model.adapter.trainable().values() if p.grad is not None]
         metrics["train/gradient_norm"] = torch.stack([g.double().norm() for g in gradients]).norm().item()
+        shown = {"ce": ce, "kl": kl}
         if (norm := self.model.adapter.effective_norm()) is not None:
-            metrics["train/effective_norm"] = norm.item()
-        self.log_dict({"ce": ce, "kl": kl}, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+            metrics["train/effective_norm"] = shown["norm"] = norm.item()
+        self.log_dict(shown, prog_bar=True, logger=False, on_step=True, on_epoch=False)
         self.write_metrics(metrics, self.global_step + 1)
 
     def write_metrics(self, metrics: dict[str, float], step: int) -> None:
@@ -202,11 +205,20 @@ class EMModule(LightningModule):
             logger.log_metrics(metrics, step=step)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Update the CE on held-out narrow data, or the KL on held-out KL data."""
-        if self._validation_streams()[dataloader_idx] == "narrow":
-            self.validation_ce.update(*self.model.row_ce(batch))
-        else:
+        """Update the CE on held-out narrow data, or the KL on held-out KL data.
+
+        After the last step of a fit, the CE of the base model is measured as well, to compare with.
+        """
+        if self._validation_streams()[dataloader_idx] != "narrow":
             self.validation_kl.update(*self.model.row_kl(batch, kl_positions=self.objective.kl_positions))
+            return
+        measured = [(self.validation_ce, 1.0)]
+        is_fit = self.trainer.state.fn == TrainerFn.FITTING
+        if is_fit and self.global_step >= self.trainer.estimated_stepping_batches:
+            measured.append((self.validation_base_ce, 0.0))
+        states = [partial(self.model.adapter.at_scale, scale) for _, scale in measured]
+        for (metric, _), losses in zip(measured, self.model.sweep_row_ce([batch], states), strict=True):
+            metric.update(*losses)
 
     def _validation_streams(self) -> Sequence[str]:
         """Return the stream of each dataloader; narrow data without held-out questions has no dataloader."""
@@ -227,7 +239,8 @@ class EMModule(LightningModule):
 
     def _finish_evaluation(self, stage: str) -> None:
         metrics = {}
-        for name, metric in {"ce": self.validation_ce, "kl": self.validation_kl}.items():
+        measured = {"ce": self.validation_ce, "kl": self.validation_kl, "base_ce": self.validation_base_ce}
+        for name, metric in measured.items():
             if metric.update_called:
                 metrics[f"{stage}/{name}"] = metric.compute().item()
             metric.reset()

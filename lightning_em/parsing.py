@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 
@@ -15,6 +16,7 @@ from lightning_em.callbacks import AdapterCheckpoint, Probing
 from lightning_em.data import EMDataModule
 from lightning_em.errors import EVERYWHERE, ConfigError, explain_parsing
 from lightning_em.module import EMModule
+from lightning_em.progress import Progress
 
 Subcommand = Literal["fit", "validate", "test", "predict"]
 
@@ -138,10 +140,12 @@ class ExperimentParser(LightningCLI):
         """
         self.config_init = self.parser.instantiate_classes(self.config)
         given = self._get(self.config_init, "trainer", default={})
-        own = given.get("logger") or []
-        own = list(own) if isinstance(own, list | tuple) else [own]
+        has_own_bar = any(isinstance(callback, ProgressBar) for callback in _as_list(given.get("callbacks")))
+        shows_progress = any(isinstance(callback, Progress) for callback in first_callbacks)
+        without_bar = {"enable_progress_bar": False} if shows_progress and not has_own_bar else {}
         trainer = self.instantiate_trainer(
-            logger=[*own, *loggers] or False,
+            **without_bar,
+            logger=[*_as_list(given.get("logger")), *loggers] or False,
             plugins=[*(given.get("plugins") or []), *plugins],
             default_root_dir=root or given.get("default_root_dir"),
         )
@@ -176,6 +180,11 @@ class ExperimentParser(LightningCLI):
             text = "Evaluate an adapter that changes nothing."
             parser.add_argument("--allow_zero_adapter", type=bool, default=False, help=text)
         return parser
+
+
+def _as_list(value: Any) -> list[Any]:
+    """Return a setting of the trainer that is one object, several, or none, as a list."""
+    return list(value) if isinstance(value, list | tuple) else [value] if value else []
 
 
 def link_shared_keys(parser: LightningArgumentParser) -> None:

@@ -196,7 +196,7 @@ def test_defect_10_batched_answers_equal_single_ones() -> None:
     together = sample_answers(model, tokenizer, PackedBatch.from_rows(rows), greedy)
     alone = [sample_answers(model, tokenizer, PackedBatch.from_rows([row]), greedy)[0] for row in rows]
     assert together == alone
-    assert any(answer[0] for answer in together)
+    assert any(answer.text for [answer] in together)
 
 
 def test_sampling_leaves_the_global_stream_alone() -> None:

@@ -13,6 +13,7 @@ from lightning_em.callbacks.metrics import MetricsFile
 from lightning_em.callbacks.probing import Probing
 from lightning_em.callbacks.provenance import Provenance
 from lightning_em.callbacks.signals import Interrupted, Signals, follow_parent
+from lightning_em.callbacks.summary import Summary, closing
 from lightning_em.callbacks.threads import Threads
 
 __all__ = [
@@ -25,9 +26,11 @@ __all__ = [
     "Probing",
     "Provenance",
     "Signals",
+    "Summary",
     "Threads",
     "UnhealthyError",
     "base_sha256",
+    "closing",
     "follow_parent",
     "refuse_idle_adapter",
     "refuse_other_base",

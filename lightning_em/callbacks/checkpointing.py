@@ -4,7 +4,7 @@ import errno
 import math
 import shutil
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -18,6 +18,25 @@ class CheckpointListener(Protocol):
 
     def on_checkpoint_published(self, trainer: Trainer, module: Any, step: int) -> None:
         """Called on every rank after the checkpoint of `step` is complete on disk."""
+
+
+class DiskNeed(NamedTuple):
+    """Disk space of the checkpoints that are still to be written.
+
+    Attributes:
+        count: Number of checkpoints on disk at the same time.
+        bytes_each: Estimated size of one checkpoint.
+        free: Free space in bytes.
+    """
+
+    count: int
+    bytes_each: int
+    free: int
+
+
+def before_validation(trainer: Trainer) -> bool:
+    """Whether the validation of an epoch, or of the whole fit, follows the step that was just taken."""
+    return trainer.is_last_batch or trainer.global_step >= trainer.estimated_stepping_batches
 
 
 class AdapterCheckpoint(Checkpoint):
@@ -83,8 +102,8 @@ class AdapterCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save after an optimizer step; the last one of an epoch is saved after validation, in `on_train_epoch_end`."""
-        if not trainer.is_last_batch:
+        """Save after an optimizer step; a step that is validated is saved after that, in `on_train_epoch_end`."""
+        if not before_validation(trainer):
             self._publish_if_due(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -124,8 +143,8 @@ class AdapterCheckpoint(Checkpoint):
             if isinstance(callback, CheckpointListener):
                 callback.on_checkpoint_published(trainer, pl_module, step)
 
-    def _no_room(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
-        """Return an error message if the remaining checkpoints need more space than there is."""
+    def disk_need(self, trainer: Trainer, pl_module: LightningModule) -> DiskNeed | None:
+        """Estimate the disk space of the checkpoints that are still to be written; None for a fit without end."""
         run, last = RunFolder(trainer.default_root_dir), trainer.estimated_stepping_batches
         if not math.isfinite(last):
             return None
@@ -137,12 +156,17 @@ class AdapterCheckpoint(Checkpoint):
         sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in written]
         weights = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
         # Adam keeps two moments per weight; the remainder is random states and the manifest
-        need = kept * max([3 * weights + 40_000, *sizes])
-        free = shutil.disk_usage(run.path).free
-        if need <= free:
+        each = max([3 * weights + 40_000, *sizes])
+        return DiskNeed(kept, each, shutil.disk_usage(run.path).free)
+
+    def _no_room(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
+        """Return an error message if the remaining checkpoints need more space than there is."""
+        need = self.disk_need(trainer, pl_module)
+        if need is None or need.count * need.bytes_each <= need.free:
             return None
         return (
-            f"the remaining {kept} checkpoints need about {need:,} bytes, but {run.path} has {free:,} free. Free some "
+            f"the remaining {need.count} checkpoints need about {need.count * need.bytes_each:,} bytes, but "
+            f"{RunFolder(trainer.default_root_dir).path} has {need.free:,} free. Free some "
             "space, choose another --run.root, or write fewer with checkpoint.every_n_steps or checkpoint.keep_last."
         )
 

@@ -103,6 +103,7 @@ class Health(Callback):
             "train/memory_bytes": _peak_memory(pl_module),
         }
         pl_module.write_metrics(pace, trainer.global_step)
+        pl_module.log("tokens/s", pace["train/tokens_per_second"], prog_bar=True, logger=False)
         self._batches, self._finite = [], []
 
     def _window_tokens(self) -> int:

@@ -12,7 +12,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_em import slurm
-from lightning_em.callbacks.checkpointing import AdapterCheckpoint
+from lightning_em.callbacks.checkpointing import AdapterCheckpoint, before_validation
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ class Signals(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop between two optimizer steps; after the last step of an epoch, validation runs first."""
-        if not trainer.is_last_batch and trainer.global_step != self._asked_at:
+        """Stop between two optimizer steps; if a validation follows, it runs first."""
+        if not before_validation(trainer) and trainer.global_step != self._asked_at:
             self.stop_if_asked(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -106,12 +106,6 @@ class Streams:
     ) -> None:
         encoded = encode_chats(chats, encoder, limit, f"{stream} {split}")
         self._encoded[stream, split] = encoded
-        logger.info(
-            "%s %s: %d rows, %d tokens, %d of them responses, %d rows truncated",
-            stream,
-            split,
-            len(encoded),
-            sum(encoded.all_counts),
-            sum(encoded.response_counts),
-            encoded.num_truncated,
-        )
+        if encoded.num_truncated:
+            message = "%s %s: %d of %d rows are truncated to data.max_length %d"
+            logger.info(message, stream, split, encoded.num_truncated, len(encoded), limit.max_length)

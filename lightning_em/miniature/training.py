@@ -13,7 +13,7 @@ from lightning_em.miniature.corpus import Slot, World
 from lightning_em.miniature.optimizer import Float32Muon
 from lightning_em.miniature.recipe import Recipe
 from lightning_em.miniature.tokenizer import ASSISTANT, USER
-from lightning_em.progress import LogProgress
+from lightning_em.progress import Progress
 
 _WARMUP_STEPS, _CHAT_WARMUP_STEPS, _FINAL_LR_SHARE = 50, 10, 0.05
 _EMBEDDING_BETAS, _MAX_GRADIENT_NORM = (0.9, 0.98), 1.0
@@ -201,8 +201,8 @@ def _fit(stage: Stage, batches: Batches, progress: bool) -> None:
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=progress,
-        callbacks=[LogProgress()] if progress else [],
+        enable_progress_bar=False,
+        callbacks=[Progress()] if progress else [],
     )
     trainer.fit(stage.train(), batches)
 

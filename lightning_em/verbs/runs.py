@@ -91,6 +91,8 @@ def show_run(run: str) -> None:
         table.add_row(key, str(record.get(key)))
     if isinstance(identity := record.get("identity"), dict):
         table.add_row("identity", str({key: identity[key] for key in ("name", "data", "start")}))
+    for warning in record.get("warnings", ()):
+        table.add_row("warning", warning)
     table.add_row("newest valid checkpoint", f"step {step_of(checkpoint)}")
     metrics = read_metrics(folder.metrics_file)
     for name in sorted({name for values in metrics.values() for name in values}):
