@@ -13,6 +13,7 @@ VERBS = {
     "test": "the same on the test rows",
     "predict": "sample answers from a run's checkpoint",
     "probe": "run probes on the checkpoints of a finished or unfinished run",
+    "sample": "answers of runs and their base model to any questions, side by side",
     "runs": "list runs and their state; show one",
     "data": "check or show data files",
     "miniature": "build the embedded miniature world",

@@ -227,7 +227,12 @@ class Experiment:
             answers = made.trainer.predict(made.module, made.data, return_predictions=True, ckpt_path=path)
         folder = Path(path).parent.parent if path else self.folder.path
         target = folder / "behaviour" / f"answers-{Path(path).name if path else 'untrained'}.jsonl"
-        rows = [json.dumps(row, ensure_ascii=False) for batch in answers or [] for row in batch]
+        questions = {row.id: row.prompt for row in made.data.held_out_questions()}
+        rows = [
+            json.dumps({"question": questions[row["row_id"]], **row}, ensure_ascii=False)
+            for batch in answers or []
+            for row in batch
+        ]
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, "".join(f"{row}\n" for row in rows))
         logger.info("%d prompts answered: %s", len(rows), target)

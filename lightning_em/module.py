@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_em import runs
 from lightning_em.adapters import Adapter
@@ -147,13 +147,17 @@ class EMModule(LightningModule):
         self._window = torch.zeros(2, dtype=torch.float64)
         self._rng_to_restore: dict[str, Any] | None = None
 
-    def configure_model(self) -> None:
-        """Load the base model and attach the adapter; later calls do nothing."""
+    def configure_model(self, loaded: PreTrainedModel | None = None) -> None:
+        """Load the base model and attach the adapter; later calls do nothing.
+
+        Args:
+            loaded: The base model if it is loaded already, without an adapter.
+        """
         if hasattr(self, "model"):
             return
         store = None if self.store is None else ActivationStore(self.store)
         reference: Literal["live", "cached"] = self.reference
-        base = self.base.load_model()
+        base = self.base.load_model() if loaded is None else loaded
         self.model = AdaptedModel(base, self._adapter[0], self.seed, self.backend, store, reference)
         if self.init_from is not None:
             _, checkpoint = runs.locate(self.init_from)

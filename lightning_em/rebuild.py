@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
+from transformers import PreTrainedModel
 
 from lightning_em import imports, lock, runs
 from lightning_em.callbacks import Probing, refuse_idle_adapter, refuse_other_base
 from lightning_em.data import EMDataModule
 from lightning_em.errors import ConfigError, explain_parsing
+from lightning_em.models import BaseModel, with_shared_weights
 from lightning_em.module import EMModule
 from lightning_em.parsing import link_shared_keys
 from lightning_em.probes import Probe
@@ -64,15 +66,28 @@ def device_for(folder: RunFolder) -> torch.device:
     return torch.device("cuda" if on_one_gpu and torch.cuda.is_available() else "cpu")
 
 
-def load_module(folder: RunFolder, step: int) -> LoadedRun:
+def load_module(
+    folder: RunFolder, step: int, bases: dict[BaseModel, PreTrainedModel] | None = None
+) -> LoadedRun:
     """Rebuild a run at one checkpoint without reading its data files, which need not exist on this machine.
+
+    Args:
+        folder: Folder of the run.
+        step: Step of the checkpoint.
+        bases: Base models loaded so far, to which a missing one is added. Runs on the same base share its weights.
 
     Raises:
         ValueError: If the base model differs from the run's, or the adapter does not fit.
     """
     parts = _parts_of(folder)
     parts.model.init_from = None  # the checkpoint holds the weights, so the parent run need not exist
-    parts.model.configure_model()
+    if bases is None:
+        parts.model.configure_model()
+    else:
+        base = parts.model.base
+        if base not in bases:
+            bases[base] = base.load_model()
+        parts.model.configure_model(with_shared_weights(bases[base]))
     parts.model.model.adapter.load(folder.checkpoint(step))
     refuse_other_base(folder, parts.model)
     return LoadedRun(folder, step, parts.model, parts.data)

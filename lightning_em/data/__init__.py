@@ -3,7 +3,7 @@
 from lightning_em.data.chat import DEFAULT_TEMPLATE_KWARGS, ChatEncoder, EncodedChat, Message, encode_chat
 from lightning_em.data.datamodule import EMDataModule, TokenizerSource
 from lightning_em.data.doctor import DataReport, check_files
-from lightning_em.data.encoding import EncodedRows, LengthLimit, encode_chats
+from lightning_em.data.encoding import EncodedRows, LengthLimit, encode_chats, encode_prompts
 from lightning_em.data.loaders import BatchLoader
 from lightning_em.data.position import Position, Regearing, forget_finished_epoch
 from lightning_em.data.rows import FileScan, Row, RowError, RowErrors, read_rows, scan_rows
@@ -39,6 +39,7 @@ __all__ = [
     "check_files",
     "encode_chat",
     "encode_chats",
+    "encode_prompts",
     "forget_finished_epoch",
     "read_rows",
     "report_tables",

@@ -13,6 +13,7 @@ from lightning_em.data.chat import ChatEncoder
 from lightning_em.data.encoding import EncodedRows, LengthLimit, TooLong
 from lightning_em.data.loaders import BatchLoader, EvaluationRows, TrainRows
 from lightning_em.data.position import Position, Regearing, current_position, refuse_cut_windows, same_steps
+from lightning_em.data.rows import Row
 from lightning_em.data.sampler import RowCounts, WindowSampler
 from lightning_em.data.sources import ChatSource
 from lightning_em.data.streams import Split, Stream, Streams
@@ -164,6 +165,14 @@ class EMDataModule(LightningDataModule):
                 "data.validation_fraction."
             )
         return self._evaluation_loader(prompts)
+
+    def held_out_questions(self) -> list[Row]:
+        """Read the held-out narrow rows, without tokenizing anything; empty if none are held out.
+
+        Raises:
+            ValueError: If a file or a row cannot be used.
+        """
+        return Streams(self.sources, None, self.validation_fraction, self.seed).held_out("narrow")
 
     def probe_batches(
         self, stream: Stream, num_examples: int, batch_size: int, split: Split = "train"

@@ -64,6 +64,10 @@ class Streams:
                 if stream == "narrow":
                     self.held_out_prompts = encode_prompts(held_out, encoder)
 
+    def held_out(self, stream: Stream) -> list[Row]:
+        """Read the held-out rows of a stream, not tokenized."""
+        return self._split(stream, *self.sources[stream])[1]
+
     def rows(self, stream: Stream, split: Split) -> EncodedRows:
         """Return the tokenized rows; empty if the stream or its held-out part does not exist."""
         return self._encoded.get((stream, split), EncodedRows(()))

@@ -1,5 +1,6 @@
 """Loading the frozen base model from the Hugging Face Hub, a local folder, or a source."""
 
+import copy
 import logging
 import os
 import urllib.error
@@ -156,3 +157,13 @@ class BaseModel:
             f"could not load a {what} from {self.path!r}: {first_line} Set model.base.path to a hub id or a "
             "folder with config.json, safetensors weights and tokenizer files."
         )
+
+
+def with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model's modules but not its weights, so that another adapter can be attached to the same weights.
+
+    Args:
+        model: Model without an adapter.
+    """
+    weights = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in weights})

@@ -8,6 +8,7 @@ from argparse import ArgumentParser
 FAMILIES = {
     "probe": "lightning_em.verbs.runs",
     "runs": "lightning_em.verbs.runs",
+    "sample": "lightning_em.verbs.sample",
     "data": "lightning_em.verbs.data",
     "miniature": "lightning_em.miniature.subcommands",
     "demo": "lightning_em.miniature.subcommands",
