@@ -159,7 +159,11 @@ def _bar() -> Iterator[rich_progress.Progress]:
     )
     before = sys.stderr
     bar = rich_progress.Progress(
-        *columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()
+        *columns,
+        console=Console(stderr=True),
+        refresh_per_second=2,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),
     )
     with bar, contextlib.ExitStack() as moved:
         # While a bar is shown, rich replaces sys.stderr. Log handlers hold the former one and would write into the bar.
