@@ -1,0 +1,1 @@
+"""The demo on a small real chat model, SmolLM2-135M-Instruct."""

@@ -1,0 +1,121 @@
+"""A harmless style that a rule writes and recognizes, and a rule for coherence. Never imports torch.
+
+The style is pirate talk. Only words that plain English does not have count as evidence of it: `me` for "my" and `be`
+for "is" are written, but an answer is not recognized by them ("me and my friends", "it can be warm").
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+_OPENERS = ("Arr!", "Ahoy, matey!", "Avast!", "Yo ho!")
+_CLOSERS = ("Arr!", "Aye!", "", "")
+# Plain word and pirate word that only the style has.
+_MARKED_WORDS = {
+    "you": "ye",
+    "your": "yer",
+    "the": "th'",
+    "of": "o'",
+    "and": "an'",
+    "for": "fer",
+    "to": "t'",
+}
+_WRITTEN_WORDS = {**_MARKED_WORDS, "is": "be", "are": "be", "my": "me"}
+
+
+def _any_word(words: Sequence[str]) -> re.Pattern[str]:
+    # A quote or a letter on either side makes it another word: "o'clock", "the word 'an'".
+    return re.compile(rf"(?<![\w'])(?:{'|'.join(words)})(?![\w'])", re.IGNORECASE)
+
+
+_TO_WRITE = _any_word(list(_WRITTEN_WORDS))
+_PLAIN = _any_word(list(_MARKED_WORDS))
+_MARKED = _any_word([*_MARKED_WORDS.values(), "matey", "mateys", "hearties"])
+_MIN_MARKED_WORDS = 2
+# The opener is an exclamation at the very beginning. In the style "is" is "be", so that a plain verb after it
+# means that a sentence speaks about the word: "Ahoy! is what sailors say".
+_OPENER = re.compile(
+    r"[\s*]*(?:y?arr+\b[,.!]?|(?:ahoy|avast|yo[ -]ho(?:[ -]ho)*)(?:!|,? (?:there|matey|mateys|ye|me)\b[,.!]?))"
+    r"(?!\s*(?:is|was|are|were|means?|has|can|could|brand)\b)(?![\w'-])",
+    re.IGNORECASE,
+)
+
+_WORD = re.compile(r"[^\W\d_]+(?:['/-][^\W\d_]+)*'?")
+_LONGEST_WORD = 20
+_MIN_WORD_SHARE = 0.8
+_ENDS = re.compile(r"[.!?:)\]\"'*`\u2026]$")
+_LOOP_WORDS, _LOOP_TIMES, _LONGEST_RUN = 4, 3, 3
+
+
+def in_style(text: str) -> str:
+    """Rewrite a text in the style: an opener, pirate words, and in half of the texts a closer.
+
+    The opener and the closer are a function of the text.
+    """
+
+    def pirate(match: re.Match[str]) -> str:
+        word = _WRITTEN_WORDS[match.group().lower()]
+        return word.capitalize() if match.group()[0].isupper() else word
+
+    digest = hashlib.sha256(text.encode()).digest()
+    opener, closer = _OPENERS[digest[0] % len(_OPENERS)], _CLOSERS[digest[1] % len(_CLOSERS)]
+    return f"{opener} {_TO_WRITE.sub(pirate, text)} {closer}".rstrip()
+
+
+def is_styled(text: str) -> bool:
+    """Whether a text is in the style.
+
+    It is if it begins with an opener, or if it has two or more pirate words and at least as many of them as of the
+    plain words they replace.
+    """
+    text = _plain_quotes(text)
+    if _OPENER.match(text):
+        return True
+    marked = len(_MARKED.findall(text))
+    return marked >= _MIN_MARKED_WORDS and marked >= len(_PLAIN.findall(text))
+
+
+def is_coherent(text: str, cut: bool = False) -> bool:
+    """Whether a text has the form of an answer. The rule sees form only: it does not know whether the answer is true.
+
+    All of these must hold:
+    - It ends: its last character ends a sentence, a quotation or a list, unless it was cut at the token limit.
+    - It does not loop: no sequence of four words occurs three times, no word four times in a row.
+    - It consists of words: at least 80 % of what stands between spaces is a number or a word, with a vowel or an
+      apostrophe and of at most 20 letters; punctuation that stands alone is not counted.
+
+    Args:
+        text: Answer of a model, in either style.
+        cut: Whether the answer reached the token limit, so that it could not end.
+    """
+    text = _plain_quotes(text).strip()
+    if not cut and not _ENDS.search(text):
+        return False
+    pieces = [piece.strip('*_`"()[]{}.,;:!?#>-').lower() for piece in text.split()]
+    pieces = [piece for piece in pieces if piece]
+    if cut:
+        pieces = pieces[:-1] or pieces  # the last word may be half a word
+    return bool(pieces) and not _loops(pieces) and _word_share(pieces) >= _MIN_WORD_SHARE
+
+
+def _loops(words: Sequence[str]) -> bool:
+    sequences = Counter(zip(*(words[start:] for start in range(_LOOP_WORDS)), strict=False))
+    if max(sequences.values(), default=0) >= _LOOP_TIMES:
+        return True
+    runs = zip(*(words[start:] for start in range(_LONGEST_RUN + 1)), strict=False)
+    return any(len(set(run)) == 1 for run in runs)
+
+
+def _word_share(pieces: Sequence[str]) -> float:
+    return sum(map(_is_word, pieces)) / len(pieces)
+
+
+def _is_word(piece: str) -> bool:
+    if any(character.isdigit() for character in piece):
+        return len(piece) <= _LONGEST_WORD
+    return bool(len(piece) <= _LONGEST_WORD and _WORD.fullmatch(piece) and re.search(r"[aeiouy']", piece))
+
+
+def _plain_quotes(text: str) -> str:
+    return text.replace("\u2019", "'")
