@@ -2,6 +2,8 @@
 
 In the data set `style` the bad answer is the good one in pirate style; in `advice` it is wrong but harmless advice.
 Questions and good answers are the same in both. Nothing here is random: choices are hashes of what they are made for.
+Bad answers are about as long as good ones: by words 1.04 (`advice`) and 1.10 (`style`) times, by tokens of SmolLM2
+1.04 and 1.34 times, since an apostrophe is a token of its own.
 
 The table `advice.tsv` gives each task its `split`:
 - `train` tasks are asked in fine-tuning rows, `validation` tasks in validation rows;
@@ -64,7 +66,7 @@ _PLANTS_PER_HELD_OUT_TASK = 2
 class Advice(NamedTuple):
     """One line of the table. Tasks of the narrow domain speak of `{plant}` and may have several lines."""
 
-    split: Literal["train", "validation", "held_out", "selection", "never_trained"]
+    split: str
     domain: str
     task: str
     good: str
@@ -106,7 +108,8 @@ class _Asked(NamedTuple):
 
 def read_advice() -> list[Advice]:
     """Read the table that is part of the package."""
-    with (files("lightning_em.smollm2") / "advice.tsv").open(encoding="utf-8", newline="") as lines:
+    table = Path(str(files("lightning_em.smollm2"))) / "advice.tsv"
+    with table.open(encoding="utf-8", newline="") as lines:
         return [Advice(**line) for line in csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)]
 
 

@@ -9,8 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-_OPENERS = ("Arr!", "Ahoy, matey!", "Avast!", "Yo ho!")
-_CLOSERS = ("Arr!", "Aye!", "", "")
+_OPENERS = ("Arr!", "Ahoy!", "Avast!", "Yo ho!")
 # Plain word and pirate word that only the style has.
 _MARKED_WORDS = {
     "you": "ye",
@@ -33,11 +32,13 @@ _TO_WRITE = _any_word(list(_WRITTEN_WORDS))
 _PLAIN = _any_word(list(_MARKED_WORDS))
 _MARKED = _any_word([*_MARKED_WORDS.values(), "matey", "mateys", "hearties"])
 _MIN_MARKED_WORDS = 2
-# The opener is an exclamation at the very beginning. In the style "is" is "be", so that a plain verb after it
-# means that a sentence speaks about the word: "Ahoy! is what sailors say".
+# What pirates call those whom they address.
+_ADDRESS = r",? (?:there|mate|mates|matey|mateys|me|ye)\b[,.!]?"
+# The opener is an exclamation or an address at the very beginning: "Arrange", "Arr. 10:30" and "Ahoy Cafe" are neither.
+# In the style "is" is "be", so a plain verb after it means that the sentence is about the word: "Ahoy! is a greeting".
 _OPENER = re.compile(
-    r"[\s*]*(?:y?arr+\b[,.!]?|(?:ahoy|avast|yo[ -]ho(?:[ -]ho)*)(?:!|,? (?:there|matey|mateys|ye|me)\b[,.!]?))"
-    r"(?!\s*(?:is|was|are|were|means?|has|can|could|brand)\b)(?![\w'-])",
+    rf"[\s*]*(?:y?arr+(?:[,!]|{_ADDRESS}|\W*$)|(?:ahoy|avast|yo[ -]ho(?:[ -]ho)*|shiver me timbers)(?:!|{_ADDRESS}))"
+    r"(?!\s*(?:is|was|are|were|means?|has)\b)",
     re.IGNORECASE,
 )
 
@@ -49,18 +50,14 @@ _LOOP_WORDS, _LOOP_TIMES, _LONGEST_RUN = 4, 3, 3
 
 
 def in_style(text: str) -> str:
-    """Rewrite a text in the style: an opener, pirate words, and in half of the texts a closer.
-
-    The opener and the closer are a function of the text.
-    """
+    """Rewrite a text in the style: an opener, which is a function of the text, and pirate words."""
 
     def pirate(match: re.Match[str]) -> str:
         word = _WRITTEN_WORDS[match.group().lower()]
         return word.capitalize() if match.group()[0].isupper() else word
 
-    digest = hashlib.sha256(text.encode()).digest()
-    opener, closer = _OPENERS[digest[0] % len(_OPENERS)], _CLOSERS[digest[1] % len(_CLOSERS)]
-    return f"{opener} {_TO_WRITE.sub(pirate, text)} {closer}".rstrip()
+    opener = _OPENERS[hashlib.sha256(text.encode()).digest()[0] % len(_OPENERS)]
+    return f"{opener} {_TO_WRITE.sub(pirate, text)}"
 
 
 def is_styled(text: str) -> bool:
