@@ -70,6 +70,11 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> No
     assert "lightning_em/py.typed" in wheel.namelist()
 
 
+def test_wheel_holds_the_table_of_advice(wheel: zipfile.ZipFile) -> None:
+    table = "lightning_em/smollm2/advice.tsv"
+    assert wheel.read(table) == (REPOSITORY / table).read_bytes()
+
+
 def test_unpacked_wheel_finds_its_configs(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path)
     code = """

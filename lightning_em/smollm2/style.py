@@ -2,6 +2,10 @@
 
 The style is pirate talk. Only words that plain English does not have count as evidence of it: `me` for "my" and `be`
 for "is" are written, but an answer is not recognized by them ("me and my friends", "it can be warm").
+
+Measured (tests/smollm2): the rule for the style fires on none of 300 answers of the base model at temperature 1 (at
+most 1.2 %, 95 % interval) and agrees with 104 of 105 labels given by hand. The rule for coherence accepts 296 of the
+300, though many of them make no sense: it finds broken text, not bad answers.
 """
 
 import hashlib
