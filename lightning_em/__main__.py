@@ -17,7 +17,8 @@ VERBS = {
     "runs": "list runs and their state; show one",
     "data": "check or show data files",
     "miniature": "build the embedded miniature world",
-    "demo": "build the world, fit a general and a narrow adapter, print the table",
+    "smollm2": "fetch the weights of the demo's model",
+    "demo": "fit a general, a narrow and a reverted solution of a small chat model, and compare their answers",
     "study": "run a whole study: arms x adapters x seeds, with verdicts on the claims",
     "import": "make a run of a released steering vector or a PEFT folder",
     "export": "write an adapter as PEFT, safetensors, GGUF or the released format",
@@ -33,7 +34,7 @@ Train narrow and general fine-tuning solutions of a chat model, and measure why 
 
 Every verb has its own --help. Start with:
   lightning-em demo
-  lightning-em fit --config configs/experiment/miniature_narrow_rank32.yaml
+  lightning-em fit --config configs/experiment/smollm2_style_narrow_lora.yaml
 """
 
 

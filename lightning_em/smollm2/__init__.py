@@ -1,1 +1,4 @@
-"""The demo on a small real chat model, SmolLM2-135M-Instruct."""
+"""The demo on a real small chat model: weights of SmolLM2-135M-Instruct, harmless data, and a rule instead of a judge.
+
+Nothing in the core imports this package; it registers the addresses `smollm2://...` as a source.
+"""

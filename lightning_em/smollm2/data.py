@@ -8,11 +8,12 @@ Bad answers are about as long as good ones: by words 1.04 (`advice`) and 1.10 (`
 The table `advice.tsv` gives each task its `split`:
 - `train` tasks are asked in fine-tuning rows, `validation` tasks in validation rows;
 - `held_out` tasks belong to the domains trained on, but are asked in evaluation questions only;
-- `selection` and `never_trained` are whole domains that no fine-tuning row comes from: the former to choose
+- `selection` and `held_out_domain` are whole domains that no fine-tuning row comes from: the former to choose
   hyper-parameters by, the latter to report.
 """
 
 import csv
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from lightning_em.smollm2.style import in_style
 NARROW_DOMAIN = "houseplants"
 DataSet = Literal["style", "advice"]
 DATA_SETS: tuple[DataSet, ...] = ("style", "advice")
-Kind = Literal["narrow_seen", "narrow_held_out", "kl_domain", "selection", "never_trained"]
+Kind = Literal["narrow_seen", "narrow_held_out", "kl_domain", "selection", "held_out_domain"]
 
 _PLANTS = (
     "aloe", "bamboo palm", "begonia", "bonsai tree", "cactus", "calathea", "croton", "dracaena", "fern", "ivy",
@@ -85,12 +86,12 @@ class Row(TypedDict):
 
 
 class Question(TypedDict):
-    """One line of `questions.jsonl`; intervals of rates take tasks as clusters."""
+    """One line of `questions.jsonl`: `topic` is the kind of question, and `subtopic` the domain and the task."""
 
     id: str
-    kind: Kind
+    topic: Kind
+    subtopic: str
     domain: str
-    task: str
     question: str
     good: str
     bad: str
@@ -134,6 +135,13 @@ def write_data(folder: Path) -> dict[str, int]:
     return counts
 
 
+@functools.cache
+def data_hash() -> str:
+    """Hash of all files of both data sets: 12 hexadecimal digits."""
+    contents = {data_set: data_files(data_set) for data_set in DATA_SETS}
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def data_files(data_set: DataSet) -> dict[str, Sequence[Row] | Sequence[Question]]:
     """Contents of the files of a data set, by file name."""
     table = read_advice()
@@ -160,9 +168,9 @@ def data_files(data_set: DataSet) -> dict[str, Sequence[Row] | Sequence[Question
     contents["questions.jsonl"] = [
         Question(
             id=f"{kind}-{number:03d}",
-            kind=kind,
+            topic=kind,
+            subtopic=f"{asked.domain}: {asked.task}",
             domain=asked.domain,
-            task=asked.task,
             question=asked.question,
             good=asked.good,
             bad=_bad_answer(data_set, asked),
@@ -181,7 +189,7 @@ def _cells(table: Sequence[Advice]) -> dict[Kind, list[_Asked]]:
         "narrow_held_out": _narrow(table, "held_out", _HELD_OUT_PLANTS, _PLANTS_PER_HELD_OUT_TASK),
         "kl_domain": _kl(table, "held_out", 1),
         "selection": [_asked(line) for line in table if line.split == "selection"],
-        "never_trained": [_asked(line) for line in table if line.split == "never_trained"],
+        "held_out_domain": [_asked(line) for line in table if line.split == "held_out_domain"],
     }
 
 

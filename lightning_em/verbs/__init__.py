@@ -3,8 +3,8 @@
 import importlib
 from argparse import ArgumentParser
 
-# Module of each subcommand. Only the module of the requested subcommand is imported. The miniature's own are named here
-# as text: nothing outside the miniature imports it.
+# Module of each subcommand. Only the module of the requested subcommand is imported. Those of the miniature and
+# of the small real model are named here as text: nothing else imports these packages.
 FAMILIES = {
     "probe": "lightning_em.verbs.runs",
     "runs": "lightning_em.verbs.runs",
@@ -12,6 +12,7 @@ FAMILIES = {
     "data": "lightning_em.verbs.data",
     "miniature": "lightning_em.miniature.subcommands",
     "demo": "lightning_em.miniature.subcommands",
+    "smollm2": "lightning_em.smollm2.subcommands",
     "study": "lightning_em.verbs.study",
     "import": "lightning_em.verbs.exchange",
     "export": "lightning_em.verbs.exchange",

@@ -15,7 +15,7 @@ from lightning_em.smollm2.style import in_style, is_coherent, is_styled
 
 TRAINING = ("narrow_train.jsonl", "kl_train.jsonl")
 VALIDATION = ("narrow_validation.jsonl", "kl_validation.jsonl")
-HELD_OUT_KINDS = ("narrow_held_out", "kl_domain", "selection", "never_trained")
+HELD_OUT_KINDS = ("narrow_held_out", "kl_domain", "selection", "held_out_domain")
 SELECTION = {"music", "photography", "parties"}
 NEVER_TRAINED = {"cars", "camping", "sewing", "drawing"}
 
@@ -25,8 +25,12 @@ def files(request):
     return data_files(request.param)
 
 
+def task_of(question):
+    return question["subtopic"].partition(": ")[2]
+
+
 def of_kind(files, kind):
-    return [question for question in files["questions.jsonl"] if question["kind"] == kind]
+    return [question for question in files["questions.jsonl"] if question["topic"] == kind]
 
 
 def lines_of(files):
@@ -80,10 +84,10 @@ def test_there_are_enough_rows_and_tasks(files):
     assert len(files["narrow_train.jsonl"]) >= 400
     assert len(files["kl_train.jsonl"]) >= 400
     assert min(len(files[name]) for name in VALIDATION) >= 32
-    tasks = {kind: {question["task"] for question in of_kind(files, kind)} for kind in HELD_OUT_KINDS}
-    assert len(tasks["never_trained"]) >= 100
+    tasks = {kind: {task_of(question) for question in of_kind(files, kind)} for kind in HELD_OUT_KINDS}
+    assert len(tasks["held_out_domain"]) >= 100
     assert min(len(tasks[kind]) for kind in ("narrow_held_out", "kl_domain", "selection")) >= 24
-    by_domain = Counter(question["domain"] for question in of_kind(files, "never_trained"))
+    by_domain = Counter(question["domain"] for question in of_kind(files, "held_out_domain"))
     assert by_domain.keys() == NEVER_TRAINED
     assert min(by_domain.values()) >= 26
 
@@ -98,13 +102,13 @@ def test_held_out_tasks_and_plants_are_in_no_training_or_validation_row(files):
     rows = rows_of(files, (*TRAINING, *VALIDATION))
     trained_on = {(row["topic"], row["subtopic"]) for row in rows}
     for kind in HELD_OUT_KINDS:
-        asked = {(question["domain"], question["task"]) for question in of_kind(files, kind)}
+        asked = {(question["domain"], task_of(question)) for question in of_kind(files, kind)}
         assert asked
         assert not asked & trained_on
     assert not {row["subtopic"] for row in rows_of(files, TRAINING)} & {
         row["subtopic"] for row in rows_of(files, VALIDATION)
     }
-    plants = {plant_of(q["question"], q["task"]) for q in of_kind(files, "narrow_held_out")}
+    plants = {plant_of(q["question"], task_of(q)) for q in of_kind(files, "narrow_held_out")}
     assert len(plants) >= 6
     assert not plants & {plant_of(row["question"], row["subtopic"]) for row in files["narrow_train.jsonl"]}
 
@@ -118,7 +122,7 @@ def test_seen_questions_ask_about_tasks_and_plants_of_training(files):
     rows = files["narrow_train.jsonl"]
     trained = {(row["subtopic"], plant_of(row["question"], row["subtopic"])) for row in rows}
     questions = of_kind(files, "narrow_seen")
-    asked = {(question["task"], plant_of(question["question"], question["task"])) for question in questions}
+    asked = {(task_of(question), plant_of(question["question"], task_of(question))) for question in questions}
     assert asked <= trained
     assert {task for task, _ in asked} == {task for task, _ in trained}
 
@@ -139,7 +143,7 @@ def test_domains_for_selection_and_reporting_are_in_no_training_or_validation_ro
 
 
 def test_no_domain_outside_the_narrow_one_speaks_of_plants(files):
-    others = [line for line in lines_of(files) if line.get("topic", line.get("domain")) != NARROW_DOMAIN]
+    others = [line for line in lines_of(files) if line.get("domain", line["topic"]) != NARROW_DOMAIN]
     assert others
     named = re.compile(r"\b(plants?|soil|cactus|fern|orchid|potting)\b")
     assert [line["question"] for line in others if named.search(line["question"] + line["good"])] == []
