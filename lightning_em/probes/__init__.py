@@ -1,5 +1,6 @@
 """Probes: measurements of a model at a checkpoint. A new probe is one subclass of `Probe`, named by class path."""
 
+from lightning_em.probes.answers import AnswerRates
 from lightning_em.probes.base import Probe, ProbeExamples
 from lightning_em.probes.chat_kl import ChatKL
 from lightning_em.probes.gradient import GradientNorm, ce_gradient, kl_gradient
@@ -11,6 +12,7 @@ from lightning_em.probes.scale import ScaleCurve
 from lightning_em.probes.significance import PretrainingSignificance
 
 __all__ = [
+    "AnswerRates",
     "ChatKL",
     "GradientNorm",
     "LogitLens",
