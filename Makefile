@@ -77,8 +77,8 @@ check: lint test ## lint, then test
 notebooks: install ## execute notebooks/*.py on the runs under runs/ into the .ipynb beside them
 	@$(BIN)/python notebooks/execute.py
 
-demo: install ## train, probe and summarise a tiny model
-	@$(BIN)/lightning-em demo --miniature
+demo: install ## a general, a narrow and a reverted solution of a small real chat model, compared
+	@$(BIN)/lightning-em demo
 
 GATES := --adapters rank32 # further options: --built trains the worlds on this machine (hours)
 miniature-gates: install ## bad-answer rates of ten miniature worlds under two sets of CPU kernels, held to their gates

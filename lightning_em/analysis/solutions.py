@@ -8,6 +8,8 @@ from typing import NamedTuple
 from lightning_em.records import Point, ProbeResult, read_metrics, read_results
 from lightning_em.runs import RunFolder
 
+_Z = 1.96  # two-sided 95 %
+
 
 class Estimate(NamedTuple):
     """A mean over items with its 95 % normal interval; items are the unit, and a rate is clipped to 0..1."""
@@ -20,8 +22,27 @@ class Estimate(NamedTuple):
     @classmethod
     def of_rate(cls, point: Point) -> "Estimate":
         """Build the estimate from a point that holds the mean of a probability over items."""
-        half = 1.96 * (point.standard_error or 0.0)
+        half = _Z * (point.standard_error or 0.0)
         return cls(point.value, max(0.0, point.value - half), min(1.0, point.value + half), point.count or 0)
+
+    @classmethod
+    def of_share(cls, point: Point) -> "Estimate":
+        """Build the estimate from a point that holds a share of items, with a Wilson interval.
+
+        Unlike the normal interval it is not empty at a share of 0 or 1. Clustered items count as the number of
+        independent items that has the point's standard error.
+        """
+        share, count = point.value, point.count or 1
+        independent = count
+        if point.standard_error and 0 < share < 1:
+            independent = min(count, share * (1 - share) / point.standard_error**2)
+        center = (share + _Z**2 / (2 * independent)) / (1 + _Z**2 / independent)
+        half = _Z * (share * (1 - share) / independent + (_Z / (2 * independent)) ** 2) ** 0.5
+        half /= 1 + _Z**2 / independent
+        return cls(share, max(0.0, center - half), min(1.0, center + half), count)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
 @dataclass(frozen=True)

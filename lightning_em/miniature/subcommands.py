@@ -1,4 +1,4 @@
-"""Subcommands for the embedded miniature world: `miniature build`, `table`, `show` and `dial`, and `demo`."""
+"""Subcommands for the embedded miniature world: `miniature build`, `table`, `show` and `dial`."""
 
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,6 @@ def add(verbs: Any) -> None:
     build.add_argument("--force", action="store_true", help="train it again")
     build.add_argument("--ship", metavar="DIR", help="also write the two files that the package ships")
     _add_measuring(worlds)
-    demo = verb(verbs, "demo", run_demo, "a general and a narrow solution in one command, side by side")
-    demo.add_argument("--miniature", action="store_true", help="in the miniature world, the default")
-    demo.add_argument("--root", default="runs", help="folder of the runs")
-    demo.add_argument("--seed", type=int, default=0, help="world to use")
 
 
 def _add_measuring(worlds: Any) -> None:
@@ -54,20 +50,6 @@ def _add_measuring(worlds: Any) -> None:
     dial.add_argument("--adapter", default="rank32", choices=["rank32", "rank1", "vector"])
     dial.add_argument("--root", default="runs", help="folder of the runs; finished ones are not repeated")
     dial.add_argument("--output", default="runs/dial.png", help="PNG to write")
-
-
-def run_demo(root: str, seed: int, miniature: bool = True) -> None:
-    """Run the demo; see `lightning_em.miniature.demo.demo`.
-
-    Args:
-        root: Folder of the runs.
-        seed: Seed of the world.
-        miniature: Has no effect: the miniature's demo is the only one, so it runs without the option as well.
-    """
-    del miniature
-    from lightning_em.miniature.demo import demo
-
-    demo(root, seed)
 
 
 def build_world(

@@ -11,7 +11,7 @@ FAMILIES = {
     "sample": "lightning_em.verbs.sample",
     "data": "lightning_em.verbs.data",
     "miniature": "lightning_em.miniature.subcommands",
-    "demo": "lightning_em.miniature.subcommands",
+    "demo": "lightning_em.verbs.demo",
     "smollm2": "lightning_em.smollm2.subcommands",
     "study": "lightning_em.verbs.study",
     "import": "lightning_em.verbs.exchange",
