@@ -151,9 +151,11 @@ class Experiment:
             The recorded run.
 
         Raises:
-            ValueError: If a setting is not valid, or the folder is in use or holds another run.
+            ValueError: If a setting is not valid, the KL has a weight but no data, or the folder is in use or holds
+                another run.
         """
         self._refuse_settings()
+        launch.refuse_missing_kl_data(self.config)
         slurm.note_requeue_signal()
         with contextlib.ExitStack() as held:
             held.enter_context(self._in_this_process())

@@ -184,6 +184,23 @@ def refuse_missing_gpu(trainer: Mapping[str, Any], args: Sequence[str], devices:
         )
 
 
+def refuse_missing_kl_data(config: Mapping[str, Any]) -> None:
+    """Reject a KL weight without KL data: the general solution would be trained under another name.
+
+    Args:
+        config: Resolved config of an experiment.
+
+    Raises:
+        ValueError: If the KL can get a weight, constant or by schedule, but there is no KL data.
+    """
+    objective = config["model"]["objective"]
+    if objective["kl_weight"] > 0 and config["data"]["kl"] is None:
+        raise ValueError(
+            f"data.kl is missing while model.objective.kl_weight is {objective['kl_weight']:g}: there is nothing to "
+            "compute the KL on. Set data.kl.path, or set model.objective.kl_weight to 0 to train without the KL."
+        )
+
+
 def refuse_control_characters(what: str, *texts: object) -> None:
     """Reject line breaks and other control characters in text that becomes a path, a log line or a batch file line.
 

@@ -176,11 +176,17 @@ class EMModule(LightningModule):
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """Compute the contribution of one micro-batch to the loss of the optimizer step."""
         weight = self.objective.weight_at(self.global_step, self.model.vocab_size)
+        if weight > 0 and batch.kl is None:
+            raise ValueError(
+                f"the KL has the weight {weight:g} at step {self.global_step}, but the batch has no KL rows; give the "
+                "data module KL data, or set model.objective.kl_weight to 0."
+            )
         kl_rows = batch.kl if weight > 0 else None
         weights = self.objective.weights(batch.window, weight)
         loss = self.model.step_loss(batch.ce, kl_rows, weights, self.objective.kl_positions)
         terms = self.objective.terms(loss.ce, loss.kl, batch.window)
-        self._window = self._window.to(self.device) + torch.stack([terms.ce, terms.kl]).double()
+        kl_share = terms.ce.new_full((), math.nan) if terms.kl is None else terms.kl
+        self._window = self._window.to(self.device) + torch.stack([terms.ce, kl_share]).double()
         # The contributions are already divided by the counts of the whole optimizer step. Lightning also divides by the
         # number of micro-batches, and DDP by the number of ranks; undo both.
         return loss.total * self.trainer.accumulate_grad_batches * self.trainer.world_size
@@ -200,6 +206,8 @@ class EMModule(LightningModule):
         shown = {"ce": ce, "kl": kl}
         if (norm := self.model.adapter.effective_norm()) is not None:
             metrics["train/effective_norm"] = shown["norm"] = norm.item()
+        # NaN marks a KL that was not computed; the progress bar shows it as a dash. Without it, Lightning would keep
+        # showing the last value that was computed.
         self.log_dict(shown, prog_bar=True, logger=False, on_step=True, on_epoch=False)
         self.write_metrics(metrics, self.global_step + 1)
 

@@ -2,19 +2,24 @@
 
 import json
 import math
+import re
 from itertools import pairwise
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lightning_em.__main__ import main
 from lightning_em.adapters import LoRA, SteeringVector
-from lightning_em.batch import EncodedRow, PackedBatch
-from lightning_em.losses import Objective
+from lightning_em.batch import EncodedRow, PackedBatch, TrainBatch, WindowCounts
+from lightning_em.cluster.doctor import check
+from lightning_em.losses import Objective, OnAt
 from lightning_em.models import AdaptedModel, BaseModel, Sampling, sample_answers
 from lightning_em.module import EMModule, LinearWithWarmup
+from lightning_em.progress import LossBar
 from lightning_em.rebuild import rebuild_run
 from lightning_em.records import read_metrics
+from lightning_em.runs import RunFolder
 from tests.fitting import LORA, VECTOR, experiment, fit, train_metrics, write_config
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
 
@@ -181,6 +186,82 @@ def test_off_at_drops_the_kl(tmp_path, tiny_model_folder, chat_file, answer_file
     metrics = train_metrics(fit(write_config(tmp_path / "off.yaml", config), "off"))
     assert [row["train/kl_weight"] for row in metrics.values()] == [1.0, 1.0, 0.0, 0.0, 0.0]
     assert ["train/kl" in row for row in metrics.values()] == [True, True, False, False, False]
+
+
+SCHEDULES = {
+    "constant": None,
+    "late": {"class_path": "lightning_em.losses.OnAt", "init_args": {"step": 4}},
+    "ramp": {"class_path": "lightning_em.losses.Ramp", "init_args": {"num_steps": 3}},
+    "held": {"class_path": "lightning_em.losses.HoldKL", "init_args": {"target": 0.1}},
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_kl_weight_without_kl_data_is_refused_before_anything_is_loaded(
+    schedule, tmp_path, chat_file
+) -> None:
+    config = experiment(tmp_path / "no model is read", chat_file)
+    config["model"]["objective"] = {"kl_weight": 1e5, "schedule": SCHEDULES[schedule]}
+    path = write_config(tmp_path / "x.yaml", config)
+    match = r"data\.kl is missing while model\.objective\.kl_weight is 100000: .*Set data\.kl\.path"
+    with pytest.raises(ValueError, match=match):
+        fit(path, "refused")
+    run = RunFolder(tmp_path / "refused")
+    assert not run.metrics_file.exists()
+    settings = next(f for f in check(["--config", str(path)]) if f.topic == "settings")
+    assert settings.is_fault
+    assert re.search(match, settings.text)
+    with pytest.raises(ValueError, match=match):
+        main(["submit", "--dry_run", "--debug", "--config", str(path)])
+
+
+def test_a_batch_without_kl_rows_is_refused_by_the_module_itself(tiny_model_folder, monkeypatch) -> None:
+    """As with a trainer and a data module of one's own."""
+    row = PackedBatch.from_rows([EncodedRow([5, 6, 7, 8], [False, True, True, True], "a")])
+    made = EMModule(
+        BaseModel(str(tiny_model_folder())),
+        SteeringVector(layer=1, alpha=4.0),
+        Objective(2.0, schedule=OnAt(1)),
+    )
+    made.configure_model()
+    monkeypatch.setattr(EMModule, "global_step", 1)
+    with pytest.raises(ValueError, match=r"weight 2 at step 1, but the batch has no KL rows"):
+        made.training_step(TrainBatch(row, None, WindowCounts(3, 0, 0)), 0)
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        ({"kl_weight": 0.0}, ["-"] * 5),
+        (
+            {
+                "kl_weight": 1.0,
+                "schedule": {"class_path": "lightning_em.losses.OffAt", "init_args": {"step": 2}},
+            },
+            [float, float, "-", "-", "-"],
+        ),
+    ],
+)
+def test_the_progress_bar_shows_a_dash_for_a_kl_that_was_not_computed(
+    objective, expected, tmp_path, tiny_model_folder, chat_file, answer_file, monkeypatch
+) -> None:
+    config = experiment(tiny_model_folder(), chat_file, answer_file)
+    config["model"]["objective"] = objective
+    config["trainer"] |= {"enable_progress_bar": True, "max_epochs": 1}
+    shown = []
+
+    def update(bar, trainer, pl_module):
+        if trainer.progress_bar_metrics:
+            shown.append((trainer.global_step, bar.get_metrics(trainer, pl_module)))
+
+    monkeypatch.setattr(LossBar, "_update_metrics", update)
+    run = fit(write_config(tmp_path / "x.yaml", config), "bar")
+    by_step = dict(shown)
+    kinds = [value if (value := by_step[step]["kl"]) == "-" else type(value) for step in range(1, 6)]
+    assert kinds == expected
+    assert all(isinstance(metrics["ce"], float) for metrics in by_step.values())
+    recorded = ["train/kl" in row for row in train_metrics(run).values()]
+    assert recorded == [kind is float for kind in expected]
 
 
 def test_defect_10_batched_answers_equal_single_ones() -> None:

@@ -22,7 +22,7 @@ from lightning_em.cluster.loads import probing_loads
 from lightning_em.cluster.memory import Load, MemoryEstimate, estimate, memory_there, on_meta
 from lightning_em.data import ChatEncoder, EMDataModule
 from lightning_em.experiment import Experiment
-from lightning_em.launch import num_processes, refuse_settings
+from lightning_em.launch import num_processes, refuse_missing_kl_data, refuse_settings
 from lightning_em.models.selection import why_plain
 from lightning_em.module import EMModule
 from lightning_em.redaction import redacted_text
@@ -77,6 +77,7 @@ def check(args: Sequence[str], prefetch: bool = False, gpu_gib: float | None = N
     try:
         experiment = Experiment(args)
         refuse_settings(experiment.config["trainer"])
+        refuse_missing_kl_data(experiment.config)
         examination = Examination(experiment.config, experiment.module, experiment.data, gpu_gib)
         findings.append(Finding("settings", "ok", f"run folder {experiment.folder.path}"))
         if prefetch:

@@ -24,11 +24,11 @@ class LossTerms(NamedTuple):
 
     Attributes:
         ce: Contribution to the mean cross-entropy, in nats per token.
-        kl: Contribution to the mean KL, in nats per token.
+        kl: Contribution to the mean KL, in nats per token; None if it was not computed.
     """
 
     ce: Tensor
-    kl: Tensor
+    kl: Tensor | None
 
 
 @dataclass
@@ -65,8 +65,16 @@ class Objective:
         Args:
             step: Number of optimizer steps taken so far.
             vocab_size: Vocabulary size in the model's config; used only by `per_token_and_vocab`.
+
+        Raises:
+            ValueError: If the schedule makes the weight negative or not finite.
         """
         weight = self.kl_weight * (self.schedule or Constant()).factor(step)
+        if not 0 <= weight < float("inf"):
+            raise ValueError(
+                f"the KL weight at step {step} must be a finite number >= 0, got {weight}; "
+                "change model.objective.schedule."
+            )
         return weight / vocab_size if self.kl_reduction == "per_token_and_vocab" else weight
 
     def _counts(self, window: WindowCounts) -> tuple[int, int]:
@@ -82,8 +90,7 @@ class Objective:
     def terms(self, ce: TokenSum, kl: TokenSum | None, window: WindowCounts) -> LossTerms:
         """Divide the sums by the counts of the whole optimizer step, for logging."""
         ce_count, kl_count = self._counts(window)
-        ce_share = ce.total.detach() / ce_count
-        return LossTerms(ce_share, ce_share.new_zeros(()) if kl is None else kl.total.detach() / kl_count)
+        return LossTerms(ce.total.detach() / ce_count, None if kl is None else kl.total.detach() / kl_count)
 
     def observe(self, kl_nats_per_token: float) -> None:
         """Pass the KL of a whole optimizer step, over all ranks, to the schedule."""

@@ -113,7 +113,7 @@ def _jobs_of_words(
     from lightning_em.cluster.jobs import FitJob, variations
     from lightning_em.cluster.script import devices_asked
     from lightning_em.experiment import Experiment, as_options
-    from lightning_em.launch import refuse_settings
+    from lightning_em.launch import refuse_missing_kl_data, refuse_settings
 
     if not args:
         raise ValueError("submit needs what fit needs: --config configs/experiment/x.yaml, or --study.")
@@ -123,6 +123,7 @@ def _jobs_of_words(
     for flags in variations(sweeps):
         experiment = Experiment([*args, *flags, *devices])
         refuse_settings(experiment.config["trainer"])
+        refuse_missing_kl_data(experiment.config)
         experiment.refuse_other_run()
         jobs.append(FitJob((*args, *allowed, *flags), experiment.folder.path))
         roots.append(experiment.config["run"]["root"])

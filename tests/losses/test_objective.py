@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_em.batch import WindowCounts
-from lightning_em.losses import Objective, OffAt, TokenSum
+from lightning_em.losses import KLWeightSchedule, Objective, OffAt, TokenSum
 
 
 def tokens(total: float, count: int) -> TokenSum:
@@ -39,11 +39,11 @@ def test_the_gradient_is_that_of_the_weighted_sum() -> None:
     assert not terms.kl.requires_grad
 
 
-def test_without_kl_rows_the_kl_is_zero() -> None:
+def test_a_kl_that_was_not_computed_is_no_number() -> None:
     window = WindowCounts(4, 0, 0)
     terms, weights = Objective().terms(tokens(2.0, 4), None, window), Objective().weights(window, weight=0.0)
     assert (weights.ce * 2.0, weights.kl) == (0.5, 0.0)
-    assert (terms.ce.item(), terms.kl.item()) == (0.5, 0.0)
+    assert (terms.ce.item(), terms.kl) == (0.5, None)
 
 
 def test_a_window_without_tokens_divides_by_nothing() -> None:
@@ -73,6 +73,20 @@ def test_the_authors_loss_is_reproduced() -> None:
 def test_the_schedule_multiplies_the_weight() -> None:
     objective = Objective(5.0, schedule=OffAt(2))
     assert [objective.weight_at(step, 10) for step in range(4)] == [5.0, 5.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("factor", [-1.0, float("nan"), float("inf")])
+def test_a_schedule_that_leaves_the_numbers_is_refused(factor) -> None:
+    class Wrong(KLWeightSchedule):
+        def factor(self, step: int) -> float:
+            return 1.0 if step < 3 else factor
+
+    objective = Objective(2.0, schedule=Wrong())
+    assert objective.weight_at(2, 10) == 2.0
+    with pytest.raises(
+        ValueError, match=r"the KL weight at step 3 must be a finite number >= 0, got .*schedule"
+    ):
+        objective.weight_at(3, 10)
 
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])

@@ -55,6 +55,15 @@ def content(tmp_path, chat_file, answer_file) -> dict[str, Any]:
     }
 
 
+def test_an_arm_with_a_kl_weight_and_no_kl_data_is_refused_by_its_name(content, tmp_path, chat_file) -> None:
+    write_config(tmp_path / "experiment.yaml", experiment(tmp_path / "model", chat_file))
+    study = read_study(write_study(tmp_path / "study.yaml", content))
+    general = [run.name for run in study.runs if run.cell.role == "general"]
+    with_identities(study, general)  # their weight is 0
+    with pytest.raises(ValueError, match=r"^narrow-\S+: data\.kl is missing while .*kl_weight is 10:"):
+        with_identities(study, [run.name for run in study.runs if run.cell.role == "narrow"])
+
+
 def write_study(file: Path, content: dict[str, Any]) -> Path:
     """The order of arms and worlds means something."""
     file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
