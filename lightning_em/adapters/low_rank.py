@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_em.adapter_record import LowRank
 
 # Modules of a decoder layer whose output is added to the residual stream.
-_WRITERS = frozenset({"o_proj", "down_proj"})
+_WRITERS = frozenset({"o_proj", "down_proj", "c_proj"})
 
 
 def update_norm(parts: Sequence[LowRank], tensors: Mapping[str, Tensor]) -> Tensor:
@@ -53,8 +53,8 @@ def write_directions(parts: Sequence[LowRank], tensors: Mapping[str, Tensor]) ->
     For a shift, the vector is the shift, under the name of its tensor. For a weight update, it is the top left singular
     vector times its singular value, under the name of the module. For rank 1 it points along the column of B. For
     higher ranks its sign is a convention (the entry with the largest absolute value is positive), because the sign of
-    the written vector depends on the input. Only `o_proj` and `down_proj` write to the residual stream. In Gemma 2 and
-    3 they do so through a norm, which is ignored here.
+    the written vector depends on the input. Only `o_proj`, `down_proj` and `c_proj` write to the residual stream. In
+    Gemma 2 and 3 they do so through a norm, which is ignored here.
 
     Returns:
         The nonzero vectors; None if no part writes to the residual stream.

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_em import sources
-from lightning_em.adapters import decoder_layers
+from lightning_em.adapters import LoRA, decoder_layers
 from lightning_em.cluster.files import ModelFiles, download
 from lightning_em.cluster.loads import probing_loads
 from lightning_em.cluster.memory import Load, MemoryEstimate, estimate, memory_there, on_meta
@@ -234,6 +234,7 @@ def _memory(examination: Examination) -> Iterator[Finding]:
     adapter.bind(base, module.seed)
     size = sum(parameter.numel() for parameter in adapter.trainable().values())
     text = f"{size:,} parameters from layer {adapter.lowest_layer} of {len(decoder_layers(base))} up"
+    text += f": {adapter.reached()}" if isinstance(adapter, LoRA) else ""
     yield Finding("adapter", "ok", text)
     if module.backend == "plain" or why_plain(base) is not None:
         yield Finding(
