@@ -64,7 +64,7 @@ class AdaptedModel(nn.Module):
         return self
 
     def logits(self, batch: PackedBatch, scale: float = 1.0) -> Float[Tensor, "tokens vocab"]:
-        """Compute the logits at every token of a batch in one full forward pass, in the base model's dtype.
+        """Compute the logits at every token of a batch by full forward passes, in the base model's dtype.
 
         Args:
             batch: The rows.

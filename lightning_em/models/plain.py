@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_em.adapters import Adapter
-from lightning_em.batch import CountedPositions, PackedBatch
+from lightning_em.batch import CountedPositions, PackedBatch, PaddedRows
 from lightning_em.losses import (
     LossWeights,
     TokenSum,
@@ -18,14 +18,22 @@ from lightning_em.losses import (
     token_kl,
 )
 from lightning_em.models.backend import Backend, LossSums, StepLoss, TokenLosses
+from lightning_em.models.padding import run_padded
 
 
 def full_logits(base: PreTrainedModel, batch: PackedBatch) -> Float[Tensor, "tokens vocab"]:
-    """Compute the logits at every token of a batch in one forward pass over padded rows, in the base model's dtype."""
-    rows = batch.padded()
-    output = base(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False)
-    logits: Tensor = output.logits[rows.attention_mask.bool()]
-    return logits
+    """Compute the logits at every token of a batch by forward passes over padded rows, in the base model's dtype.
+
+    One pass is enough, unless the numbers of a row depend on the rows it is padded with: see `run_padded`.
+    """
+
+    def run(rows: PaddedRows) -> Tensor:
+        logits: Tensor = base(
+            input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False
+        ).logits
+        return logits
+
+    return run_padded(base, batch, run)
 
 
 class PlainBackend(Backend):

@@ -10,6 +10,7 @@ from lightning_em.adapters import Adapter
 from lightning_em.models.backend import Backend
 from lightning_em.models.fast import ActivationStore, FastBackend, FastOptions
 from lightning_em.models.fast.fused_head import frozen_head
+from lightning_em.models.padding import LENGTH_DEPENDENT
 from lightning_em.models.plain import PlainBackend
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def why_plain(base: PreTrainedModel) -> str | None:
         return "the model's attention is bidirectional"
     # For these two types, transformers 5.23 chooses the rotary frequencies by the largest position in the whole input.
     # A batch, its parts, and the shared pass over both streams would then use different frequencies.
-    for kind in sorted(_rope_types(config.to_dict()) & {"dynamic", "longrope"}):
+    for kind in sorted(_rope_types(config.to_dict()) & set(LENGTH_DEPENDENT)):
         return f"its rotary embedding ({kind}) depends on the longest row of a batch"
     try:
         frozen_head(base)

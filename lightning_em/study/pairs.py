@@ -14,8 +14,9 @@ from torch import Tensor
 from lightning_em.analysis.cells import StudyFolder
 from lightning_em.analysis.pairs import ROLES, SOLUTIONS, PairResult, pair_file, read_pair_file
 from lightning_em.analysis.updates import Part, read_update, update_cosine
-from lightning_em.batch import PackedBatch
+from lightning_em.batch import PackedBatch, PaddedRows
 from lightning_em.models import AdaptedModel
+from lightning_em.models.padding import run_padded
 from lightning_em.probes import ce_gradient
 from lightning_em.probes.base import RowMeans
 from lightning_em.records import Point
@@ -236,17 +237,21 @@ def mean_effect(model: AdaptedModel, batches: Sequence[PackedBatch]) -> Tensor:
     """Mean change of the final hidden states at response positions, `[hidden]`, as float64 on the CPU."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for batch in batches:
-        rows, mask = batch.padded(), batch.counted("response")
-        states = []
+        mask, states = batch.counted("response"), []
         for scale in (1.0, 0.0):
             with model.adapter.at_scale(scale):
-                output = model.base.get_decoder()(
-                    input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False
-                )
-            states.append(output.last_hidden_state[rows.attention_mask.bool()][mask].cpu().double())
+                hidden = run_padded(model.base, batch, partial(_final_hidden, model))
+            states.append(hidden[mask].cpu().double())
         total = total + (states[0] - states[1]).sum(0)
         count += len(states[0])
     return total / count
+
+
+def _final_hidden(model: AdaptedModel, rows: PaddedRows) -> Tensor:
+    decoder = model.base.get_decoder()
+    output = decoder(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False)
+    hidden: Tensor = output.last_hidden_state
+    return hidden
 
 
 ANALYSES: Mapping[str, tuple[Analysis, tuple[str, ...]]] = {

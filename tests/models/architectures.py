@@ -42,6 +42,13 @@ QUIRKS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2}),
     "gpt_neox": ("GPTNeoX", {}),
 }
+OTHER: dict[str, tuple[str, dict[str, Any]]] = {
+    "phimoe": (
+        "Phimoe",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"},
+    ),
+}
+"""Architectures that the fast backend is not listed for, by the same fields."""
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
@@ -49,7 +56,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Pr
 
     A float64 model computes in float64 throughout, so that tolerances can follow from that dtype.
     """
-    family, quirk = QUIRKS[name]
+    family, quirk = (QUIRKS | OTHER)[name]
     prefix = "Gemma3Text" if family == "Gemma3" else family
     fields: dict[str, Any] = {
         "vocab_size": 67,

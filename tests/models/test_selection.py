@@ -11,12 +11,13 @@ from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lightning_em.adapters import SteeringVector
-from lightning_em.batch import concat, single_rows
+from lightning_em.batch import single_rows
 from lightning_em.models import ActivationStore, AdaptedModel, StoreOptions
 from lightning_em.models.fast import FastBackend, FastOptions
 from lightning_em.models.plain import PlainBackend
 from tests.models.architectures import LAYERS, build, rows
-from tests.models.test_engine import ADAPTERS, CE, KL, made, measured, moved
+from tests.models.test_engine import CE, KL, made, measured
+from tests.oracle import cross_entropy, row_logits
 
 
 def test_an_unlisted_architecture_falls_back_with_one_line(caplog):
@@ -42,54 +43,98 @@ def test_a_head_with_hooks_falls_back():
     assert isinstance(AdaptedModel(base, SteeringVector(1)).backend, PlainBackend)
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0, 3.0, 8.0, 16.0],
+    "original_max_position_embeddings": 8,
+    "rope_theta": 10000.0,
+    "factor": 16.0,
+}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 ROTARY = {
-    "longrope": (
-        "phi3",
-        {
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "short_factor": [1.0] * 4,
-                "long_factor": [4.0, 3.0, 8.0, 16.0],
-                "original_max_position_embeddings": 8,
-                "rope_theta": 10000.0,
-                "factor": 16.0,
-            },
-            "original_max_position_embeddings": 8,
-        },
+    "longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 8}),
+    "dynamic": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 8}),
+    "longrope in some layers": (
+        "gemma3",
+        {"rope_parameters": {"full_attention": LONGROPE, "sliding_attention": PLAIN_ROPE}},
     ),
-    "dynamic": (
-        "llama",
+    "dynamic in some layers": (
+        "gemma3",
         {
-            "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+            "rope_parameters": {"full_attention": DYNAMIC, "sliding_attention": PLAIN_ROPE},
             "max_position_embeddings": 8,
         },
+    ),
+    "longrope with a factor by side": (
+        "phimoe",
+        {"rope_parameters": LONGROPE | {"short_mscale": 1.1, "long_mscale": 1.6}},
     ),
 }
 
 
-@pytest.mark.parametrize("backend", ["auto", FastOptions(packed=False), FastOptions(part_tokens=8)], ids=str)
+@pytest.mark.parametrize(
+    "backend", ["plain", "auto", FastOptions(packed=False), FastOptions(part_tokens=8)], ids=str
+)
 @pytest.mark.parametrize("kind", ROTARY)
-def test_rotary_embeddings_that_depend_on_the_longest_row_take_the_plain_path(kind, backend, caplog):
+def test_with_rotary_embeddings_that_depend_on_the_length_a_row_has_the_loss_it_has_alone(
+    kind, backend, caplog
+):
     name, fields = ROTARY[kind]
-    short, long = rows((6, 5), seed=1), rows((12, 9), seed=2)  # either side of 8, and a batch across it
-    for ce, kl in ((short, long), (long, short), (concat([short, long]), short)):
-        found = []
-        for each in ("plain", backend):
-            caplog.clear()
-            with caplog.at_level(logging.WARNING, logger="lightning_em"):
-                model = moved(AdaptedModel(build(name, **fields), ADAPTERS["vector"](name), backend=each))
-            sums = model.losses(ce, kl)
-            (gradient,) = torch.autograd.grad(sums.ce.total + sums.kl.total, [model.adapter.vector])
-            found.append((sums.ce.total, sums.kl.total, gradient))
-        (line,) = caplog.messages
-        assert (
-            f"plain backend (several times slower): its rotary embedding ({kind}) depends on the longest"
-            in line
-        )
-        assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
-    alone = torch.cat([made(base=build(name, **fields)).row_ce(row).sums for row in single_rows(ce)])
-    together = made(base=build(name, **fields)).row_ce(ce).sums
-    assert not torch.allclose(alone, together, rtol=1e-4)  # or nothing would have been at stake
+    batch = rows((6, 12, 5, 20, 8, 9), seed=1)  # both sides of 8
+    with caplog.at_level(logging.WARNING, logger="lightning_em"):
+        model = made(base=build(name, torch.float64, **fields), backend=backend)
+    if backend != "plain":
+        (line,) = [record.message for record in caplog.records if record.name.startswith("lightning_em")]
+        reason = f"its rotary embedding ({kind.split()[0]}) depends on the longest row of a batch"
+        expected = "model type phimoe is not on the verified list" if name == "phimoe" else reason
+        assert line == f"plain backend (several times slower): {expected}"
+    model.row_ce(rows((30,)))  # `dynamic` keeps the frequencies of the longest input so far
+    for scale in (0.0, 1.0):
+        together = model.row_ce(batch, scale).sums
+        alone = [
+            made(base=build(name, torch.float64, **fields), backend="plain").row_ce(row, scale).sums
+            for row in single_rows(batch)
+        ]
+        torch.testing.assert_close(together, torch.cat(alone), rtol=1e-10, atol=0)
+    oracles = [
+        cross_entropy(row_logits(build(name, torch.float64, **fields), pair), pair)
+        for row in single_rows(batch)
+        if (pair := (row.input_ids.tolist(), row.response_mask.tolist()))
+    ]
+    torch.testing.assert_close(model.row_ce(batch, 0.0).sums, torch.stack(oracles), rtol=1e-10, atol=0)
+    sums = model.losses(batch, batch)
+    (gradient,) = torch.autograd.grad(sums.ce.total + sums.kl.total, [model.adapter.vector])
+    parts = []
+    for row in single_rows(batch):
+        single = model.losses(row, row)
+        parts.append(torch.autograd.grad(single.ce.total + single.kl.total, [model.adapter.vector])[0])
+    torch.testing.assert_close(gradient, torch.stack(parts).sum(0), rtol=1e-8, atol=1e-12)
+    padded = batch.padded()
+    logits = build(name, torch.float64, **fields)(**padded._asdict(), use_cache=False).logits
+    one_pass = cross_entropy(logits[0, :6], (batch.input_ids[:6].tolist(), batch.response_mask[:6].tolist()))
+    assert abs(one_pass - oracles[0]) > 1e-4  # or nothing would have been at stake
+
+
+@pytest.mark.parametrize(
+    ("kind", "lengths", "passes"),
+    [
+        ("longrope", (6, 5, 8), 1),
+        ("longrope", (9, 12, 20), 1),
+        ("longrope", (6, 12, 5, 20), 2),
+        ("dynamic", (6, 5, 8), 1),
+        ("dynamic", (6, 12, 12, 20), 3),
+    ],
+)
+def test_rows_with_the_same_frequencies_share_a_pass(kind, lengths, passes):
+    name, fields = ROTARY[kind]
+    model, shapes = made(base=build(name, **fields), backend="plain"), []
+    model.base.model.layers[0].register_forward_hook(lambda _, __, out: shapes.append(tuple(out.shape[:2])))
+    logits = model.logits(rows(lengths))
+    assert len(logits) == sum(lengths)
+    assert len(shapes) == passes
+    assert sum(count for count, _ in shapes) == len(lengths)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma3", "phi3", "granite"])
