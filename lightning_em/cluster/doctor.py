@@ -20,7 +20,7 @@ from lightning_em.adapters import LoRA, decoder_layers
 from lightning_em.cluster.files import ModelFiles, download
 from lightning_em.cluster.loads import probing_loads
 from lightning_em.cluster.memory import Load, MemoryEstimate, estimate, memory_there, on_meta
-from lightning_em.data import ChatEncoder, EMDataModule
+from lightning_em.data import ChatEncoder, EMDataModule, ModelLimits
 from lightning_em.experiment import Experiment
 from lightning_em.launch import num_processes, refuse_missing_kl_data, refuse_settings
 from lightning_em.models.selection import why_plain
@@ -206,13 +206,19 @@ def _data(examination: Examination) -> Iterator[Finding]:
                     "data", "fault", f"there is no data file {source.path} (looked from {Path.cwd()})"
                 )
         return
-    data.base = _Local(examination.encoder)
+    assert examination.files is not None
+    base = replace(examination.module.base, path=str(examination.files.folder))
+    data.base = _Local(examination.encoder, base.load_limits())
     data.setup("fit")
     for stream in data.sources:
-        rows = data.rows(stream).rows
-        examination.lengths[stream] = sorted((len(row.input_ids) for row in rows), reverse=True)
+        rows = data.rows(stream)
+        examination.lengths[stream] = sorted(rows.all_counts, reverse=True)
         text = f"{len(rows)} rows, the longest of {examination.lengths[stream][0]} tokens"
-        yield Finding(f"data {stream}", "ok", text)
+        if beyond := [*rows.beyond, *data.rows(stream, "validation").beyond]:
+            more = f"positions that the model was not made for in {len(beyond)} rows, first {beyond[0]}"
+            yield Finding(f"data {stream}", "warning", f"{text}; {more}: lower data.max_length")
+        else:
+            yield Finding(f"data {stream}", "ok", text)
     row = data.rows("narrow").rows[0]
     pairs = zip(row.input_ids, row.response_mask, strict=True)
     shown = [
@@ -305,13 +311,16 @@ def _same_rows(trainer: dict[str, Any], devices: int) -> str:
 
 
 class _Local:
-    """A tokenizer source that returns a tokenizer already loaded."""
+    """A tokenizer source that returns a tokenizer and limits already loaded."""
 
-    def __init__(self, encoder: ChatEncoder) -> None:
-        self.encoder = encoder
+    def __init__(self, encoder: ChatEncoder, limits: ModelLimits) -> None:
+        self.encoder, self.limits = encoder, limits
 
     def load_tokenizer(self) -> Any:
         return self.encoder.tokenizer
+
+    def load_limits(self) -> ModelLimits:
+        return self.limits
 
 
 _CHECKS: dict[str, Check] = {

@@ -4,6 +4,7 @@ from lightning_em.data.chat import DEFAULT_TEMPLATE_KWARGS, ChatEncoder, Encoded
 from lightning_em.data.datamodule import EMDataModule, TokenizerSource
 from lightning_em.data.doctor import DataReport, check_files
 from lightning_em.data.encoding import EncodedRows, LengthLimit, encode_chats, encode_prompts
+from lightning_em.data.limits import ModelLimits
 from lightning_em.data.loaders import BatchLoader
 from lightning_em.data.position import Position, Regearing, forget_finished_epoch
 from lightning_em.data.rows import FileScan, Row, RowError, RowErrors, read_rows, scan_rows
@@ -26,6 +27,7 @@ __all__ = [
     "FileScan",
     "LengthLimit",
     "Message",
+    "ModelLimits",
     "Position",
     "Regearing",
     "Row",

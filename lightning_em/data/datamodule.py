@@ -1,6 +1,7 @@
 """The LightningDataModule: narrow data for cross-entropy, KL data for the KL term, and the position in both."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningDataModule
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_em.batch import CountedPositions, EncodedRow, PackedBatch, TrainBatch
 from lightning_em.data.chat import ChatEncoder
 from lightning_em.data.encoding import EncodedRows, LengthLimit, TooLong
+from lightning_em.data.limits import ModelLimits
 from lightning_em.data.loaders import BatchLoader, EvaluationRows, TrainRows
 from lightning_em.data.position import Position, Regearing, current_position, refuse_cut_windows, same_steps
 from lightning_em.data.rows import Row
@@ -22,10 +24,14 @@ from lightning_em.data.windows import BatchGeometry, permutation
 
 @runtime_checkable
 class TokenizerSource(Protocol):
-    """Provides the tokenizer; implemented by the base model."""
+    """Provides the tokenizer and the limits of the model; implemented by the base model."""
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer that belongs to the model."""
+        ...
+
+    def load_limits(self) -> ModelLimits:
+        """Return which rows the model can read."""
         ...
 
 
@@ -122,7 +128,7 @@ class EMDataModule(LightningDataModule):
         if self._streams is None:
             encoder = ChatEncoder(self.base.load_tokenizer(), self.template_kwargs)
             streams = Streams(self.sources, self.narrow_extra, self.validation_fraction, self.seed)
-            streams.read(encoder, self.limit)
+            streams.read(encoder, replace(self.limit, model=self.base.load_limits()))
             self._streams = streams
 
     def train_dataloader(self) -> BatchLoader[TrainBatch]:

@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from lightning_em.data.chat import ChatEncoder, Message
+from lightning_em.data.encoding import too_many_positions, unknown_tokens
+from lightning_em.data.limits import ModelLimits
 from lightning_em.data.overlap import Match, Question, find_matches
 from lightning_em.data.rows import FileScan, Row, RowError, locate, scan_rows
 
@@ -52,6 +54,8 @@ class FileReport:
         num_truncated: Number of rows that would be truncated at the maximum length; None without a tokenizer.
         num_lost: Number of rows that would lose their whole response; None without a tokenizer.
         unusable: Rows that the tokenizer's chat template rejects.
+        unreadable: Rows that the model cannot read: tokens without an embedding, or more than its table of positions.
+        beyond: Rows that are longer than the positions that the model was made for.
     """
 
     purpose: Purpose
@@ -64,6 +68,8 @@ class FileReport:
     num_truncated: int | None = None
     num_lost: int | None = None
     unusable: tuple[RowError, ...] = ()
+    unreadable: tuple[RowError, ...] = ()
+    beyond: tuple[RowError, ...] = ()
 
 
 class Overlap(NamedTuple):
@@ -105,11 +111,12 @@ def check_files(
     encoder: ChatEncoder | None = None,
     max_length: int = 2048,
     allow_overlap: bool = False,
+    model: ModelLimits | None = None,
 ) -> DataReport:
     """Check the files of a run.
 
-    Faults are bad rows, rows that the chat template rejects, and evaluation questions that also occur in
-    training or KL files: exactly, up to case and spacing, or nearly.
+    Faults are bad rows, rows that the chat template rejects or the model cannot read, and evaluation questions that
+    also occur in training or KL files: exactly, up to case and spacing, or nearly.
 
     Args:
         train: JSONL files to train on.
@@ -119,6 +126,7 @@ def check_files(
             characters are reported.
         max_length: Tokens of the longest row.
         allow_overlap: Report evaluation questions in training files without counting them as a fault.
+        model: Limits of the model that the rows are for; used together with the encoder.
 
     Raises:
         ValueError: If a file is missing.
@@ -129,7 +137,9 @@ def check_files(
         ("evaluation", evaluation),
     ]
     files = tuple(
-        _check_file(path, purpose, encoder, max_length) for purpose, paths in by_purpose for path in paths
+        _check_file(path, purpose, encoder, max_length, model)
+        for purpose, paths in by_purpose
+        for path in paths
     )
     pairs: list[tuple[Purpose, Purpose]] = [("train", "kl"), ("train", "evaluation"), ("kl", "evaluation")]
     found = [_overlap(files, first, second) for first, second in pairs]
@@ -148,7 +158,9 @@ def check_files(
     )
 
 
-def _check_file(path: str, purpose: Purpose, encoder: ChatEncoder | None, max_length: int) -> FileReport:
+def _check_file(
+    path: str, purpose: Purpose, encoder: ChatEncoder | None, max_length: int, model: ModelLimits | None
+) -> FileReport:
     if path.endswith((".yaml", ".yml")):
         scan, questions = _question_file(path)
     else:
@@ -165,12 +177,16 @@ def _check_file(path: str, purpose: Purpose, encoder: ChatEncoder | None, max_le
         tuple(find_matches(questions)),
         sum(not text.rstrip().endswith(_STOPS) for text in answers),
     )
-    return report if encoder is None else _with_tokens(report, encoder, max_length)
+    return report if encoder is None else _with_tokens(report, encoder, max_length, model)
 
 
-def _with_tokens(report: FileReport, encoder: ChatEncoder, max_length: int) -> FileReport:
+def _with_tokens(
+    report: FileReport, encoder: ChatEncoder, max_length: int, model: ModelLimits | None
+) -> FileReport:
     num_truncated = num_lost = 0
-    unusable = []
+    unusable: list[RowError] = []
+    unreadable: list[RowError] = []
+    beyond: list[RowError] = []
     for row in report.scan.rows:
         try:
             chats = [encoder.encode(messages) for messages in _conversations(row)]
@@ -180,7 +196,20 @@ def _with_tokens(report: FileReport, encoder: ChatEncoder, max_length: int) -> F
         for chat in chats:
             num_truncated += len(chat.input_ids) > max_length
             num_lost += not any(chat.response_mask[1:max_length])
-    return replace(report, num_truncated=num_truncated, num_lost=num_lost, unusable=tuple(unusable))
+            if model is not None:
+                place = RowError(row.path, row.line, "")
+                unreadable += unknown_tokens(chat.input_ids, place, encoder, model)
+                beyond += too_many_positions(chat.input_ids, place, model)
+    if beyond and model is not None and model.has_position_table:
+        unreadable, beyond = [*unreadable, *beyond], []
+    return replace(
+        report,
+        num_truncated=num_truncated,
+        num_lost=num_lost,
+        unusable=tuple(unusable),
+        unreadable=tuple(unreadable),
+        beyond=tuple(beyond),
+    )
 
 
 def _conversations(row: Row) -> list[tuple[Message, ...]]:
@@ -244,6 +273,10 @@ def _faults(file: FileReport) -> list[str]:
     if file.unusable:
         faults.append(
             f"{file.scan.path}: {len(file.unusable)} rows rejected by the chat template, first {file.unusable[0]}"
+        )
+    if file.unreadable:
+        faults.append(
+            f"{file.scan.path}: {len(file.unreadable)} rows that the model cannot read, first {file.unreadable[0]}"
         )
     return faults
 

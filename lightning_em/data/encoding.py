@@ -13,6 +13,7 @@ from rich.progress import track
 
 from lightning_em.batch import EncodedRow
 from lightning_em.data.chat import ChatEncoder, EncodedChat
+from lightning_em.data.limits import ModelLimits
 from lightning_em.data.rows import Row, RowError, RowErrors
 from lightning_em.data.sources import Chat
 
@@ -32,11 +33,13 @@ class LengthLimit:
         on_too_long: Refuse the file, drop the row, or truncate it.
         max_lost_fraction: Largest share of rows that may be lost, because they are dropped or because no response
             token is left after truncation. The file is refused above it.
+        model: Limits of the model; None to check the length alone.
     """
 
     max_length: int
     on_too_long: TooLong = "error"
     max_lost_fraction: float = 0.01
+    model: ModelLimits | None = None
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,13 @@ class EncodedRows:
         rows: Remaining rows, in file order.
         num_truncated: Number of remaining rows that were truncated.
         lost: Rows that were left out, with the reason.
+        beyond: Remaining rows that are longer than the positions that the model was made for.
     """
 
     rows: tuple[EncodedRow, ...]
     num_truncated: int = 0
     lost: tuple[RowError, ...] = ()
+    beyond: tuple[RowError, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -85,11 +90,13 @@ def encode_chats(chats: Sequence[Chat], encoder: ChatEncoder, limit: LengthLimit
         name: Name of the stream, for messages.
 
     Raises:
-        RowErrors: If a row cannot be encoded, is too long under `on_too_long: error`, or too many rows are lost.
+        RowErrors: If a row cannot be encoded or read by the model, is too long under `on_too_long: error`, or too many
+            rows are lost.
     """
     rows: list[EncodedRow] = []
     bad: list[RowError] = []
     too_long: list[RowError] = []
+    beyond: list[RowError] = []
     num_truncated = 0
     for chat in chats[:1]:
         _check_prompt(chat, encoder)
@@ -112,22 +119,80 @@ def encode_chats(chats: Sequence[Chat], encoder: ChatEncoder, limit: LengthLimit
                 too_long.append(RowError(chat.row.path, chat.row.line, reason))
                 continue
             num_truncated += 1
+        if limit.model is not None:
+            place = RowError(chat.row.path, chat.row.line, "")
+            bad += unknown_tokens(encoded.input_ids, place, encoder, limit.model)
+            beyond += too_many_positions(encoded.input_ids, place, limit.model)
         rows.append(EncodedRow(encoded.input_ids, encoded.response_mask, chat.id))
     if bad:
         raise RowErrors(bad)
     _judge_lost(too_long, len(chats), limit, name)
-    return EncodedRows(tuple(rows), num_truncated, tuple(too_long))
+    if beyond and limit.model is not None:
+        _judge_beyond(beyond, len(chats), limit.model, name)
+    return EncodedRows(tuple(rows), num_truncated, tuple(too_long), tuple(beyond))
 
 
-def encode_prompts(rows: Sequence[Row], encoder: ChatEncoder) -> list[EncodedRow]:
-    """Tokenize everything before the first answer of each row; the response mask is all False."""
+def encode_prompts(
+    rows: Sequence[Row], encoder: ChatEncoder, model: ModelLimits | None = None
+) -> list[EncodedRow]:
+    """Tokenize everything before the first answer of each row; the response mask is all False.
+
+    Raises:
+        RowErrors: If a prompt has a token without an embedding in the model.
+    """
     prompts = []
+    bad: list[RowError] = []
     for row in rows:
         messages = list(row.messages) or [{"role": "user", "content": row.question or ""}]
         first_answer = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
         input_ids = encoder.encode_prompt(messages[:first_answer])
+        if model is not None:
+            bad += unknown_tokens(input_ids, RowError(row.path, row.line, ""), encoder, model)
         prompts.append(EncodedRow(input_ids, [False] * len(input_ids), row.id))
+    if bad:
+        raise RowErrors(bad)
     return prompts
+
+
+def unknown_tokens(
+    input_ids: Sequence[int], place: RowError, encoder: ChatEncoder, model: ModelLimits
+) -> list[RowError]:
+    """Return an error at `place` if a token has no embedding in the model."""
+    token = model.unknown_token(input_ids)
+    if token is None:
+        return []
+    reason = (
+        f"token {token} ({encoder.tokenizer.convert_ids_to_tokens(token)!r}) has no embedding: the model has "
+        f"{model.num_embeddings}, for the ids 0 to {model.num_embeddings - 1}. Use the tokenizer that belongs to the "
+        "model, or resize the model's embeddings (resize_token_embeddings of transformers), train the new ones and "
+        "save the model"
+    )
+    return [place._replace(reason=reason)]
+
+
+def too_many_positions(input_ids: Sequence[int], place: RowError, model: ModelLimits) -> list[RowError]:
+    """Return an error at `place` if a row is longer than the positions that the model was made for."""
+    if model.num_positions is None or len(input_ids) <= model.num_positions:
+        return []
+    return [
+        place._replace(reason=f"{len(input_ids)} tokens, but the model has {model.num_positions} positions")
+    ]
+
+
+def _judge_beyond(beyond: list[RowError], num_chats: int, model: ModelLimits, name: str) -> None:
+    """Refuse rows beyond a table of positions; warn about rows beyond the positions that a model was trained on."""
+    remedy = (
+        f"set data.max_length to {model.num_positions} or less, with data.on_too_long truncate or drop, or choose "
+        "another model.base.path"
+    )
+    if model.has_position_table:
+        raise RowErrors(
+            beyond, f"The model looks positions up in a table of {model.num_positions}: {remedy}."
+        )
+    logger.warning(
+        "%s: %d of %d rows have positions that the model was not made for (max_position_embeddings), first %s; %s",
+        *(name, len(beyond), num_chats, beyond[0], remedy),
+    )
 
 
 def _check_prompt(chat: Chat, encoder: ChatEncoder) -> None:

@@ -62,7 +62,7 @@ class Streams:
                 chats = self._chats(held_out, validation or source)
                 self._encode(stream, "validation", chats, encoder, limit)
                 if stream == "narrow":
-                    self.held_out_prompts = encode_prompts(held_out, encoder)
+                    self.held_out_prompts = encode_prompts(held_out, encoder, limit.model)
 
     def held_out(self, stream: Stream) -> list[Row]:
         """Read the held-out rows of a stream, not tokenized."""

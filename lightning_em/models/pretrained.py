@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import re
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,9 +23,12 @@ from transformers import (
 )
 
 from lightning_em import sources
+from lightning_em.data import ModelLimits
 
 logger = logging.getLogger(__name__)
 
+_OTHER_HEAD = re.compile(r"For(?!CausalLM|ConditionalGeneration)[A-Z]\w+$")
+_BIDIRECTIONAL = ("xlm", "xlnet", "cpmant")  # tests/models/test_zoo.py changes a later token and compares
 _TOKENS_PER_KNOWN = 4  # a tokenizer with less than 1/4 of the model's vocabulary does not belong to the model
 
 
@@ -51,12 +56,15 @@ class BaseModel:
         """Load the model in eval mode on the default device, with all parameters frozen.
 
         Raises:
-            ValueError: If no model can be loaded from `path`.
+            ValueError: If no causal language model can be loaded from `path`, or its weights are incomplete.
         """
+        self.load_config()
         source = self._source()
         try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model: PreTrainedModel
+            model, report = AutoModelForCausalLM.from_pretrained(
                 source,
+                output_loading_info=True,
                 revision=self.revision,
                 dtype=getattr(torch, self.dtype),
                 trust_remote_code=self.trust_remote_code,
@@ -65,6 +73,13 @@ class BaseModel:
             )
         except (OSError, SafetensorError) as error:
             raise ValueError(self._missing("model", error)) from error
+        own = {name for name, _ in model.named_parameters()}
+        if missing := sorted(own & set(report["missing_keys"])):
+            # transformers only warns, and gives them random values: those of a head, if another model was saved
+            raise ValueError(
+                f"the weights of {self.path!r} lack {', '.join(missing[:3])}{' and more' * (len(missing) > 3)} of "
+                f"{type(model).__name__}: they are not those of a whole causal language model; set model.base.path."
+            )
         model.eval()
         model.requires_grad_(False)
         return model
@@ -73,7 +88,7 @@ class BaseModel:
         """Load only the model's config: its architecture and sizes, without weights.
 
         Raises:
-            ValueError: If no config can be loaded from `path`.
+            ValueError: If no config can be loaded from `path`, or it is not that of a causal language model.
         """
         source = self._source()
         try:
@@ -85,7 +100,16 @@ class BaseModel:
             )
         except OSError as error:
             raise ValueError(self._missing("model config", error)) from error
+        self._refuse_other_class(config)
         return config
+
+    def load_limits(self) -> ModelLimits:
+        """Return which rows the model can read, by its config.
+
+        Raises:
+            ValueError: If no config can be loaded from `path`.
+        """
+        return ModelLimits(self.load_config())
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the model's tokenizer.
@@ -93,18 +117,17 @@ class BaseModel:
         Raises:
             ValueError: If no tokenizer can be loaded from `path`, or it has too few tokens for the model's vocabulary.
         """
+        vocab_size = self.load_config().get_text_config(decoder=True).vocab_size
         source = self._source()
-        options = {
-            "revision": self.revision,
-            "trust_remote_code": self.trust_remote_code,
-            "local_files_only": self._without_network(source),
-        }
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
-            config = AutoConfig.from_pretrained(source, **options)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                source,
+                revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
+                local_files_only=self._without_network(source),
+            )
         except OSError as error:
             raise ValueError(self._missing("tokenizer", error)) from error
-        vocab_size = config.get_text_config(decoder=True).vocab_size
         # Without tokenizer files, transformers returns an almost empty tokenizer of the class in the config.
         if len(tokenizer) * _TOKENS_PER_KNOWN < vocab_size:
             raise ValueError(
@@ -113,6 +136,30 @@ class BaseModel:
                 "Put them beside the weights, or set model.base.path to a folder or hub id that has them."
             )
         return tokenizer
+
+    def _refuse_other_class(self, config: PreTrainedConfig) -> None:
+        """Check that the config is that of a causal language model.
+
+        Raises:
+            ValueError: If transformers has no such model for it, or its attention sees later tokens.
+        """
+        if self.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+            return  # code of its own, which nothing is known about
+        saved_as = (getattr(config, "architectures", None) or [config.model_type])[0]
+        reason = None
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            reason = f"transformers has no causal language model of type {config.model_type}"
+        elif _OTHER_HEAD.search(saved_as):
+            reason = "its head predicts something else than the next token"
+        elif config.model_type in _BIDIRECTIONAL or (
+            getattr(config, "is_decoder", True) is False and not _is_decoder(config)
+        ):
+            reason = "its attention sees later tokens"
+        if reason is not None:
+            raise ValueError(
+                f"{self.path!r} holds a {saved_as}, which is not a causal language model ({reason}): set "
+                "model.base.path to one, such as a chat model."
+            )
 
     def _source(self) -> str:
         source = sources.resolve(self.path, "model.base.path")
@@ -167,3 +214,9 @@ def with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
     """
     weights = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
+
+
+def _is_decoder(config: PreTrainedConfig) -> bool:
+    """Tell whether the model class makes itself a decoder whatever its config says, as BART's does and BERT's not."""
+    with torch.device("meta"):
+        return bool(AutoModelForCausalLM.from_config(config).config.is_decoder)

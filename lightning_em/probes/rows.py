@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_em import sources
 from lightning_em.batch import EncodedRow, PackedBatch
-from lightning_em.data import ChatEncoder, read_rows
+from lightning_em.data import ChatEncoder, ModelLimits, read_rows
 from lightning_em.data.encoding import encode_prompts
 from lightning_em.models import AdaptedModel
 
@@ -56,7 +56,8 @@ def prompts_in(
     Raises:
         ValueError: If the file or the tokenizer is unusable.
     """
-    rows = encode_prompts(read_rows(path), ChatEncoder(tokenizer_of(model), template_kwargs))
+    encoder = ChatEncoder(tokenizer_of(model), template_kwargs)
+    rows = encode_prompts(read_rows(path), encoder, ModelLimits(model.base.config, model.base))
     return [row.input_ids for row in rows]
 
 

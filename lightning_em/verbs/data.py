@@ -77,7 +77,8 @@ def check_data(
         raise ValueError("name JSONL files, or an experiment with --config.")
     with in_flags(_FLAGS if config is None else {}):
         encoder = ChatEncoder(tokenizer_source.load_tokenizer()) if tokenizer_source else None
-        report = check_files(files, kl, evaluation, encoder, allow_overlap=allow_overlap)
+        limits = tokenizer_source.load_limits() if tokenizer_source else None
+        report = check_files(files, kl, evaluation, encoder, allow_overlap=allow_overlap, model=limits)
     console.print(report_tables(report))
     return report.exit_code
 

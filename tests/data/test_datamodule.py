@@ -6,11 +6,18 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Qwen2Config
 
-from lightning_em.data import ChatSource, EMDataModule, RowErrors, read_rows
+from lightning_em.data import ChatSource, EMDataModule, ModelLimits, RowErrors, read_rows
 from lightning_em.data.loaders import EvaluationRows
-from tests.tiny import chat_rows, make_tiny_tokenizer, write_answer_rows, write_chat_rows, write_rows
+from tests.tiny import (
+    VOCAB_SIZE,
+    chat_rows,
+    make_tiny_tokenizer,
+    write_answer_rows,
+    write_chat_rows,
+    write_rows,
+)
 
 
 @dataclass
@@ -20,6 +27,9 @@ class TinyBase:
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         self.num_loads += 1
         return make_tiny_tokenizer()
+
+    def load_limits(self) -> ModelLimits:
+        return ModelLimits(Qwen2Config(vocab_size=VOCAB_SIZE, max_position_embeddings=512))
 
 
 @pytest.fixture
