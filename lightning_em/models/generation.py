@@ -1,18 +1,25 @@
 """Batched sampling of answers, with random draws that do not depend on the batch."""
 
 import hashlib
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_em.batch import PackedBatch
+from lightning_em.batch import PackedBatch, single_rows
+from lightning_em.data import ModelLimits
 from lightning_em.models.adapted import AdaptedModel
+from lightning_em.models.padding import reset_length_dependent, why_one_by_one
+
+logger = logging.getLogger(__name__)
 
 # Overrides the generation config of published models, which can distort the distribution. Qwen2.5, for example, sets a
 # repetition penalty of 1.05.
@@ -67,6 +74,7 @@ def sample_answers(
     Prompts are padded on the left, so that each answer starts directly after its prompt. The random draws of an answer
     depend on the seed, the id of its row and its position only. The same row thus gets the same answer in any batch, as
     long as the rounding of the logits, which may depend on the batch, does not decide between two tokens.
+    Prompts are answered one by one where they would get other answers in a batch (see `why_one_by_one`).
 
     Args:
         model: The model with its adapter.
@@ -105,27 +113,95 @@ def sample_tokens(
     Returns:
         `answers_per_prompt` answers for each row.
     """
-    pad_id, stop_ids = _pad_id(tokenizer), _stop_ids(model, tokenizer)
+    pad_id, stop_ids = _pad_id(model, tokenizer), _stop_ids(model, tokenizer)
+    answers: list[list[int]] = []
+    with torch.no_grad(), model.adapter.at_scale(scale):
+        for part in _parts(model.base, prompts, sampling.max_new_tokens):
+            reset_length_dependent(model.base)
+            answers += _generate(model.base, part, sampling, pad_id, stop_ids)
+    per_prompt = sampling.answers_per_prompt
+    return [answers[i : i + per_prompt] for i in range(0, len(answers), per_prompt)]
+
+
+def _parts(base: PreTrainedModel, prompts: PackedBatch, max_new_tokens: int) -> list[PackedBatch]:
+    """Divide prompts into batches in which each has the answers that it has alone.
+
+    Raises:
+        ValueError: If an answer could need positions that the model has no embedding for.
+    """
+    longest, limits = max(prompts.lengths), ModelLimits(base.config, base)
+    num_positions = limits.num_positions or math.inf
+    if longest + max_new_tokens > num_positions and limits.has_position_table:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens and an answer up to {max_new_tokens}, but the model's table has "
+            f"{num_positions} positions; set max_new_tokens, of model.sampling or of the probe, to at most "
+            f"{num_positions - longest}."
+        )
+    reason = why_one_by_one(base, longest + max_new_tokens)
+    if reason is None or prompts.num_rows == 1:
+        return [prompts]
+    if _told.get(base) != reason:
+        _told[base] = reason
+        logger.warning("prompts are answered one by one (slower): %s", reason)
+    return single_rows(prompts)
+
+
+_told: "WeakKeyDictionary[PreTrainedModel, str]" = WeakKeyDictionary()
+
+
+def _generate(
+    base: PreTrainedModel, prompts: PackedBatch, sampling: Sampling, pad_id: int, stop_ids: list[int]
+) -> list[list[int]]:
+    """Sample `answers_per_prompt` answers to each prompt of a batch, as one list."""
     input_ids, attention_mask = (
         each.repeat_interleave(sampling.answers_per_prompt, dim=0) for each in _left_padded(prompts, pad_id)
     )
-    draws = [_Draws(prompts, sampling, input_ids.shape[1])] if sampling.temperature > 0 else []
-    with torch.no_grad(), model.adapter.at_scale(scale):
-        output = model.base.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            max_new_tokens=sampling.max_new_tokens,
-            pad_token_id=pad_id,
-            eos_token_id=stop_ids or None,
-            do_sample=False,  # the most likely token, which is the drawn one if there are draws
-            logits_processor=LogitsProcessorList(draws),
-            # with FSDP all ranks must run every pass; a rank that is done continues until all are done
-            synced_gpus=isinstance(model.base.get_decoder(), FSDPModule),
-            **_PLAIN,
-        )
-    answers = [_ended(row, stop_ids) for row in output[:, input_ids.shape[1] :].tolist()]
-    per_prompt = sampling.answers_per_prompt
-    return [answers[i : i + per_prompt] for i in range(0, len(answers), per_prompt)]
+    processors: list[LogitsProcessor] = [_RefuseNaN(base, prompts, sampling.answers_per_prompt)]
+    if sampling.temperature > 0:
+        processors.append(_Draws(prompts, sampling, input_ids.shape[1]))
+    output = base.generate(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        max_new_tokens=sampling.max_new_tokens,
+        pad_token_id=pad_id,
+        eos_token_id=stop_ids or None,
+        do_sample=False,  # the most likely token, which is the drawn one if there are draws
+        logits_processor=LogitsProcessorList(processors),
+        # with FSDP all ranks must run every pass; a rank that is done continues until all are done
+        synced_gpus=isinstance(base.get_decoder(), FSDPModule),
+        **_PLAIN,
+    )
+    return [_ended(row, stop_ids) for row in output[:, input_ids.shape[1] :].tolist()]
+
+
+class _RefuseNaN(LogitsProcessor):  # type: ignore[misc]
+    """Stops a sampling whose logits are NaN: the most likely token would be token 0, in silence.
+
+    Args:
+        base: The base model.
+        prompts: The rows that are answered.
+        answers_per_prompt: Number of answers for each prompt.
+    """
+
+    def __init__(self, base: PreTrainedModel, prompts: PackedBatch, answers_per_prompt: int) -> None:
+        self.base, self.prompts, self.answers_per_prompt = base, prompts, answers_per_prompt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores unchanged.
+
+        Raises:
+            ValueError: If a score is NaN.
+        """
+        is_nan = scores.isnan().any(-1)
+        if bool(is_nan.any()):
+            row = self.prompts.row_ids[int(is_nan.nonzero()[0]) // self.answers_per_prompt]
+            dtype = str(self.base.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"the logits of the answer to {row} are NaN in {dtype} with {self.base.config._attn_implementation} "
+                "attention, so there is no answer; set model.base.dtype to bfloat16 or float32, or use an earlier "
+                "checkpoint if the adapter has diverged."
+            )
+        return scores
 
 
 class _Draws(LogitsProcessor):  # type: ignore[misc]
@@ -173,11 +249,12 @@ def _left_padded(batch: PackedBatch, pad_id: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
+def _pad_id(model: AdaptedModel, tokenizer: PreTrainedTokenizerBase | None) -> int:
     if tokenizer is None:
         return 0
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return int(pad) if isinstance(pad, int) else 0
+    # a padding token that was added to the tokenizer alone has no embedding; attention ignores padding anyway
+    return int(pad) if isinstance(pad, int) and pad < model.vocab_size else 0
 
 
 def _stop_ids(model: AdaptedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
