@@ -125,7 +125,9 @@ class _Refusal(NamedTuple):
     @property
     def class_path(self) -> str:
         """Class that the message is about; empty if it names none."""
-        found = re.findall(r"class_path '([\w.]+)'", self.message)
+        found = re.findall(r"class_path '([\w.]+)'", self.message) or re.findall(
+            r"Namespace\(class_path='([\w.]+)'", self.message
+        )
         return found[-1] if found else ""
 
     def place(self, name: str) -> str:
@@ -196,6 +198,10 @@ def _wrong_class(refusal: _Refusal) -> str | None:
         place = refusal.place(f"{refusal.key}.init_args.{found[1]}")
         near = _near(found[1], _parameters(given) if given else ())
         return f"{given or 'the class'} has no option {found[1]!r}{place}.{near}"
+    if given and (found := re.search(r"following arguments are required: ([\w, ]+)", message)):
+        options = found[1].split(", ")
+        keys = " and ".join(f"{refusal.key}.init_args.{option}" for option in options)
+        return f"{given}{refusal.place(given)} needs {' and '.join(options)}: set {keys}."
     if (found := re.search(r"No module named '(\w+)'", message)) and given:
         return f"{refusal.key} is {given}{refusal.place(given)}, but {_no_package(found[1])}"
     if found := re.search(r"(?:import path string: |has no attribute '|No module named ')([\w.]+)", message):
@@ -210,8 +216,10 @@ def _wrong_key(refusal: _Refusal, known_keys: set[str]) -> str | None:
     if found := re.search(r"unrecognized arguments: ([^\s-]\S*)", refusal.message):
         meant = f"write --config {found[1]}" if found[1].endswith(_YAML) else "every value needs its --KEY"
         return f"unexpected argument {found[1]}; {meant}."
-    if found := re.search(r"(?:accept option '|unrecognized arguments: --?)([\w.+-]+)", refusal.message):
-        return _unknown_key(found[1].rstrip("+"), known_keys, refusal)
+    # with --print_config, jsonargparse 4.53 names the group and the key below it apart
+    beginnings = r"(?:Group '([\w.]+)' does not accept option '|accept option '|unrecognized arguments: --?)"
+    if found := re.search(rf"{beginnings}([\w.+-]+)", refusal.message):
+        return _unknown_key(".".join(filter(None, (found[1], found[2].rstrip("+")))), known_keys, refusal)
     if found := re.search(r"following arguments are required: (.+)", refusal.message):
         flags = ", ".join(f"--{key.strip().partition('.')[2]}" for key in found[1].split(","))
         given = " and ".join(value for key, value in options_of(refusal.args) if key == "config")

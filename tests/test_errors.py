@@ -66,6 +66,57 @@ def test_a_wrong_key_names_file_and_line(config, capsys, key, value, message) ->
 
 
 @pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("checkpoint.every_n_step", "checkpoint.every_n_steps"),
+        ("probing.num_example", "probing.num_examples"),
+        ("model.base.dtyp", "model.base.dtype"),
+        ("model.objective.kl_wieght", "model.objective.kl_weight"),
+        ("data.narrow.limt", "data.narrow.limit"),
+    ],
+)
+@pytest.mark.parametrize("flags", [[], ["--print_config"]], ids=str)
+def test_a_typo_below_a_group_names_the_key_that_is_meant(config, capsys, key, meant, flags) -> None:
+    file = edited(config, key, 5)
+    text = told(capsys, "fit", "--config", str(file), *flags)
+    assert f"there is no key {key} ({file}:" in text
+    assert f"Did you mean {meant}?" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "class_path", "given", "missing"),
+    [
+        ("model.adapter", "lightning_em.adapters.LoRA", {"rank": 2}, ["alpha", "target_modules"]),
+        ("model.adapter", "lightning_em.adapters.SteeringVector", {}, ["layer"]),
+        ("model.objective.schedule", "lightning_em.losses.HoldKL", {}, ["target"]),
+    ],
+)
+def test_a_class_without_its_required_options_names_them(
+    config, capsys, key, class_path, given, missing
+) -> None:
+    file = edited(
+        config, key, {"class_path": class_path, "init_args": given} if given else {"class_path": class_path}
+    )
+    text = told(capsys, "fit", "--config", str(file))
+    assert f"{class_path} ({file}:" in text
+    keys = " and ".join(f"{key}.init_args.{name}" for name in missing)
+    assert f"needs {' and '.join(missing)}: set {keys}." in text
+
+
+def test_a_class_changed_by_flags_names_the_options_it_lacks(config, capsys) -> None:
+    flags = [
+        "--model.adapter.class_path",
+        "lightning_em.adapters.LoRA",
+        "--model.adapter.init_args.rank",
+        "2",
+    ]
+    text = told(capsys, "fit", "--config", str(config), *flags)
+    assert (
+        "lightning_em.adapters.LoRA needs target_modules: set model.adapter.init_args.target_modules." in text
+    )
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--model.adpter", "3"], "there is no key model.adpter. Did you mean model.adapter?"),
