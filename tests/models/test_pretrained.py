@@ -80,8 +80,14 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
         {"architectures": ["DistilBertForMaskedLM"]},
         "no causal language model of type distilbert",
     ),
-    "qwen2": ({"architectures": ["Qwen2ForSequenceClassification"]}, "its head predicts something else than the next token"),
-    "llama": ({"architectures": ["LlamaForRewardModel"]}, "its head predicts something else than the next token"),
+    "qwen2": (
+        {"architectures": ["Qwen2ForSequenceClassification"]},
+        "its head predicts something else than the next token",
+    ),
+    "llama": (
+        {"architectures": ["LlamaForRewardModel"]},
+        "its head predicts something else than the next token",
+    ),
     "bert": ({}, "its attention sees later tokens"),
     "roberta": ({}, "its attention sees later tokens"),
     "xlnet": ({}, "its attention sees later tokens"),
