@@ -80,8 +80,9 @@ class Progress(Callback):
         self._step, self._stepped, self._is_paused = step, now, False
         metrics, left = _metrics(trainer), self._time_left()
         if self._bar is not None:
-            shown = {"description": self._position(), "metrics": metrics, "state": left}
-            self._bar.update(self._task, completed=step, **shown)
+            self._bar.update(
+                self._task, completed=step, description=self._position(), metrics=metrics, state=left
+            )
             return
         is_due = step - self._first == _FIRST_LINE or now - self._told >= _SECONDS_BETWEEN_LINES
         if is_due and trainer.is_global_zero and (trainer.progress_bar_callback is None or not _has_screen()):

@@ -33,7 +33,7 @@ class Estimate(NamedTuple):
         independent items that has the point's standard error.
         """
         share, count = point.value, point.count or 1
-        independent = count
+        independent = float(count)
         if point.standard_error and 0 < share < 1:
             independent = min(count, share * (1 - share) / point.standard_error**2)
         center = (share + _Z**2 / (2 * independent)) / (1 + _Z**2 / independent)

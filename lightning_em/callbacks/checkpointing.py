@@ -24,12 +24,12 @@ class DiskNeed(NamedTuple):
     """Disk space of the checkpoints that are still to be written.
 
     Attributes:
-        count: Number of checkpoints on disk at the same time.
+        checkpoints: Number of checkpoints on disk at the same time.
         bytes_each: Estimated size of one checkpoint.
         free: Free space in bytes.
     """
 
-    count: int
+    checkpoints: int
     bytes_each: int
     free: int
 
@@ -162,10 +162,10 @@ class AdapterCheckpoint(Checkpoint):
     def _no_room(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         """Return an error message if the remaining checkpoints need more space than there is."""
         need = self.disk_need(trainer, pl_module)
-        if need is None or need.count * need.bytes_each <= need.free:
+        if need is None or need.checkpoints * need.bytes_each <= need.free:
             return None
         return (
-            f"the remaining {need.count} checkpoints need about {need.count * need.bytes_each:,} bytes, but "
+            f"the remaining {need.checkpoints} checkpoints need about {need.checkpoints * need.bytes_each:,} bytes, but "
             f"{RunFolder(trainer.default_root_dir).path} has {need.free:,} free. Free some "
             "space, choose another --run.root, or write fewer with checkpoint.every_n_steps or checkpoint.keep_last."
         )

@@ -84,7 +84,7 @@ class Probing(Callback):
         ):  # all ranks must run the same probes: forward passes of a sharded base are collective
             missing = ranks.broadcast(missing)
         base = base_sha256(model.base, model.adapter)
-        rows = {stream: data.rows(stream).sha256() for stream in data.sources}
+        rows = {str(stream): data.rows(stream).sha256() for stream in data.sources}
         for probe in (self.probes[i].for_checkpoint(run, step) for i in missing):
             if between is not None:
                 between()

@@ -141,7 +141,7 @@ def _plan(trainer: Trainer, module: EMModule) -> dict[str, str]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, AdapterCheckpoint) and (need := callback.disk_need(trainer, module)):
             each, free = need.bytes_each / 1e6, need.free / 1e9
-            lines["checkpoints"] = f"{need.count}, about {each:,.1f} MB each; {free:,.1f} GB are free"
+            lines["checkpoints"] = f"{need.checkpoints}, about {each:,.1f} MB each; {free:,.1f} GB are free"
         if isinstance(callback, Probing) and callback.probes:
             lines["probes"] = ", ".join(probe.name for probe in callback.probes)
     return lines

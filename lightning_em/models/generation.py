@@ -159,7 +159,7 @@ def _generate(
     processors: list[LogitsProcessor] = [_RefuseNaN(base, prompts, sampling.answers_per_prompt)]
     if sampling.temperature > 0:
         processors.append(_Draws(prompts, sampling, input_ids.shape[1]))
-    output = base.generate(
+    output: Tensor = base.generate(  # type: ignore[operator]
         input_ids=input_ids,
         attention_mask=attention_mask,
         max_new_tokens=sampling.max_new_tokens,
@@ -174,7 +174,7 @@ def _generate(
     return [_ended(row, stop_ids) for row in output[:, input_ids.shape[1] :].tolist()]
 
 
-class _RefuseNaN(LogitsProcessor):  # type: ignore[misc]
+class _RefuseNaN(LogitsProcessor):
     """Stops a sampling whose logits are NaN: the most likely token would be token 0, in silence.
 
     Args:
@@ -204,7 +204,7 @@ class _RefuseNaN(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
-class _Draws(LogitsProcessor):  # type: ignore[misc]
+class _Draws(LogitsProcessor):
     """Draw each next token by inverting the cumulative distribution at a uniform number, and exclude all others.
 
     transformers samples all rows of a batch from one global random stream instead, so that an answer would depend on

@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -61,8 +61,7 @@ class BaseModel:
         self.load_config()
         source = self._source()
         try:
-            model: PreTrainedModel
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 output_loading_info=True,
                 revision=self.revision,
@@ -73,6 +72,8 @@ class BaseModel:
             )
         except (OSError, SafetensorError) as error:
             raise ValueError(self._missing("model", error)) from error
+        model: PreTrainedModel
+        model, report = loaded
         own = {name for name, _ in model.named_parameters()}
         if missing := sorted(own & set(report["missing_keys"])):
             # transformers only warns, and gives them random values: those of a head, if another model was saved

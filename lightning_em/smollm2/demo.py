@@ -131,7 +131,7 @@ class _Fits:
     def has_last_checkpoint(self, solution: str) -> bool:
         """Whether the run has the checkpoint of its last step."""
         experiment = self._experiments[solution]
-        return experiment.folder.newest_valid_step() == experiment.config["trainer"]["max_steps"]
+        return experiment.folder.newest_valid_step() == int(experiment.config["trainer"]["max_steps"])
 
     def fit(self, solution: str) -> None:
         """Run one fit to its end.
