@@ -165,8 +165,8 @@ class AdapterCheckpoint(Checkpoint):
         if need is None or need.checkpoints * need.bytes_each <= need.free:
             return None
         return (
-            f"the remaining {need.checkpoints} checkpoints need about {need.checkpoints * need.bytes_each:,} bytes, but "
-            f"{RunFolder(trainer.default_root_dir).path} has {need.free:,} free. Free some "
+            f"the remaining {need.checkpoints} checkpoints need about {need.checkpoints * need.bytes_each:,} bytes, "
+            f"but {RunFolder(trainer.default_root_dir).path} has {need.free:,} free. Free some "
             "space, choose another --run.root, or write fewer with checkpoint.every_n_steps or checkpoint.keep_last."
         )
 
