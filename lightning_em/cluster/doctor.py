@@ -201,7 +201,7 @@ def _data(examination: Examination) -> Iterator[Finding]:
     data = examination.data
     if examination.encoder is None:  # without a tokenizer, check only that the files exist
         for source in (source for pair in data.sources.values() for source in pair if source is not None):
-            if "://" not in source.path and not Path(source.path).exists():
+            if not sources.is_address(source.path) and not Path(source.path).exists():
                 yield Finding(
                     "data", "fault", f"there is no data file {source.path} (looked from {Path.cwd()})"
                 )

@@ -181,7 +181,7 @@ def test_folder_of_splits_asks_for_one(tmp_path):
 
 
 def test_other_folder_is_no_data_set(tmp_path):
-    assert not is_table(str(tmp_path))
+    assert not is_table(tmp_path)
     with pytest.raises(ValueError, match="a folder"):
         read_rows(str(tmp_path))
 
