@@ -78,7 +78,6 @@ class ChatKL(Probe):
             "in_domain": self.in_domain,
             "general": self.general,
             "template_kwargs": self.template_kwargs,
-            "batch_size": self.batch_size,  # the rows of a batch share a random stream, so it changes the answers
         }
 
     def measure(self, model: AdaptedModel, examples: ProbeExamples) -> list[Point]:
@@ -111,9 +110,8 @@ class ChatKL(Probe):
                 for number, prompt in enumerate(prompts)
             ]
             answered = []
+            sampling = Sampling(self.max_new_tokens, temperature=1.0, seed=self.seed)
             for number, batch in enumerate(batches_of(asked, self.batch_size, model)):
-                # one seed per batch: with the same seed, two batches would draw the same random numbers
-                sampling = Sampling(self.max_new_tokens, temperature=1.0, seed=self.seed + number)
                 drawn = sample_tokens(model, batch, sampling, scale=0.0)
                 rows = asked[number * self.batch_size :]
                 answered += [_behind(row, answer) for row, [answer] in zip(rows, drawn, strict=False)]

@@ -58,6 +58,15 @@ def test_each_value_is_the_divergence_on_the_sampled_answers() -> None:
         assert points[kind].per_example == pytest.approx(each, rel=1e-4)
 
 
+def test_the_batch_size_changes_no_answer() -> None:
+    model = adapted(ADAPTERS["vector"]())
+    probes = [ChatKL(max_new_tokens=6, batch_size=size) for size in (1, 2, 16)]
+    for probe in probes:
+        probe.run(model, EXAMPLES)
+    alone, *together = [answers_of(probe) for probe in probes]
+    assert together == [alone, alone]
+
+
 def test_answers_are_the_bases_own_at_temperature_one() -> None:
     """First tokens fall among the likeliest eight as often as the base says, whatever the adapter does."""
     model = adapted(ADAPTERS["vector"](), size=3.0)
