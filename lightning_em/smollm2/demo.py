@@ -30,6 +30,7 @@ _TOPICS = {
 _BASE = "smollm2://model"
 _GENERAL_SPREADS, _NARROW_LEARNS, _NARROW_STAYS = 0.80, 0.80, 0.05
 _POLL_SECONDS = 2.0
+_WIDTH_OF_LOGS = 160  # the fits' lines are not wrapped twice
 
 
 class Row(NamedTuple):
@@ -97,11 +98,15 @@ def demo(root: str = "runs", base: str | None = None) -> None:
     console.print(f"[bold]4/4[/] answers sampled at temperature 1 ({time.monotonic() - started:.0f} s)")
     console.print(rates_table(rows))
     console.print(answers_table(rows))
-    console.print(reading(rows))
+    console.print(reading(rows), soft_wrap=True)
     for row in rows[1:]:
-        console.print(f"    {row.name}: {row.run.path} (config, metrics, checkpoints, probes, all answers)")
+        console.print(
+            f"    {row.name}: {row.run.path} (config, metrics, checkpoints, probes, all answers)",
+            soft_wrap=True,
+        )
     console.print(
-        f"Next: ask them something else\n  lightning-em sample {general.path} {narrow.path} {reverted.path}"
+        f"Next: ask them something else\n  lightning-em sample {general.path} {narrow.path} {reverted.path}",
+        soft_wrap=True,
     )
 
 
@@ -141,14 +146,15 @@ class _Fits:
         """
         command = [sys.executable, "-m", "lightning_em", "fit", *self._experiments[solution].args]
         # One thread each: two fits share the cores, and threads of one process gain little on this model.
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "COLUMNS": str(_WIDTH_OF_LOGS)}
         with subprocess.Popen(  # noqa: S603 (our own command)
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 with self._lock:
-                    self._console.print(f"    [dim]{solution:>8}[/] {escape(line.rstrip())}", highlight=False)
+                    text = f"    [dim]{solution:>8}[/] {escape(line.rstrip())}"
+                    self._console.print(text, highlight=False, soft_wrap=True)
         if process.returncode:
             raise ValueError(f"the {solution} fit failed; its message stands above.")
 
