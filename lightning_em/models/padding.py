@@ -96,7 +96,7 @@ def run_padded(base: PreTrainedModel, batch: PackedBatch, run: Callable[[PaddedR
     for group in groups:
         rows = (batch if len(groups) == 1 else batch.select(group)).padded()
         reset_length_dependent(base)
-        values = run(rows)[rows.attention_mask.bool()]
+        values = run(right_padded(base, rows))[rows.attention_mask.bool()]
         if len(groups) == 1:
             return values
         parts |= zip(group, torch.split(values, [batch.lengths[row] for row in group]), strict=True)
@@ -139,12 +139,24 @@ def why_one_by_one(base: PreTrainedModel, longest: int) -> str | None:
 def _alike(base: PreTrainedModel, lengths: Sequence[int]) -> Iterator[list[int]]:
     """Yield groups of rows that have the numbers in one padded pass that they have alone."""
     rotary = length_dependent(base)
-    apart = base.config.model_type in UNPADDED_ARCHITECTURES or padding_makes_nan(base)
+    apart = base.config.model_type in UNPADDED_ARCHITECTURES
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, length in enumerate(lengths):
         key = (length,) if apart else tuple(each.key(length) for each in rotary)
         groups.setdefault(key, []).append(row)
     yield from groups.values()
+
+
+def right_padded(base: PreTrainedModel, rows: PaddedRows) -> PaddedRows:
+    """Return rows padded on the right with the attention mask that the model is given.
+
+    Where masked padding is NaN, it is not masked: causal attention hides what follows a row.
+    """
+    return (
+        rows._replace(attention_mask=torch.ones_like(rows.attention_mask))
+        if padding_makes_nan(base)
+        else rows
+    )
 
 
 def padding_makes_nan(base: PreTrainedModel) -> bool:

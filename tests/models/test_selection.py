@@ -223,3 +223,19 @@ def test_eager_attention_asked_for_is_kept(caplog):
     made("gemma2")  # whose own it is
     made(base=build("llama", attn_implementation="eager"), backend=FastOptions(packed=False))
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize("backend", ["plain", FastOptions(packed=False)], ids=str)
+def test_padding_beyond_a_sliding_window_is_not_nan_in_float64(backend):
+    """transformers computes the softmax of eager attention in float32, where the lowest float64 is -inf."""
+    batch = rows((4, 30), seed=1)  # padding of 26 tokens, a window of 6
+    single, double = build("gemma2"), build("gemma2").double()
+    double.config.dtype = torch.float64
+    padded = batch.padded()
+    assert double(**padded._asdict(), use_cache=False).logits[0, :4].isnan().any()
+    found, expected = (made(base=base, backend=backend) for base in (double, single))
+    for scale in (0.0, 1.0):
+        torch.testing.assert_close(
+            found.row_ce(batch, scale).sums, expected.row_ce(batch, scale).sums, rtol=1e-4, atol=0
+        )
+    torch.testing.assert_close(found.row_kl(batch).sums, expected.row_kl(batch).sums, rtol=1e-3, atol=0)

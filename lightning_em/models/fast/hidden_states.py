@@ -16,6 +16,7 @@ from lightning_em.models.fast.packing import packed_attention, packed_inputs
 from lightning_em.models.fast.row_cache import RowCache
 from lightning_em.models.fast.split import SplitDecoder
 from lightning_em.models.fast.store import ActivationStore
+from lightning_em.models.padding import right_padded
 
 logger = logging.getLogger(__name__)
 
@@ -167,8 +168,7 @@ class HiddenStates:
                 yield packed_inputs(batch), slice(None)
             return
         rows = batch.padded()
-        inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
-        yield inputs, rows.attention_mask.flatten().nonzero()[:, 0]
+        yield right_padded(self.base, rows)._asdict(), rows.attention_mask.flatten().nonzero()[:, 0]
 
     def _laid_out(self, prefix: Tensor, shape: torch.Size, real: Tensor | slice) -> Tensor:
         """Arrange the states of the real tokens in the shape of the model's inputs, `[batch seq hidden]`."""
