@@ -219,7 +219,11 @@ def _wrong_key(refusal: _Refusal, known_keys: set[str]) -> str | None:
     # with --print_config, jsonargparse 4.53 names the group and the key below it apart
     beginnings = r"(?:Group '([\w.]+)' does not accept option '|accept option '|unrecognized arguments: --?)"
     if found := re.search(rf"{beginnings}([\w.+-]+)", refusal.message):
-        return _unknown_key(".".join(filter(None, (found[1], found[2].rstrip("+")))), known_keys, refusal)
+        # a file of one group, as for `probe --config`, has the group's keys without its name
+        group = (
+            f"{found[1]}." if found[1] and any(key.startswith(f"{found[1]}.") for key in known_keys) else ""
+        )
+        return _unknown_key(f"{group}{found[2].rstrip('+')}", known_keys, refusal)
     if found := re.search(r"following arguments are required: (.+)", refusal.message):
         flags = ", ".join(f"--{key.strip().partition('.')[2]}" for key in found[1].split(","))
         given = " and ".join(value for key, value in options_of(refusal.args) if key == "config")

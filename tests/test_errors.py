@@ -35,7 +35,7 @@ def edited(config: Path, key: str, value: object) -> Path:
     *parents, last = key.split(".")
     group = content
     for parent in parents:
-        group = group[parent]
+        group = group.setdefault(parent, {})
     group[last] = value
     return write_config(config.parent / "edited.yaml", content)
 

@@ -123,7 +123,9 @@ def test_an_unknown_scheme_is_refused_in_one_sentence(config, flag, key, capsys)
     assert main(["fit", f"--config={config}", f"--run.root={config.parent}", flag]) == 2
     shown = capsys.readouterr().err
     assert f"{key} is 'nut://" in shown
-    assert "no installed package provides the scheme 'nut'; known schemes: fruit, miniature; " in shown
+    assert (
+        "no installed package provides the scheme 'nut'; known schemes: fruit, miniature, smollm2; " in shown
+    )
     assert "entry point of the group lightning_em.sources" in shown
 
 

@@ -133,7 +133,7 @@ class LoRA(Adapter):
     def _refuse_experts(self, base: PreTrainedModel, chosen: Sequence[int]) -> None:
         """Check that no layer has routed experts under the name of a target module.
 
-        transformers 5 keeps the weights of all experts in one parameter, which is no linear module. A LoRA by module
+        transformers 5 keeps the weights of all experts in one parameter, not in a linear module. A LoRA by module
         names would train the shared expert, or the layers without experts, in place of what the name means.
         """
         found: dict[str, set[int]] = {}

@@ -220,4 +220,7 @@ def with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
 def _is_decoder(config: PreTrainedConfig) -> bool:
     """Tell whether the model class makes itself a decoder whatever its config says, as BART's does and BERT's not."""
     with torch.device("meta"):
-        return bool(AutoModelForCausalLM.from_config(config).config.is_decoder)
+        model = AutoModelForCausalLM.from_config(config)
+    # GPT-NeoX has `is_decoder: false` in its config and causal attention; BERT's attention is causal only as a decoder
+    is_causal = any(getattr(module, "is_causal", False) is True for module in model.modules())
+    return is_causal or bool(model.config.is_decoder)

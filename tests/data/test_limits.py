@@ -64,7 +64,8 @@ def test_rows_beyond_the_positions_of_rotary_embeddings_are_named(fitted, tmp_pa
     assert level == "warning"
     assert re.search(rf"positions that the model was not made for in \d+ rows, first .*{named}", text)
     assert main(["data", "check", str(tmp_path / "rows.jsonl"), "--base", str(model)]) == 0
-    assert re.search(named, re.sub(r"\s+", " ", capsys.readouterr().out))
+    # without white space: a long path is wrapped inside a word
+    assert re.search(named.replace(" ", ""), re.sub(r"\s+", "", capsys.readouterr().out))
     limits = ["--data.max_length", "128", "--data.on_too_long", "truncate", "--run.name", "short"]
     code, told = fitted(model, *limits)
     assert code == 0

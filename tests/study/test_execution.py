@@ -110,7 +110,7 @@ def test_runs_that_start_from_others_start_there(undisturbed) -> None:
 def test_logs_of_a_fit_are_in_its_folder_alone(undisturbed) -> None:
     for run in undisturbed.runs:
         log = StudyFolder(undisturbed.root).run(run.cell).console_log.read_text()
-        assert log.count("narrow train:") == 1, "another run's lines are here"
+        assert log.count("narrow data") == 1, "another run's lines are here"
 
 
 def test_pairs_are_compared(undisturbed) -> None:
