@@ -1,5 +1,6 @@
 """Chat templates in the style of five model families, and tiny tokenizers to run them with."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -89,6 +90,8 @@ def make_tokenizer(
     alphabet: Alphabet = "bytes",
     auto_bos: bool = False,
     corpus: tuple[str, ...] = (),
+    control: Sequence[str] = (),
+    words: Sequence[str] = (),
     **added: Any,
 ) -> PreTrainedTokenizerFast:
     """Build a tokenizer whose first control token is BOS and whose second is EOS, which is also PAD.
@@ -98,13 +101,16 @@ def make_tokenizer(
         alphabet: Byte-level BPE, whole words, or BPE over characters with spaces written as U+2581.
         auto_bos: Put BOS before every text that is tokenized with special tokens.
         corpus: Texts whose words the word-level vocabulary must have.
+        control: Control tokens; those of the template if not given.
+        words: Added tokens that are not control tokens, such as `<think>`.
         added: Settings of the control tokens, such as `rstrip`.
     """
-    control = CONTROL_TOKENS.get(template, CONTROL_TOKENS[QWEN25])
+    control = tuple(control) or CONTROL_TOKENS.get(template, CONTROL_TOKENS[QWEN25])
     tokenizer = {"bytes": _bytes, "words": _words, "metaspace": _metaspace}[alphabet](corpus)
     tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False, **added) for token in control]
     )
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
     if auto_bos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{control[0]} $A", special_tokens=[(control[0], tokenizer.token_to_id(control[0]))]
