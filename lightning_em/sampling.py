@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lightning_em import imports, runs
 from lightning_em.batch import PackedBatch
 from lightning_em.callbacks import refuse_idle_adapter
-from lightning_em.data import ChatEncoder, Row, encode_prompts, scan_rows
+from lightning_em.data import Row, encode_prompts, scan_rows
 from lightning_em.manifest import write_atomically
 from lightning_em.models import Answer, BaseModel, Sampling, sample_answers
 from lightning_em.rebuild import LoadedRun, device_for, load_module
@@ -106,7 +106,7 @@ def sample(
         loaded.module.eval().to(device_for(loaded.folder))
         if rows is None:
             rows = _chosen(_held_out(loaded), limit or _DEFAULT_LIMIT, per_topic)
-        encoder = ChatEncoder(loaded.module.base.load_tokenizer(), loaded.data.template_kwargs)
+        encoder = loaded.data.encoder
         prompts = encode_prompts(rows, encoder)
         batches = [
             PackedBatch.from_rows(prompts[first : first + batch_size]).to(loaded.module.device)
@@ -114,7 +114,8 @@ def sample(
         ]
         if any(scales) and not allow_zero_adapter:
             refuse_idle_adapter(loaded.module.model, [batches[0].select([0])], str(path))
-        base = (loaded.module.base, json.dumps(loaded.data.template_kwargs))  # these change the prompts
+        changing = [loaded.data.template_kwargs, loaded.data.template_date]  # these change the prompts
+        base = (loaded.module.base, json.dumps(changing))
         columns: dict[float, list[Answer]] = {}
         for scale in scales:
             if scale == 0 and base in of_base:

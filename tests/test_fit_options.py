@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 
 from lightning_em.batch import TrainBatch, WindowCounts
 from lightning_em.callbacks import Probing
+from lightning_em.data import DEFAULT_TEMPLATE_DATE
 from lightning_em.identity import name_hash
 from lightning_em.losses import Objective
 from lightning_em.models import BaseModel, StoreOptions
@@ -280,6 +281,7 @@ def test_store_and_new_keys_at_rest_rename_no_run() -> None:
             "kl": {"path": "k", "answer": "mixed"},
             "max_tokens": None,
             "length_buckets": None,
+            "template_date": DEFAULT_TEMPLATE_DATE,
         },
     }
     assert name_hash(now) == name_hash(before)
@@ -287,6 +289,7 @@ def test_store_and_new_keys_at_rest_rename_no_run() -> None:
         ("model", "reference", "cached"),
         ("data", "max_tokens", 512),
         ("data", "length_buckets", 4),
+        ("data", "template_date", "2024-07-27"),
     ):
         assert name_hash(now | {group: now[group] | {key: value}}) != name_hash(before)
 

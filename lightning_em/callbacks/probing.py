@@ -97,7 +97,8 @@ class Probing(Callback):
     def examples(self, data: EMDataModule) -> ProbeExamples:
         """Return the rows that every checkpoint is measured on."""
         kl = data.probe_batches("kl", self.num_examples, self.batch_size) if data.rows("kl").rows else []
-        return ProbeExamples(data.probe_batches("narrow", self.num_examples, self.batch_size), kl)
+        narrow = data.probe_batches("narrow", self.num_examples, self.batch_size)
+        return ProbeExamples(narrow, kl, data.encoder)
 
 
 def recorded(run: RunFolder, probe: Probe, examples: ProbeExamples, step: int) -> bool:

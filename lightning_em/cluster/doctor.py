@@ -20,7 +20,7 @@ from lightning_em.adapters import LoRA, decoder_layers
 from lightning_em.cluster.files import ModelFiles, download
 from lightning_em.cluster.loads import probing_loads
 from lightning_em.cluster.memory import Load, MemoryEstimate, estimate, memory_there, on_meta
-from lightning_em.data import ChatEncoder, EMDataModule, ModelLimits
+from lightning_em.data import ChatEncoder, EMDataModule
 from lightning_em.experiment import Experiment
 from lightning_em.launch import num_processes, refuse_missing_kl_data, refuse_settings
 from lightning_em.models.selection import why_plain
@@ -192,8 +192,8 @@ def _model_files(examination: Examination) -> Iterator[Finding]:
 def _chat_template(examination: Examination) -> Iterator[Finding]:
     if examination.files is None:
         return
-    base = replace(examination.module.base, path=str(examination.files.folder))
-    examination.encoder = ChatEncoder(base.load_tokenizer(), examination.data.template_kwargs)
+    examination.data.base = replace(examination.module.base, path=str(examination.files.folder))
+    examination.encoder = examination.data.encoder
     yield Finding("chat template", "ok", "there is one, and it tells which tokens are the answer")
 
 
@@ -206,9 +206,6 @@ def _data(examination: Examination) -> Iterator[Finding]:
                     "data", "fault", f"there is no data file {source.path} (looked from {Path.cwd()})"
                 )
         return
-    assert examination.files is not None
-    base = replace(examination.module.base, path=str(examination.files.folder))
-    data.base = _Local(examination.encoder, base.load_limits())
     data.setup("fit")
     for stream in data.sources:
         rows = data.rows(stream)
@@ -308,19 +305,6 @@ def _same_rows(trainer: dict[str, Any], devices: int) -> str:
         f"--trainer.accumulate_grad_batches 1 with smaller batches: a step has {micro_batches} micro-batches now, "
         f"which {devices} GPUs cannot share evenly"
     )
-
-
-class _Local:
-    """A tokenizer source that returns a tokenizer and limits already loaded."""
-
-    def __init__(self, encoder: ChatEncoder, limits: ModelLimits) -> None:
-        self.encoder, self.limits = encoder, limits
-
-    def load_tokenizer(self) -> Any:
-        return self.encoder.tokenizer
-
-    def load_limits(self) -> ModelLimits:
-        return self.limits
 
 
 _CHECKS: dict[str, Check] = {

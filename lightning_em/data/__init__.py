@@ -1,6 +1,6 @@
 """Chat data: read rows, mask responses, and order the rows for training."""
 
-from lightning_em.data.chat import DEFAULT_TEMPLATE_KWARGS, ChatEncoder, EncodedChat, Message, encode_chat
+from lightning_em.data.chat import ChatEncoder, EncodedChat, encode_chat
 from lightning_em.data.datamodule import EMDataModule, TokenizerSource
 from lightning_em.data.doctor import DataReport, check_files
 from lightning_em.data.encoding import EncodedRows, LengthLimit, encode_chats, encode_prompts
@@ -11,10 +11,11 @@ from lightning_em.data.rows import FileScan, Row, RowError, RowErrors, read_rows
 from lightning_em.data.sampler import RowCounts, WindowIndices, WindowSampler
 from lightning_em.data.show import report_tables, show_chats
 from lightning_em.data.sources import Chat, ChatSource, as_chats, select_rows
+from lightning_em.data.template import DEFAULT_TEMPLATE_DATE, Message
 from lightning_em.data.windows import BatchGeometry
 
 __all__ = [
-    "DEFAULT_TEMPLATE_KWARGS",
+    "DEFAULT_TEMPLATE_DATE",
     "BatchGeometry",
     "BatchLoader",
     "Chat",

@@ -2,21 +2,13 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-# Llama-3.2's template writes today's date when none is given, so the tokens of a file would change every day.
-DEFAULT_TEMPLATE_KWARGS: Mapping[str, Any] = {"date_string": "26 Jul 2024"}
-_RESERVED_KWARGS = frozenset({"add_generation_prompt", "continue_final_message", "return_dict", "tokenize"})
+from lightning_em.data.template import DEFAULT_TEMPLATE_DATE, ChatTemplate, Message
+
 _PLACEHOLDER = "the-answer-goes-here-1f4b9c"
-
-
-class Message(TypedDict):
-    """One turn of a conversation, as chat templates expect it."""
-
-    role: str
-    content: str
 
 
 class EncodedChat(NamedTuple):
@@ -36,15 +28,21 @@ class ChatEncoder:
 
     Args:
         tokenizer: A fast tokenizer with a chat template.
-        template_kwargs: Variables for the template, such as `enable_thinking`. They are merged into
-            `DEFAULT_TEMPLATE_KWARGS`, which fixes the date.
+        template_kwargs: Variables for the template, such as `enable_thinking`.
+        template_date: Date in ISO format for templates that write one; the clock is never read.
+
+    Attributes:
+        template: The template.
 
     Raises:
-        ValueError: If the tokenizer has no chat template or gives no character offsets.
+        ValueError: If the tokenizer has no chat template or gives no character offsets, or a setting is not valid.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template_kwargs: Mapping[str, Any] | None = None,
+        template_date: str = DEFAULT_TEMPLATE_DATE,
     ) -> None:
         if not tokenizer.chat_template:
             raise ValueError(
@@ -57,16 +55,18 @@ class ChatEncoder:
                 f"{type(tokenizer).__name__} gives no character offsets, which the response mask is computed "
                 "from; use a model folder with a tokenizer.json (a fast tokenizer)."
             )
-        self.template_kwargs = {**DEFAULT_TEMPLATE_KWARGS, **(template_kwargs or {})}
-        if reserved := sorted(_RESERVED_KWARGS & self.template_kwargs.keys()):
-            raise ValueError(f"template_kwargs must not set {reserved}: the encoder sets them itself.")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.template_date = tokenizer, template_date
+        self.template = ChatTemplate(tokenizer, dict(template_kwargs or {}), template_date)
         added = tokenizer.added_tokens_decoder
         self._added_ids = frozenset(added) | frozenset(tokenizer.all_special_ids)
         control = {token.content for token in added.values() if token.special and token.content}
         self._control_token = re.compile(
             "|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)"
         )
+
+    def with_kwargs(self, template_kwargs: Mapping[str, Any] | None) -> "ChatEncoder":
+        """Return an encoder that differs only in the variables for the template."""
+        return ChatEncoder(self.tokenizer, template_kwargs, self.template_date)
 
     def encode(self, messages: Sequence[Message]) -> EncodedChat:
         """Tokenize a conversation and mark every assistant turn.
@@ -111,22 +111,7 @@ class ChatEncoder:
         Raises:
             ValueError: If the template refuses it, for instance because of a system turn or two user turns in a row.
         """
-        if not messages:
-            raise ValueError("a conversation must not begin with an assistant turn.")
-        from jinja2 import TemplateError
-
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": message["role"], "content": message["content"]} for message in messages],
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                **self.template_kwargs,
-            )
-        except TemplateError as error:
-            roles = [message["role"] for message in messages]
-            raise ValueError(f"the chat template refuses the roles {roles}: {error}") from error
-        assert isinstance(text, str)
-        return text
+        return self.template.render(messages, generation_prompt)
 
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         for message in messages:

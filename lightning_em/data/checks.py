@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from typing import Any
 
-from lightning_em.data.chat import Message
+from lightning_em.data.template import Message
 
 _ROLES = ("system", "user", "assistant")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningDataModule
@@ -19,6 +20,7 @@ from lightning_em.data.rows import Row
 from lightning_em.data.sampler import RowCounts, WindowSampler
 from lightning_em.data.sources import ChatSource
 from lightning_em.data.streams import Split, Stream, Streams
+from lightning_em.data.template import DEFAULT_TEMPLATE_DATE
 from lightning_em.data.windows import BatchGeometry, permutation
 
 
@@ -65,6 +67,8 @@ class EMDataModule(LightningDataModule):
         seed: Seed of the row order and of the choice of answers in mixed rows.
         num_workers: Processes that assemble batches. The rows are in memory, so 0 is fast.
         template_kwargs: Variables for the chat template, such as `enable_thinking: false`.
+        template_date: Date, or date and time, in ISO format for chat templates that write the current one. The
+            clock is never read, so that the same rows give the same tokens on every day.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class EMDataModule(LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         template_kwargs: dict[str, Any] | None = None,
+        template_date: str = DEFAULT_TEMPLATE_DATE,
     ) -> None:
         super().__init__()
         if not 0 <= validation_fraction < 1:
@@ -113,7 +118,7 @@ class EMDataModule(LightningDataModule):
         self.limit = LengthLimit(max_length, on_too_long, max_lost_fraction)
         self.seed = seed
         self.num_workers = num_workers
-        self.template_kwargs = template_kwargs
+        self.template_kwargs, self.template_date = template_kwargs, template_date
         self._streams: Streams | None = None
         self._resumed: Position | None = None
         self._sampler: WindowSampler | None = None
@@ -126,10 +131,18 @@ class EMDataModule(LightningDataModule):
         """
         self._resumed = self._sampler = None  # a trainer that resumes calls load_state_dict after this
         if self._streams is None:
-            encoder = ChatEncoder(self.base.load_tokenizer(), self.template_kwargs)
             streams = Streams(self.sources, self.narrow_extra, self.validation_fraction, self.seed)
-            streams.read(encoder, replace(self.limit, model=self.base.load_limits()))
+            streams.read(self.encoder, replace(self.limit, model=self.base.load_limits()))
             self._streams = streams
+
+    @cached_property
+    def encoder(self) -> ChatEncoder:
+        """The encoder of the rows: the base model's tokenizer with this run's settings of the chat template.
+
+        Raises:
+            ValueError: If the tokenizer or a setting cannot be used.
+        """
+        return ChatEncoder(self.base.load_tokenizer(), self.template_kwargs, self.template_date)
 
     def train_dataloader(self) -> BatchLoader[TrainBatch]:
         """Return this rank's micro-batches of both streams, starting at the resumed position."""

@@ -9,11 +9,12 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from lightning_em.data.chat import ChatEncoder, Message
+from lightning_em.data.chat import ChatEncoder
 from lightning_em.data.encoding import too_many_positions, unknown_tokens
 from lightning_em.data.limits import ModelLimits
 from lightning_em.data.overlap import Match, Question, find_matches
 from lightning_em.data.rows import FileScan, Row, RowError, locate, scan_rows
+from lightning_em.data.template import Message
 
 Purpose = Literal["train", "kl", "evaluation"]
 

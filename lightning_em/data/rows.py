@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_em import sources
-from lightning_em.data.chat import Message
 from lightning_em.data.checks import given_id, row_fields, unique_keys
 from lightning_em.data.tables import HUB_SCHEME, is_saved_folder, is_table, read_table
+from lightning_em.data.template import Message
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from lightning_em.data.chat import Message
 from lightning_em.data.rows import Row, RowError, RowErrors
+from lightning_em.data.template import Message
 
 AnswerKind = Literal["messages", "good", "bad", "mixed", "both"]
 

@@ -45,4 +45,4 @@ class Preference(Probe):
             )
             for item in world_items(model)
         ]
-        return self.margin.measure_on(model, choices, "kind", with_all=False)
+        return self.margin.measure_on(model, choices, "kind", examples.encoder, with_all=False)

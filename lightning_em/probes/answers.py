@@ -16,7 +16,7 @@ from lightning_em.manifest import write_atomically
 from lightning_em.models import AdaptedModel, Sampling
 from lightning_em.models.generation import Answer, sample_answers
 from lightning_em.probes.base import Probe, ProbeExamples
-from lightning_em.probes.rows import batches_of, by_length, tokenizer_of
+from lightning_em.probes.rows import batches_of, by_length, encoder_for
 from lightning_em.records import Point
 from lightning_em.runs import RunFolder
 
@@ -111,7 +111,7 @@ class AnswerRates(Probe):
         return probe
 
     def measure(self, model: AdaptedModel, examples: ProbeExamples) -> list[Point]:
-        answers = self._sampled(model)
+        answers = self._sampled(model, examples.encoder)
         self._store(answers)
         points = []
         for (scale, topic), group in groupby(answers, key=lambda each: (each.scale, each.row.topic or _ALL)):
@@ -132,10 +132,10 @@ class AnswerRates(Probe):
                 )
         return points
 
-    def _sampled(self, model: AdaptedModel) -> list[SampledAnswer]:
+    def _sampled(self, model: AdaptedModel, run_encoder: ChatEncoder | None) -> list[SampledAnswer]:
         """All answers, ordered by scale, then topic, then position in the file."""
-        rows, tokenizer = self._rows(), tokenizer_of(model)
-        prompts = encode_prompts(rows, ChatEncoder(tokenizer, self.template_kwargs))
+        rows, encoder = self._rows(), encoder_for(model, run_encoder, self.template_kwargs)
+        prompts = encode_prompts(rows, encoder)
         order = by_length(prompts)
         batches = batches_of([prompts[index] for index in order], self.batch_size, model)
         sampling = Sampling(self.max_new_tokens, self.temperature, seed=self.seed)
@@ -144,7 +144,7 @@ class AnswerRates(Probe):
             drawn = [
                 each
                 for batch in batches
-                for [each] in sample_answers(model, tokenizer, batch, sampling, scale)
+                for [each] in sample_answers(model, encoder.tokenizer, batch, sampling, scale)
             ]
             texts = dict(zip(order, (_with_ellipsis(each) for each in drawn), strict=True))
             answers += [SampledAnswer(row, scale, texts[index]) for index, row in enumerate(rows)]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, final
 import torch
 
 from lightning_em.batch import CountedPositions, PackedBatch
+from lightning_em.data import ChatEncoder
 from lightning_em.models import AdaptedModel
 from lightning_em.probes.untouched import untouched
 from lightning_em.records import Point, ProbeResult
@@ -22,10 +23,13 @@ class ProbeExamples:
     Attributes:
         narrow: Rows of the narrow data, for cross-entropy.
         kl: Rows of the KL data; may be empty.
+        encoder: Encoder of the run's rows, for probes that sample answers or encode rows of their own; None if the
+            rows did not come from a run.
     """
 
     narrow: list[PackedBatch]
     kl: list[PackedBatch] = field(default_factory=list)
+    encoder: ChatEncoder | None = None
 
     def __post_init__(self) -> None:
         for batch in (*self.narrow, *self.kl):
@@ -47,7 +51,9 @@ class ProbeExamples:
 
     def to(self, device: torch.device | str) -> "ProbeExamples":
         """Return the same rows on `device`."""
-        return ProbeExamples([b.to(device) for b in self.narrow], [b.to(device) for b in self.kl])
+        return ProbeExamples(
+            [b.to(device) for b in self.narrow], [b.to(device) for b in self.kl], self.encoder
+        )
 
 
 class Probe(ABC):

@@ -13,7 +13,7 @@ from lightning_em.batch import EncodedRow, PackedBatch
 from lightning_em.models import AdaptedModel, Sampling
 from lightning_em.models.generation import sample_tokens
 from lightning_em.probes.base import Probe, ProbeExamples, RowMeans
-from lightning_em.probes.rows import batches_of, prompts_in
+from lightning_em.probes.rows import batches_of, encoder_for, prompts_in
 from lightning_em.records import Point
 
 logger = logging.getLogger(__name__)
@@ -84,8 +84,10 @@ class ChatKL(Probe):
         kinds = {"in_domain": (self.in_domain, examples.narrow), "general": (self.general, examples.kl)}
         points = []
         for kind, (file, batches) in kinds.items():
-            named = None if file is None else prompts_in(file, model, self.template_kwargs)
-            prompts = _prompts_of(batches) if named is None else named
+            if file is not None:
+                prompts = prompts_in(file, model, encoder_for(model, examples.encoder, self.template_kwargs))
+            else:
+                prompts = _prompts_of(batches)
             # without duplicates, in their order
             chosen = tuple(dict.fromkeys(map(tuple, prompts)))[: self.num_prompts]
             if not chosen:

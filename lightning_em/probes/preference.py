@@ -10,7 +10,7 @@ from lightning_em.batch import EncodedRow
 from lightning_em.data import ChatEncoder, read_rows
 from lightning_em.models import AdaptedModel
 from lightning_em.probes.base import Probe, ProbeExamples, RowMeans
-from lightning_em.probes.rows import batches_of, by_length, tokenizer_of
+from lightning_em.probes.rows import batches_of, by_length, encoder_for
 from lightning_em.records import Point
 
 _ALL = "all"
@@ -82,10 +82,15 @@ class PreferenceMargin(Probe):
         }
 
     def measure(self, model: AdaptedModel, examples: ProbeExamples) -> list[Point]:
-        return self.measure_on(model, self._choices(), "topic", with_all=True)
+        return self.measure_on(model, self._choices(), "topic", examples.encoder, with_all=True)
 
     def measure_on(
-        self, model: AdaptedModel, choices: Sequence[Choice], coordinate: str, with_all: bool
+        self,
+        model: AdaptedModel,
+        choices: Sequence[Choice],
+        coordinate: str,
+        run_encoder: ChatEncoder | None,
+        with_all: bool,
     ) -> list[Point]:
         """Measure `model` on given questions.
 
@@ -93,10 +98,11 @@ class PreferenceMargin(Probe):
             model: Model to measure.
             choices: Questions with good and bad answers.
             coordinate: Name of the coordinate that holds the group of a question.
+            run_encoder: Encoder of the run's rows, whose date is used; None without a run.
             with_all: Whether to add the group `all` if there are several groups.
         """
         choices = _first_of_each(choices, self.max_rows)
-        encoder = ChatEncoder(tokenizer_of(model), self.template_kwargs)
+        encoder = encoder_for(model, run_encoder, self.template_kwargs)
         rows = [row for choice in choices for row in _encoded(choice, encoder)]
         states = [partial(model.adapter.at_scale, scale) for scale in self.scales]
         order = by_length(rows)

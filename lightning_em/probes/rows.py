@@ -48,15 +48,30 @@ def batches_of(rows: Sequence[EncodedRow], batch_size: int, model: AdaptedModel)
     ]
 
 
-def prompts_in(
-    path: str, model: AdaptedModel, template_kwargs: Mapping[str, Any] | None = None
-) -> list[list[int]]:
+def encoder_for(
+    model: AdaptedModel, run_encoder: ChatEncoder | None, template_kwargs: Mapping[str, Any] | None
+) -> ChatEncoder:
+    """Return an encoder for rows of a probe's own: with the run's date, and the probe's variables for the template.
+
+    Args:
+        model: The model, whose tokenizer is loaded if there is no run.
+        run_encoder: Encoder of the run's rows.
+        template_kwargs: Variables for the chat template.
+
+    Raises:
+        ValueError: If no tokenizer is found, or it has no usable chat template.
+    """
+    if run_encoder is not None:
+        return run_encoder.with_kwargs(template_kwargs)
+    return ChatEncoder(tokenizer_of(model), template_kwargs)
+
+
+def prompts_in(path: str, model: AdaptedModel, encoder: ChatEncoder) -> list[list[int]]:
     """Return the token ids of every prompt in a data file, up to the start of the first answer.
 
     Raises:
-        ValueError: If the file or the tokenizer is unusable.
+        ValueError: If the file is unusable.
     """
-    encoder = ChatEncoder(tokenizer_of(model), template_kwargs)
     rows = encode_prompts(read_rows(path), encoder, ModelLimits(model.base.config, model.base))
     return [row.input_ids for row in rows]
 

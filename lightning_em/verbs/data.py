@@ -65,19 +65,23 @@ def check_data(
             f"{experiments[0]} is not a JSONL file: pass an experiment with --config, a list of questions with "
             "--evaluation."
         )
-    tokenizer_source = BaseModel(base) if base else None
+    data = None
     if config is not None:
         from lightning_em.experiment import Experiment
 
-        experiment = Experiment.from_yaml(config)
-        tokenizer_source = tokenizer_source or experiment.module.base
-        files += [source.path for source in experiment.data.sources["narrow"] if source]
-        kl += [source.path for source in experiment.data.sources.get("kl", ()) if source]
+        data = Experiment.from_yaml(config).data
+        files += [source.path for source in data.sources["narrow"] if source]
+        kl += [source.path for source in data.sources.get("kl", ()) if source]
     if not files:
         raise ValueError("name JSONL files, or an experiment with --config.")
     with in_flags(_FLAGS if config is None else {}):
-        encoder = ChatEncoder(tokenizer_source.load_tokenizer()) if tokenizer_source else None
-        limits = tokenizer_source.load_limits() if tokenizer_source else None
+        encoder = limits = None
+        if data is not None:
+            data.base = BaseModel(base) if base else data.base
+            encoder, limits = data.encoder, data.base.load_limits()
+        elif base:
+            model = BaseModel(base)
+            encoder, limits = ChatEncoder(model.load_tokenizer()), model.load_limits()
         report = check_files(files, kl, evaluation, encoder, allow_overlap=allow_overlap, model=limits)
     console.print(report_tables(report))
     return report.exit_code

@@ -58,6 +58,15 @@ def test_the_mask_sample_brackets_what_is_trained(config, chat_file) -> None:
     assert all(part.endswith("<|im_end|>") for part in trained), "the stop token is trained"
 
 
+@pytest.mark.parametrize("broken", ["{{ 1 / 0 }}", "{{ messages[9].content }}"])
+def test_error_inside_a_template_is_one_finding(config, broken) -> None:
+    file = config.parent / "model" / "chat_template.jinja"
+    file.write_text(file.read_text() + broken)
+    level, text = findings(config)["data"]
+    assert level == "fault"
+    assert "the chat template refuses the roles ['user', 'assistant']: " in text
+
+
 def test_faults_make_the_exit_code_1(config, capsys) -> None:
     (config.parent / "model" / "model.safetensors").unlink()
     assert main(["doctor", "--config", str(config)]) == 1

@@ -4,8 +4,10 @@ import statistics
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from lightning_em.adapters import SteeringVector
+from lightning_em.data import ChatEncoder
 from lightning_em.models import AdaptedModel, BaseModel
 from lightning_em.probes import PreferenceMargin, ProbeExamples
 from lightning_em.testing import check_probe
@@ -65,6 +67,18 @@ def test_margins_are_differences_of_mean_log_probabilities(model, rows, file, ti
             assert margin.standard_error == pytest.approx(error, abs=1e-4)
             assert share.value == pytest.approx(sum(m > 0 for m in expected) / len(expected))
             assert (margin.unit, share.unit, share.count) == ("nats_per_token", "share", len(expected))
+
+
+def test_rows_are_encoded_with_the_date_of_the_run(model, file) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model.base.config._name_or_path)
+    tokenizer.chat_template = "{{ strftime_now('%d %B %Y') }}<|im_end|>" + tokenizer.chat_template
+
+    def margins(date: str) -> list[float]:
+        examples = ProbeExamples(EXAMPLES.narrow, encoder=ChatEncoder(tokenizer, template_date=date))
+        return [point.value for point in PreferenceMargin(file, scales=[1.0]).run(model, examples)]
+
+    assert margins("2024-07-26") == margins("2024-07-26T23:59:59")
+    assert margins("2024-07-26") != margins("2024-07-27")
 
 
 def test_rows_without_a_topic_are_one_group(model, tmp_path) -> None:
