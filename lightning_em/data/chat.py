@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from lightning_em.data.template import DEFAULT_TEMPLATE_DATE, ChatTemplate, Message
-
-_PLACEHOLDER = "the-answer-goes-here-1f4b9c"
+from lightning_em.data.turns import NO_STOP, TurnFinder
 
 
 class EncodedChat(NamedTuple):
@@ -23,8 +22,9 @@ class ChatEncoder:
 
     The template is rendered to text turn by turn. The whole text is tokenized once, with character offsets
     and without adding special tokens, so the ids equal those of `apply_chat_template`. A turn runs from the
-    end of its generation prompt to the first added token after the answer. The stop token is therefore
-    trained; a newline or end-of-text token that some templates write after it is not.
+    end of its generation prompt to the last added token that closes it, whether another turn follows or not.
+    All closing tokens are therefore trained; a newline or end-of-text token that some templates write after
+    them is not.
 
     Args:
         tokenizer: A fast tokenizer with a chat template.
@@ -55,14 +55,18 @@ class ChatEncoder:
                 f"{type(tokenizer).__name__} gives no character offsets, which the response mask is computed "
                 "from; use a model folder with a tokenizer.json (a fast tokenizer)."
             )
-        self.tokenizer, self.template_date = tokenizer, template_date
-        self.template = ChatTemplate(tokenizer, dict(template_kwargs or {}), template_date)
+        self.tokenizer, self.template_kwargs = tokenizer, dict(template_kwargs or {})
+        self.template_date = template_date
+        self.template = ChatTemplate(tokenizer, self.template_kwargs, template_date)
         added = tokenizer.added_tokens_decoder
-        self._added_ids = frozenset(added) | frozenset(tokenizer.all_special_ids)
+        # Gemma, for example, has line breaks among its added tokens, which templates write as ordinary text.
+        blank = {index for index, token in added.items() if not token.content.strip()}
+        self._added_ids = (frozenset(added) | frozenset(tokenizer.all_special_ids)) - blank
         control = {token.content for token in added.values() if token.special and token.content}
         self._control_token = re.compile(
             "|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)"
         )
+        self._turns = TurnFinder(self.template, self._added_tokens_in)
 
     def with_kwargs(self, template_kwargs: Mapping[str, Any] | None) -> "ChatEncoder":
         """Return an encoder that differs only in the variables for the template."""
@@ -73,8 +77,8 @@ class ChatEncoder:
 
         Raises:
             ValueError: If there is no assistant turn, an answer is empty, a message contains a control
-                token, the template refuses the conversation, or the answer's tokens cannot be identified
-                with certainty.
+                token, the template refuses the conversation, or the answer's tokens
+                cannot be identified with certainty.
         """
         messages = list(messages)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -82,7 +86,7 @@ class ChatEncoder:
             raise ValueError("the conversation has no assistant turn to train on.")
         self._refuse_control_tokens(messages)
         text = self.render(messages)
-        spans = [self._answer_span(messages, turn, text) for turn in turns]
+        spans = [self._turns.span(messages, turn, text) for turn in turns]
         encoding = self.tokenizer(
             text,
             add_special_tokens=False,
@@ -94,12 +98,16 @@ class ChatEncoder:
         offsets: list[tuple[int, int]] = encoding["offset_mapping"]
         response_mask = [False] * len(input_ids)
         for span in spans:
-            for index in self._answer_tokens(span, text, input_ids, offsets):
+            for index in self._turn_tokens(span, text, input_ids, offsets):
                 response_mask[index] = True
         return EncodedChat(input_ids, response_mask)
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Return the token ids after which the model writes the next assistant turn, as in training."""
+        """Return the token ids after which the model writes the next assistant turn, as in training.
+
+        Raises:
+            ValueError: If a message contains a control token, or the template refuses the conversation.
+        """
         self._refuse_control_tokens(messages)
         text = self.render(messages, generation_prompt=True)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -121,53 +129,38 @@ class ChatEncoder:
                     "a control token, not as text."
                 )
 
-    def _answer_span(self, messages: list[Message], turn: int, text: str) -> tuple[int, int]:
-        """Return the characters from the end of the generation prompt to the end of the answer, without stop token."""
-        before = messages[:turn]
-        prompt = self.render(before, generation_prompt=True)
-        example = self.render([*before, {"role": "assistant", "content": _PLACEHOLDER}])
-        opening, found, _ = example.removeprefix(prompt).partition(_PLACEHOLDER)
-        if not found or not example.startswith(prompt) or not text.startswith(prompt + opening):
-            raise ValueError(
-                f"the chat template writes the conversation before message {turn} differently once the "
-                "answer follows, so it is not certain which tokens are the answer; thinking templates do "
-                "this: set template_kwargs (for instance enable_thinking: false) or train on single turns."
-            )
-        content = messages[turn]["content"]
-        if not content.strip():
-            raise ValueError(f"the assistant's answer in message {turn} is empty.")
-        # Many templates strip whitespace; the longest variant found in the text is what the template wrote.
-        for written in (content, content.lstrip(), content.rstrip(), content.strip()):
-            if text.startswith(written, len(prompt + opening)):
-                return len(prompt), len(prompt + opening + written)
-        raise ValueError(f"the chat template changes the answer in message {turn}: {content[:60]!r}.")
+    def _added_tokens_in(self, text: str) -> list[tuple[int, int]]:
+        """Return the characters of each visible added token in a text."""
+        encoding = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
+        )
+        found = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+        # An added token may take the white space around it with it (`lstrip`, `rstrip`).
+        return [
+            (end - len(text[start:end].lstrip()), start + len(text[start:end].rstrip()))
+            for token, (start, end) in found
+            if token in self._added_ids
+        ]
 
-    def _answer_tokens(
+    def _turn_tokens(
         self, span: tuple[int, int], text: str, input_ids: list[int], offsets: list[tuple[int, int]]
     ) -> range:
-        """Return the indices of the tokens of one answer, including the added token that ends it."""
-        start, answer_end = span
-        # An added token may consume the whitespace that follows it (`rstrip=True`), and so span prompt and answer.
+        """Return the indices of the tokens of one turn, including the added token that ends it."""
+        start, end = span
+        # An added token may consume the white space that follows it (`rstrip=True`), and so span prompt and answer.
         straddling = next((i for i, (a, b) in enumerate(offsets) if a < start < b), None)
         if straddling is not None:
             a, b = offsets[straddling]
+            where = "of the answer" if text[start:b].isspace() else "of the prompt, which the template writes"
             raise ValueError(
                 f"one token, {text[a:b]!r}, spans the end of the prompt and the beginning of the answer, so training "
-                "and sampling would see different prompts; remove the whitespace before the answer."
+                f"and sampling would see different prompts; remove the white space at that place {where}."
             )
         first = next(i for i, (a, _) in enumerate(offsets) if a >= start)
-        for index in range(first, len(input_ids)):
-            a, b = offsets[index]
-            if b <= answer_end:
-                continue
-            if input_ids[index] in self._added_ids:
-                return range(first, index + 1)
-            if text[max(a, answer_end) : b].strip():
-                break
-        raise ValueError(
-            "the chat template ends an assistant turn without a special token, so the model would never "
-            "learn to stop; add one to the template or register it as a special token of the tokenizer."
-        )
+        last = next(i for i in reversed(range(len(offsets))) if offsets[i][0] < end)
+        if input_ids[last] not in self._added_ids:
+            raise ValueError(NO_STOP)
+        return range(first, last + 1)
 
 
 def encode_chat(

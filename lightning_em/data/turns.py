@@ -1,0 +1,159 @@
+"""Find the characters of each assistant turn in a rendered conversation."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from lightning_em.data.template import ChatTemplate, Message
+
+_MARKER = "the-end-of-the-answer-1f4b9c"
+NO_STOP = (
+    "the chat template ends an assistant turn without a special token, so the model would never learn to stop; add "
+    "one to the template or register it as a special token of the tokenizer."
+)
+
+
+class _Written(NamedTuple):
+    """A conversation that ends in an answer, as the template writes it."""
+
+    text: str  # up to the end of the answer, without white space after it
+    closing: str  # everything after the answer
+
+
+class TurnFinder:
+    """Find where assistant turns begin and end, from several renderings of a conversation.
+
+    Args:
+        template: The chat template.
+        added_tokens_in: Function that returns the characters of each visible added token in a text.
+    """
+
+    def __init__(
+        self, template: ChatTemplate, added_tokens_in: Callable[[str], list[tuple[int, int]]]
+    ) -> None:
+        self.template, self.added_tokens_in = template, added_tokens_in
+        self._ends_of_turn: dict[str, str] = {}
+
+    def span(self, messages: list[Message], turn: int, text: str) -> tuple[int, int]:
+        """Return the characters of a turn that are trained: from the end of the prompt to the token that ends it.
+
+        Args:
+            messages: Conversation.
+            turn: Index of the answer.
+            text: Whole conversation as rendered.
+
+        Raises:
+            ValueError: If the answer is empty, left out or changed, the template writes the turn in two ways, or no
+                added token ends the turn.
+        """
+        before, content = messages[:turn], messages[turn]["content"]
+        if not content.strip():
+            raise ValueError(f"the assistant's answer in message {turn} is empty.")
+        prompt = self.template.render(before, generation_prompt=True)
+        written = self._written(before, content)
+        start, answer_end = len(prompt), len(written.text)
+        if not written.text.startswith(prompt) or not text.startswith(written.text):
+            raise ValueError(
+                f"the chat template writes the conversation before message {turn} differently once the answer "
+                "follows, so it is not certain which tokens are the answer; thinking templates do this: set "
+                "template_kwargs (for instance enable_thinking: false) or train on single turns."
+            )
+        opening = _opening(prompt, written.text, content)
+        if opening is None:
+            raise ValueError(f"the chat template changes the answer in message {turn}: {content[:60]!r}.")
+        return start, self._turn_end(before, content, written.closing, text, answer_end)
+
+    def _written(self, before: Sequence[Message], content: str) -> _Written:
+        """Render a conversation that ends in an answer, with a marker at the end of the answer."""
+        # The answer stays in place, because templates look for thoughts in it.
+        shown = self.template.render([*before, {"role": "assistant", "content": content.rstrip() + _MARKER}])
+        text, found, closing = shown.partition(_MARKER)
+        if not found:
+            raise ValueError(
+                f"the chat template leaves out the answer in message {len(before)}: {content[:60]!r}."
+            )
+        return _Written(text, closing)
+
+    def _turn_end(
+        self, before: Sequence[Message], content: str, closing: str, text: str, answer_end: int
+    ) -> int:
+        """Return the position after the token that ends the turn."""
+        end_of_turn = self._end_of_turn(before, content, closing)
+        # Many templates strip white space; the longer variant found in the text is what the template wrote.
+        for space in (content[len(content.rstrip()) :], ""):
+            if text.startswith(space + end_of_turn, answer_end):
+                return answer_end + len(space + end_of_turn)
+        # gpt-oss ends the last answer with another token than those before it.
+        rest = text[answer_end:]
+        tokens = self.added_tokens_in(rest)
+        if not tokens or rest[: tokens[0][0]].strip() or _goes_on_with_text(rest, tokens[0][1], tokens):
+            raise ValueError(NO_STOP)
+        return answer_end + tokens[0][1]
+
+    def _end_of_turn(self, before: Sequence[Message], content: str, closing: str) -> str:
+        """Return the text after an answer up to the end of the token that ends the turn.
+
+        Two tokens may close an answer, and a template may write an end-of-text token after the last turn or the
+        header of a next one. What ends the turn is the last token that stands there whether the conversation ends or a
+        user turn follows.
+        """
+        if closing in self._ends_of_turn:
+            return self._ends_of_turn[closing]
+        tokens = self.added_tokens_in(closing)
+        following = self._text_before_next_user(before, content)
+        if following is not None:
+            shared = _shared_length(closing, following)
+            inside = [(start, end) for start, end in tokens if end <= shared]
+            # The first template of Llama 3 always writes the header of a next answer: the last shared token opens it
+            # if the name of the role follows directly.
+            if inside and inside[-1][1] == shared and _goes_on_with_text(closing, shared, tokens):
+                tokens = inside[:-1]
+            else:
+                tokens = inside or tokens
+        if not tokens:
+            raise ValueError(NO_STOP)
+        self._ends_of_turn[closing] = closing[: tokens[-1][1]]
+        return self._ends_of_turn[closing]
+
+    def _text_before_next_user(self, before: Sequence[Message], content: str) -> str | None:
+        """Return the text between an answer and the next user message; None if the template refuses one."""
+        following = f"next-{_MARKER}"
+        try:
+            text = self.template.render(
+                [
+                    *before,
+                    {"role": "assistant", "content": content.rstrip() + _MARKER},
+                    {"role": "user", "content": following},
+                ]
+            )
+        except ValueError:
+            return None
+        between, found, _ = text.partition(_MARKER)[2].partition(following)
+        return between if found else None
+
+
+def _shared_length(first: str, second: str) -> int:
+    """Return the number of characters that two texts have in common at their beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _goes_on_with_text(text: str, end: int, tokens: Sequence[tuple[int, int]]) -> bool:
+    """Tell whether plain text follows at a place directly, without white space or another added token."""
+    return text[end : end + 1].strip() != "" and all(start != end for start, _ in tokens)
+
+
+def _opening(prompt: str, written: str, content: str) -> str | None:
+    """Return what the template writes between the generation prompt and the answer; None if it changes the answer.
+
+    Args:
+        prompt: Generation prompt.
+        written: The prompt and everything up to the end of the answer.
+        content: The answer.
+    """
+    answer, kept = written[len(prompt) :], content.strip()
+    if answer.endswith(kept):
+        return answer.removesuffix(content.rstrip() if answer.endswith(content.rstrip()) else kept)
+    # The prompt may open a thought that the answer begins with.
+    if answer and written.endswith(kept) and kept.endswith(answer):
+        return ""
+    return None
