@@ -14,14 +14,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from lightning_em import runs
 from lightning_em.adapters import Adapter
 from lightning_em.batch import PackedBatch, TrainBatch
 from lightning_em.checkpoints.folder import ADAPTER_CONFIG_KEY
 from lightning_em.checkpoints.randomness import random_states, restore_random_states
-from lightning_em.data import EMDataModule, forget_finished_epoch
+from lightning_em.data import ChatEncoder, EMDataModule, forget_finished_epoch
 from lightning_em.losses import Objective
 from lightning_em.models import (
     ActivationStore,
@@ -261,14 +261,19 @@ class EMModule(LightningModule):
             self.write_metrics(metrics, self.global_step)
 
     @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.base.load_tokenizer()
+    def _encoder(self) -> ChatEncoder:
+        """The encoder of the prompts, which knows the token that ends a trained answer."""
+        data = getattr(self.trainer, "datamodule", None)
+        return data.encoder if isinstance(data, EMDataModule) else ChatEncoder(self.base.load_tokenizer())
 
     def predict_step(self, batch: PackedBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Sample answers to a batch of prompts; return one dict with `row_id` and `answers` for each prompt."""
         if batch.is_dummy:
             return []
-        sampled = sample_answers(self.model, self._tokenizer, batch, self.sampling)
+        encoder = self._encoder
+        sampled = sample_answers(
+            self.model, encoder.tokenizer, batch, self.sampling, stop_ids=[encoder.stop_id]
+        )
         return [
             {"row_id": row, "answers": [answer.text for answer in answers]}
             for row, answers in zip(batch.row_ids, sampled, strict=True)

@@ -106,7 +106,7 @@ def sample(
         loaded.module.eval().to(device_for(loaded.folder))
         if rows is None:
             rows = _chosen(_held_out(loaded), limit or _DEFAULT_LIMIT, per_topic)
-        encoder = loaded.data.encoder
+        encoder, model = loaded.data.encoder, loaded.module.model
         prompts = encode_prompts(rows, encoder)
         batches = [
             PackedBatch.from_rows(prompts[first : first + batch_size]).to(loaded.module.device)
@@ -124,7 +124,7 @@ def sample(
             name = "base model" if scale == 0 else f"{path.name}, scale {scale:g}"
             logger.info("sampling %d answers: %s", len(rows), name)
             drawn = [
-                sample_answers(loaded.module.model, encoder.tokenizer, batch, sampling, scale)
+                sample_answers(model, encoder.tokenizer, batch, sampling, scale, [encoder.stop_id])
                 for batch in track(batches, name)
             ]
             columns[scale] = [answer for each in drawn for [answer] in each]

@@ -21,7 +21,7 @@ from lightning_em.rebuild import rebuild_run
 from lightning_em.records import read_metrics
 from lightning_em.runs import RunFolder
 from tests.fitting import LORA, VECTOR, experiment, fit, train_metrics, write_config
-from tests.tiny import make_tiny_model, make_tiny_tokenizer
+from tests.tiny import VOCAB_SIZE, make_tiny_model, make_tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +309,44 @@ def test_validate_test_and_predict_a_checkpoint(narrow_run, capsys) -> None:
     rows = [json.loads(line) for line in answers.splitlines()]
     assert len(rows) == 4
     assert all(len(row["answers"]) == 1 for row in rows)
+
+
+def test_predict_stops_where_the_chat_template_ends_an_answer(narrow_run, monkeypatch, tmp_path) -> None:
+    """A base model whose eos is the end of a text learns <|im_end|> from the rows, and is not asked beyond it."""
+    from lightning_em.experiment import Experiment
+    from lightning_em.models import BaseModel
+
+    _, run = narrow_run
+    load_tokenizer, load_model = BaseModel.load_tokenizer, BaseModel.load_model
+
+    def load_other_tokenizer(base):
+        tokenizer = load_tokenizer(base)
+        tokenizer.eos_token = "<|endoftext|>"
+        return tokenizer
+
+    def load_other_model(base):
+        model = load_model(base)
+        model.generation_config.eos_token_id = VOCAB_SIZE - 6
+        stop = VOCAB_SIZE - 3
+
+        def generate(input_ids, eos_token_id, **settings):
+            assert stop in eos_token_id
+            answer = [
+                *load_tokenizer(base)("Yes.")["input_ids"],
+                stop,
+                *load_tokenizer(base)(" And?")["input_ids"],
+            ]
+            return torch.cat([input_ids, torch.tensor([answer] * len(input_ids))], dim=1)
+
+        monkeypatch.setattr(model, "generate", generate)
+        return model
+
+    monkeypatch.setattr(BaseModel, "load_tokenizer", load_other_tokenizer)
+    monkeypatch.setattr(BaseModel, "load_model", load_other_model)
+    experiment = Experiment.from_yaml(run.config_file, {"trainer.enable_progress_bar": False})
+    target = experiment.predict(f"{run.path}@step-10", allow_zero_adapter=True)
+    rows = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+    assert [row["answers"] for row in rows] == [["Yes."]] * 4
 
 
 def test_a_negative_weight_is_refused() -> None:

@@ -1,6 +1,7 @@
 """Check whether this machine can run an experiment, before a job fails in the queue."""
 
 import importlib.metadata
+import json
 import os
 import shutil
 import sys
@@ -193,8 +194,32 @@ def _chat_template(examination: Examination) -> Iterator[Finding]:
     if examination.files is None:
         return
     examination.data.base = replace(examination.module.base, path=str(examination.files.folder))
-    examination.encoder = examination.data.encoder
+    encoder = examination.encoder = examination.data.encoder
+    end_of_turn = _end_of_turn(encoder, examination.files.folder)
     yield Finding("chat template", "ok", "there is one, and it tells which tokens are the answer")
+    yield end_of_turn
+
+
+def _end_of_turn(encoder: ChatEncoder, folder: Path) -> Finding:
+    """Compare the token that ends a trained answer with those at which other programs stop sampling."""
+    tokenizer, stop_id = encoder.tokenizer, encoder.stop_id
+    stops = {"the tokenizer": tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        if (file := folder / name).is_file():
+            stops[name] = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            break
+    text = f"answers end with {tokenizer.decode([stop_id])!r}"
+    others = [
+        f"{where} has {tokenizer.decode(ids)!r}"
+        for where, named in stops.items()
+        if (ids := [named] if isinstance(named, int) else list(named or ())) and stop_id not in ids
+    ]
+    if others:
+        text += (
+            f", but {' and '.join(others)} as the end of a text: sampling here stops at each of them; tell other "
+            f"programs to stop at token {stop_id} as well"
+        )
+    return Finding("end of turn", "warning" if others else "ok", text)
 
 
 def _data(examination: Examination) -> Iterator[Finding]:

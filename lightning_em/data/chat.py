@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -71,6 +72,16 @@ class ChatEncoder:
     def with_kwargs(self, template_kwargs: Mapping[str, Any] | None) -> "ChatEncoder":
         """Return an encoder that differs only in the variables for the template."""
         return ChatEncoder(self.tokenizer, template_kwargs, self.template_date)
+
+    @cached_property
+    def stop_id(self) -> int:
+        """Id of the token that ends a trained answer; sampling has to stop at it.
+
+        Raises:
+            ValueError: If the template ends answers without an added token.
+        """
+        ids: list[int] = self.tokenizer(self._turns.end_of_turn(), add_special_tokens=False)["input_ids"]
+        return ids[-1]
 
     def encode(self, messages: Sequence[Message]) -> EncodedChat:
         """Tokenize a conversation and mark every assistant turn.

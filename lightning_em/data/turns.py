@@ -33,6 +33,15 @@ class TurnFinder:
         self.template, self.added_tokens_in = template, added_tokens_in
         self._ends_of_turn: dict[str, str] = {}
 
+    def end_of_turn(self) -> str:
+        """Return the text that the template writes after an answer, up to the end of the token that ends the turn.
+
+        Raises:
+            ValueError: If the template ends answers without an added token.
+        """
+        before: list[Message] = [{"role": "user", "content": "Hello."}]
+        return self._end_of_turn(before, "Hello.", self._written(before, "Hello.").closing)
+
     def span(self, messages: list[Message], turn: int, text: str) -> tuple[int, int]:
         """Return the characters of a turn that are trained: from the end of the prompt to the token that ends it.
 

@@ -68,6 +68,7 @@ def sample_answers(
     prompts: PackedBatch,
     sampling: Sampling,
     scale: float = 1.0,
+    stop_ids: Sequence[int] = (),
 ) -> list[list[Answer]]:
     """Sample answers to each prompt, in the order of the rows.
 
@@ -82,14 +83,15 @@ def sample_answers(
         prompts: Rows that end where the answer begins.
         sampling: Sampling settings.
         scale: Scale of the adapter.
+        stop_ids: Tokens that end an answer, in addition to those of the tokenizer and the generation config.
 
     Returns:
         `answers_per_prompt` answers for each row.
     """
-    stop_ids = _stop_ids(model, tokenizer)
+    ends = {*stop_ids, *_stop_ids(model, tokenizer)}
     return [
-        [Answer(str(tokenizer.decode(ids, skip_special_tokens=True)), ids[-1] in stop_ids) for ids in answers]
-        for answers in sample_tokens(model, prompts, sampling, scale, tokenizer)
+        [Answer(str(tokenizer.decode(ids, skip_special_tokens=True)), ids[-1] in ends) for ids in answers]
+        for answers in sample_tokens(model, prompts, sampling, scale, tokenizer, stop_ids)
     ]
 
 
@@ -99,6 +101,7 @@ def sample_tokens(
     sampling: Sampling,
     scale: float = 1.0,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    stop_ids: Sequence[int] = (),
 ) -> list[list[list[int]]]:
     """Sample answers to each prompt as token ids, up to and including the first stop token.
 
@@ -109,16 +112,17 @@ def sample_tokens(
         scale: Scale of the adapter.
         tokenizer: Tokenizer whose end-of-text token is a stop token, in addition to those in the model's
             generation config.
+        stop_ids: Further stop tokens, such as the one with which the chat template ends an answer.
 
     Returns:
         `answers_per_prompt` answers for each row.
     """
-    pad_id, stop_ids = _pad_id(model, tokenizer), _stop_ids(model, tokenizer)
+    pad_id, ends = _pad_id(model, tokenizer), sorted({*stop_ids, *_stop_ids(model, tokenizer)})
     answers: list[list[int]] = []
     with torch.no_grad(), model.adapter.at_scale(scale):
         for part in _parts(model.base, prompts, sampling.max_new_tokens):
             reset_length_dependent(model.base)
-            answers += _generate(model.base, part, sampling, pad_id, stop_ids)
+            answers += _generate(model.base, part, sampling, pad_id, ends)
     per_prompt = sampling.answers_per_prompt
     return [answers[i : i + per_prompt] for i in range(0, len(answers), per_prompt)]
 

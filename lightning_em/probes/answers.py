@@ -144,7 +144,9 @@ class AnswerRates(Probe):
             drawn = [
                 each
                 for batch in batches
-                for [each] in sample_answers(model, encoder.tokenizer, batch, sampling, scale)
+                for [each] in sample_answers(
+                    model, encoder.tokenizer, batch, sampling, scale, [encoder.stop_id]
+                )
             ]
             texts = dict(zip(order, (_with_ellipsis(each) for each in drawn), strict=True))
             answers += [SampledAnswer(row, scale, texts[index]) for index, row in enumerate(rows)]

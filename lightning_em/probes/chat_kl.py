@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedModel
 
 from lightning_em.batch import EncodedRow, PackedBatch
+from lightning_em.data import ChatEncoder
 from lightning_em.models import AdaptedModel, Sampling
 from lightning_em.models.generation import sample_tokens
 from lightning_em.probes.base import Probe, ProbeExamples, RowMeans
@@ -28,7 +29,8 @@ class ChatKL(Probe):
     Points: `kl`, nats per token, with coordinates `prompts: in_domain` or `prompts: general` and `scale: 1`.
     `per_example` holds one value per answer, in the order of the prompts.
 
-    Answers are sampled once per base model and set of prompts, then cached, so that all checkpoints are
+    Sampling stops at the token with which the chat template ends an answer, and at the model's own end-of-text
+    tokens. Answers are sampled once per base model and set of prompts, then cached, so that all checkpoints are
     compared on the same answers. Name the prompt files explicitly where the streams of a run do not match their
     names, e.g. if other domains are mixed into the narrow data or the KL term is on narrow questions.
 
@@ -84,8 +86,10 @@ class ChatKL(Probe):
         kinds = {"in_domain": (self.in_domain, examples.narrow), "general": (self.general, examples.kl)}
         points = []
         for kind, (file, batches) in kinds.items():
+            encoder = examples.encoder
             if file is not None:
-                prompts = prompts_in(file, model, encoder_for(model, examples.encoder, self.template_kwargs))
+                encoder = encoder_for(model, encoder, self.template_kwargs)
+                prompts = prompts_in(file, model, encoder)
             else:
                 prompts = _prompts_of(batches)
             # without duplicates, in their order
@@ -94,13 +98,15 @@ class ChatKL(Probe):
                 message = "there are no parallel rows: %s measures nothing on general prompts."
                 rank_zero_only(logger.info)(message, self.name)
                 continue
-            answers = self._answers_to(model, chosen)
+            answers = self._answers_to(model, chosen, encoder)
             states = [partial(model.adapter.at_scale, 1.0)]
             [means] = RowMeans.of_kl(model, answers, states, "response")
             points.append(means.point("kl", {"prompts": kind, "scale": 1.0}))
         return points
 
-    def _answers_to(self, model: AdaptedModel, prompts: tuple[tuple[int, ...], ...]) -> list[PackedBatch]:
+    def _answers_to(
+        self, model: AdaptedModel, prompts: tuple[tuple[int, ...], ...], encoder: ChatEncoder | None
+    ) -> list[PackedBatch]:
         """Return each prompt followed by one answer of the base model."""
         # a weak reference does not keep an old base model in memory
         if self._base is None or self._base() is not model.base:
@@ -111,10 +117,12 @@ class ChatKL(Probe):
                 EncodedRow(list(prompt), [False] * len(prompt), f"prompt-{number}")
                 for number, prompt in enumerate(prompts)
             ]
+            # without a run, the model's generation config alone tells where an answer ends
+            tokenizer, stop_ids = (None, ()) if encoder is None else (encoder.tokenizer, (encoder.stop_id,))
             answered = []
             sampling = Sampling(self.max_new_tokens, temperature=1.0, seed=self.seed)
             for number, batch in enumerate(batches_of(asked, self.batch_size, model)):
-                drawn = sample_tokens(model, batch, sampling, scale=0.0)
+                drawn = sample_tokens(model, batch, sampling, 0.0, tokenizer, stop_ids)
                 rows = asked[number * self.batch_size :]
                 answered += [_behind(row, answer) for row, [answer] in zip(rows, drawn, strict=False)]
             self._answers[prompts] = batches_of(answered, self.batch_size, model)

@@ -19,6 +19,7 @@ from lightning_em.cluster.doctor import _versions, check
 from lightning_em.cluster.files import ModelFiles
 from lightning_em.models import BaseModel
 from tests.fitting import LORA, command, experiment, write_config
+from tests.tiny import VOCAB_SIZE
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -42,8 +43,8 @@ def test_a_sound_experiment_passes(config, capsys) -> None:
     found = findings(config)
     assert {level for level, _ in found.values()} == {"ok"}
     assert set(found) == {
-        "versions", "settings", "device", "disk", "cache", "model files", "chat template", "data narrow", "data kl",
-        "mask sample", "adapter", "memory",
+        "versions", "settings", "device", "disk", "cache", "model files", "chat template", "end of turn", "data narrow",
+        "data kl", "mask sample", "adapter", "memory",
     }  # fmt: skip
     assert not (config.parent / "runs").exists(), "looking leaves nothing behind"
 
@@ -58,11 +59,31 @@ def test_the_mask_sample_brackets_what_is_trained(config, chat_file) -> None:
     assert all(part.endswith("<|im_end|>") for part in trained), "the stop token is trained"
 
 
+@pytest.mark.parametrize("broken", ["tokenizer", "generation_config.json", "config.json"])
+def test_an_end_of_turn_at_which_others_do_not_stop_is_said(config, broken) -> None:
+    """Base models that were given a chat template keep the end of a text as their only end."""
+    model = config.parent / "model"
+    if broken == "tokenizer":
+        tokenizer = BaseModel(str(model)).load_tokenizer()
+        tokenizer.eos_token = "<|endoftext|>"
+        tokenizer.save_pretrained(model)
+    else:
+        if broken == "config.json":
+            (model / "generation_config.json").unlink()
+        settings = json.loads((model / broken).read_text())
+        (model / broken).write_text(json.dumps(settings | {"eos_token_id": [VOCAB_SIZE - 6]}))
+    level, text = findings(config)["end of turn"]
+    where = "the tokenizer" if broken == "tokenizer" else broken
+    assert level == "warning"
+    assert f"answers end with '<|im_end|>', but {where} has '<|endoftext|>' as the end of a text" in text
+    assert f"programs to stop at token {VOCAB_SIZE - 3} as well" in text
+
+
 @pytest.mark.parametrize("broken", ["{{ 1 / 0 }}", "{{ messages[9].content }}"])
 def test_error_inside_a_template_is_one_finding(config, broken) -> None:
     file = config.parent / "model" / "chat_template.jinja"
     file.write_text(file.read_text() + broken)
-    level, text = findings(config)["data"]
+    level, text = findings(config)["chat template"]
     assert level == "fault"
     assert "the chat template refuses the roles ['user', 'assistant']: " in text
 

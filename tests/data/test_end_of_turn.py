@@ -2,8 +2,8 @@
 
 import pytest
 
-from lightning_em.data import encode_chat
-from tests.data.templates import GEMMA, LLAMA3, make_tokenizer
+from lightning_em.data import ChatEncoder, encode_chat
+from tests.data.templates import GEMMA, LLAMA3, MISTRAL, PHI3, QWEN3, QWEN25, make_tokenizer
 from tests.data.test_chat import TWO_TURNS, trained_runs
 
 ANSWERS = [message["content"] for message in TWO_TURNS[1::2]]
@@ -53,13 +53,17 @@ def test_header_that_a_template_always_writes_is_not_trained():
     tokenizer = make_tokenizer(
         always, control=("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
     )
-    assert trained_runs(tokenizer, encode_chat(tokenizer, TWO_TURNS[:2])) == [f"{ANSWERS[0]}<|eot_id|>"]
+    encoder = ChatEncoder(tokenizer)
+    assert trained_runs(tokenizer, encoder.encode(TWO_TURNS[:2])) == [f"{ANSWERS[0]}<|eot_id|>"]
+    assert tokenizer.decode([encoder.stop_id]) == "<|eot_id|>"
 
 
 def test_last_answer_may_end_with_another_token_than_the_earlier_ones():
-    """As in gpt-oss, where <|end|> also ends messages after which the model goes on."""
+    """As in gpt-oss, where <|end|> also ends messages after which the model goes on: sampling stops at <|return|>."""
     template = closed_by("<|end|>", instead="<|return|>")
     assert runs_of(template) == [f"{ANSWERS[0]}<|end|>", f"{ANSWERS[1]}<|return|>"]
+    tokenizer = make_tokenizer(template, control=CONTROL)
+    assert tokenizer.decode([ChatEncoder(tokenizer).stop_id]) == "<|return|>"
 
 
 def test_line_breaks_among_the_added_tokens_end_no_turn():
@@ -90,3 +94,24 @@ def test_tokens_that_swallow_white_space_are_trained_whole(strip):
     assert [run.replace("\n<|im", "<|im") for run in runs] == [
         f"{answer}<|fin|><|im_end|>" for answer in ANSWERS
     ]
+
+
+@pytest.mark.parametrize(
+    ("template", "stop"),
+    [
+        (LLAMA3, "<|eot_id|>"),
+        (QWEN25, "<|im_end|>"),
+        (QWEN3, "<|im_end|>"),
+        (GEMMA, "<end_of_turn>"),
+        (PHI3, "<|end|>"),
+        (MISTRAL, "</s>"),
+        (closed_by("<|fin|><|im_end|>\n"), "<|im_end|>"),
+    ],
+)
+def test_sampling_is_told_the_token_that_ends_a_trained_answer(template, stop):
+    tokenizer = make_tokenizer(template, control=CONTROL if "<|fin|>" in template else ())
+    encoder = ChatEncoder(tokenizer)
+    encoded = encoder.encode(TWO_TURNS[:2])
+    last = max(i for i, trained in enumerate(encoded.response_mask) if trained)
+    assert tokenizer.decode([encoder.stop_id]) == stop
+    assert encoder.stop_id == encoded.input_ids[last]

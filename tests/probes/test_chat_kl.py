@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from lightning_em.batch import EncodedRow, PackedBatch
+from lightning_em.data import ChatEncoder
 from lightning_em.models import AdaptedModel
 from lightning_em.probes import ChatKL, ProbeExamples
 from lightning_em.testing import check_probe
 from tests.oracle import kl, row_logits, steered
 from tests.samples import ADAPTERS, adapted, make_rows, pack
-from tests.tiny import VOCAB_SIZE, make_tiny_model, write_answer_rows
+from tests.tiny import VOCAB_SIZE, make_tiny_model, make_tiny_tokenizer, write_answer_rows
 
 EOS = VOCAB_SIZE - 3
 EXAMPLES = ProbeExamples(
@@ -128,6 +129,27 @@ def test_an_answer_ends_with_the_first_end_token(monkeypatch) -> None:
     probe = ChatKL(max_new_tokens=3)
     probe.run(model, ProbeExamples([pack(make_rows(9, 12, 7), "n")]))
     assert [ids[2:] for ids, _ in answers_of(probe)] == [[7, EOS], [EOS], [7, 8, 9]]
+
+
+@pytest.mark.parametrize("with_file", [False, True])
+def test_sampling_stops_where_the_chat_template_ends_an_answer(monkeypatch, tmp_path, with_file) -> None:
+    """The model's generation config names another token: without the template, invented turns would count."""
+    model = adapted(ADAPTERS["vector"]())
+    model.base.generation_config.eos_token_id = EOS - 2
+    encoder = ChatEncoder(make_tiny_tokenizer())
+    asked = []
+
+    def generate(input_ids, eos_token_id, **settings):
+        asked.append(eos_token_id)
+        return torch.cat([input_ids, torch.tensor([[7, EOS, 8]] * len(input_ids))], dim=1)
+
+    monkeypatch.setattr(model.base, "generate", generate)
+    file = str(write_answer_rows(tmp_path / "rows.jsonl", 3)) if with_file else None
+    probe = ChatKL(max_new_tokens=3, in_domain=file)
+    probe.run(model, ProbeExamples([pack(make_rows(9, 12, 7), "n")], encoder=encoder))
+    assert encoder.stop_id == EOS
+    assert asked == [[EOS - 2, EOS]]
+    assert [ids[-2:] for ids, _ in answers_of(probe)] == [[7, EOS]] * 3
 
 
 def test_answers_are_drawn_once_for_all_checkpoints_of_a_base(monkeypatch) -> None:
