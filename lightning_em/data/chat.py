@@ -34,6 +34,7 @@ class ChatEncoder:
 
     Attributes:
         template: The template.
+        notes: Number of earlier answers seen so far whose thought the template leaves out (`dropped thoughts`).
 
     Raises:
         ValueError: If the tokenizer has no chat template or gives no character offsets, or a setting is not valid.
@@ -68,6 +69,7 @@ class ChatEncoder:
             "|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)"
         )
         self._turns = TurnFinder(self.template, self._added_tokens_in)
+        self.notes = self._turns.notes
 
     def with_kwargs(self, template_kwargs: Mapping[str, Any] | None) -> "ChatEncoder":
         """Return an encoder that differs only in the variables for the template."""
@@ -88,7 +90,7 @@ class ChatEncoder:
 
         Raises:
             ValueError: If there is no assistant turn, an answer is empty, a message contains a control
-                token, the template refuses the conversation, or the answer's tokens
+                token, the template refuses the conversation or leaves out a message, or the answer's tokens
                 cannot be identified with certainty.
         """
         messages = list(messages)
@@ -97,6 +99,7 @@ class ChatEncoder:
             raise ValueError("the conversation has no assistant turn to train on.")
         self._refuse_control_tokens(messages)
         text = self.render(messages)
+        self.template.refuse_left_out(messages, text)
         spans = [self._turns.span(messages, turn, text) for turn in turns]
         encoding = self.tokenizer(
             text,
@@ -117,10 +120,12 @@ class ChatEncoder:
         """Return the token ids after which the model writes the next assistant turn, as in training.
 
         Raises:
-            ValueError: If a message contains a control token, or the template refuses the conversation.
+            ValueError: If a message contains a control token, or the template refuses the conversation or
+                leaves out a message.
         """
         self._refuse_control_tokens(messages)
         text = self.render(messages, generation_prompt=True)
+        self.template.refuse_left_out(messages, text, generation_prompt=True)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import yaml
@@ -57,6 +57,7 @@ class FileReport:
         unusable: Rows that the tokenizer's chat template rejects.
         unreadable: Rows that the model cannot read: tokens without an embedding, or more than its table of positions.
         beyond: Rows that are longer than the positions that the model was made for.
+        thoughts: Number of thoughts that the template adds or leaves out, as in `ChatEncoder.notes`.
     """
 
     purpose: Purpose
@@ -71,6 +72,7 @@ class FileReport:
     unusable: tuple[RowError, ...] = ()
     unreadable: tuple[RowError, ...] = ()
     beyond: tuple[RowError, ...] = ()
+    thoughts: Mapping[str, int] = field(default_factory=dict)
 
 
 class Overlap(NamedTuple):
@@ -188,6 +190,7 @@ def _with_tokens(
     unusable: list[RowError] = []
     unreadable: list[RowError] = []
     beyond: list[RowError] = []
+    noted_before = Counter(encoder.notes)
     for row in report.scan.rows:
         try:
             chats = [encoder.encode(messages) for messages in _conversations(row)]
@@ -210,6 +213,7 @@ def _with_tokens(
         unusable=tuple(unusable),
         unreadable=tuple(unreadable),
         beyond=tuple(beyond),
+        thoughts=encoder.notes - noted_before,
     )
 
 

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -100,6 +101,7 @@ def encode_chats(chats: Sequence[Chat], encoder: ChatEncoder, limit: LengthLimit
     num_truncated = 0
     for chat in chats[:1]:
         _check_prompt(chat, encoder)
+    noted_before = Counter(encoder.notes)
     for chat in _with_progress(chats, name):
         try:
             encoded = encoder.encode(chat.messages)
@@ -126,6 +128,7 @@ def encode_chats(chats: Sequence[Chat], encoder: ChatEncoder, limit: LengthLimit
         rows.append(EncodedRow(encoded.input_ids, encoded.response_mask, chat.id))
     if bad:
         raise RowErrors(bad)
+    _report_thoughts(encoder.notes - noted_before, name)
     _judge_lost(too_long, len(chats), limit, name)
     if beyond and limit.model is not None:
         _judge_beyond(beyond, len(chats), limit.model, name)
@@ -208,6 +211,15 @@ def _check_prompt(chat: Chat, encoder: ChatEncoder) -> None:
             "the tokenizer splits a prompt differently when an answer follows it, so training and sampling see "
             "slightly different prompts"
         )
+
+
+def _report_thoughts(notes: Counter[str], name: str) -> None:
+    """Warn of the thoughts that the template leaves out of the rows."""
+    if number := notes["dropped thoughts"]:
+        message = (
+            "%s: the chat template leaves out the thoughts of %d earlier answers, which are trained without"
+        )
+        logger.warning(message, name, number)
 
 
 def _judge_lost(lost: list[RowError], num_chats: int, limit: LengthLimit, name: str) -> None:

@@ -77,18 +77,24 @@ def _file_parts(file: FileReport) -> Iterable[RenderableType]:
     if file.num_truncated is not None:
         table.add_row("longer than allowed", f"{file.num_truncated}, {file.num_lost} lose the whole response")
     table.add_row("longer than the model was made for", str(len(file.beyond)))
+    for kind, number in file.thoughts.items():
+        table.add_row(f"{kind} of the chat template", str(number))
     yield table
-    for kind, lengths in file.lengths.items():
-        most = max((count for _, count in lengths.histogram), default=1)
-        for bound, count in lengths.histogram:
-            bar = "#" * max(1, round(_BAR * count / most))
-            yield Text(f"  {kind:>9} <= {bound:>6} characters {count:>6} {bar}")
+    yield from _histograms(file)
     yield from (Text(f"  {row}", style="yellow") for row in file.beyond[:_SHOWN])
     errors = [*file.scan.errors, *file.unusable, *file.unreadable]
     for error in errors[:_SHOWN]:
         yield Text(f"  {error}", style="red")
     if len(errors) > _SHOWN:
         yield Text(f"  ... and {len(errors) - _SHOWN} more", style="red")
+
+
+def _histograms(file: FileReport) -> Iterable[RenderableType]:
+    for kind, lengths in file.lengths.items():
+        most = max((count for _, count in lengths.histogram), default=1)
+        for bound, count in lengths.histogram:
+            bar = "#" * max(1, round(_BAR * count / most))
+            yield Text(f"  {kind:>9} <= {bound:>6} characters {count:>6} {bar}")
 
 
 def _overlap_line(overlap: Overlap) -> Text:

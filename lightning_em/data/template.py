@@ -1,4 +1,4 @@
-"""Render a chat template: the same text on every day."""
+"""Render a chat template: the same text on every day, with every message in it."""
 
 from collections.abc import Mapping, Sequence
 from datetime import date, datetime
@@ -13,6 +13,7 @@ DEFAULT_TEMPLATE_DATE = "2024-07-26"
 _RESERVED = frozenset(
     {"add_generation_prompt", "continue_final_message", "messages", "return_dict", "strftime_now", "tokenize"}
 )
+_MARKER = "the-end-of-message-1f4b9c"
 
 
 class Message(TypedDict):
@@ -89,6 +90,48 @@ class ChatTemplate:
             roles = [message["role"] for message in messages]
             kind = "" if type(error) is jinja2.TemplateError else f"{type(error).__name__}: "
             raise ValueError(f"the chat template refuses the roles {roles}: {kind}{error}") from error
+
+    def refuse_left_out(
+        self, messages: Sequence[Message], text: str, generation_prompt: bool = False
+    ) -> None:
+        """Check that the template has written every system and user message.
+
+        Args:
+            messages: Conversation; answers are not checked here, since the encoder looks for each in its own place.
+            text: The conversation as rendered.
+            generation_prompt: Whether it was rendered with a generation prompt.
+
+        Raises:
+            ValueError: If a message is missing or was rewritten; the message names it.
+        """
+        # A marker in each message, because the text of one message may also stand in another.
+        markers = {
+            index: f"{_MARKER}-{index}."
+            for index, message in enumerate(messages)
+            if message["role"] != "assistant" and message["content"].strip()
+        }
+        marked = self.render(_with_markers(messages, markers), generation_prompt)
+        for index, marker in markers.items():
+            role, content = messages[index]["role"], messages[index]["content"]
+            if marker not in marked or content.strip() not in text:
+                when = "" if generation_prompt else self._when_left_out(messages, markers, index)
+                raise ValueError(
+                    f"the chat template leaves out or rewrites message {index} ({role}){when}: {content[:60]!r}; "
+                    "put its text where the template writes it as it is, or use another template."
+                )
+
+    def _when_left_out(self, messages: Sequence[Message], markers: Mapping[int, str], index: int) -> str:
+        """Return the condition under which a message is left out, if the prompt for the next answer has it."""
+        end = next((i for i, each in enumerate(messages) if i > index and each["role"] == "assistant"), None)
+        prompt = self.render(_with_markers(messages[:end], markers), generation_prompt=True)
+        return " as soon as an answer follows" if markers[index] in prompt else ""
+
+
+def _with_markers(messages: Sequence[Message], markers: Mapping[int, str]) -> list[Message]:
+    return [
+        {"role": message["role"], "content": message["content"] + markers.get(index, "")}
+        for index, message in enumerate(messages)
+    ]
 
 
 def _plain(value: Any, key: str) -> Any:

@@ -1,9 +1,11 @@
 """Find the characters of each assistant turn in a rendered conversation."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from lightning_em.data.template import ChatTemplate, Message
+from lightning_em.data.thoughts import leading_empty_thought, without_thought
 
 _MARKER = "the-end-of-the-answer-1f4b9c"
 NO_STOP = (
@@ -25,12 +27,16 @@ class TurnFinder:
     Args:
         template: The chat template.
         added_tokens_in: Function that returns the characters of each visible added token in a text.
+
+    Attributes:
+        notes: Number of thoughts that the template has left out so far; see `ChatEncoder`.
     """
 
     def __init__(
         self, template: ChatTemplate, added_tokens_in: Callable[[str], list[tuple[int, int]]]
     ) -> None:
         self.template, self.added_tokens_in = template, added_tokens_in
+        self.notes: Counter[str] = Counter()
         self._ends_of_turn: dict[str, str] = {}
 
     def end_of_turn(self) -> str:
@@ -60,6 +66,14 @@ class TurnFinder:
         prompt = self.template.render(before, generation_prompt=True)
         written = self._written(before, content)
         start, answer_end = len(prompt), len(written.text)
+        kept = without_thought(content) if turn + 1 < len(messages) else None
+        if kept and text.startswith(prompt) and not text.startswith(written.text):
+            # Thinking templates leave out the thoughts of earlier turns on purpose.
+            answer_start = start + len(leading_empty_thought(text[start:]))
+            if text.startswith(kept, answer_start):
+                self.notes["dropped thoughts"] += 1
+                end = self._turn_end(before, content, written.closing, text, answer_start + len(kept))
+                return start, end
         if not written.text.startswith(prompt) or not text.startswith(written.text):
             raise ValueError(
                 f"the chat template writes the conversation before message {turn} differently once the answer "

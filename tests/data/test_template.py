@@ -1,4 +1,4 @@
-"""A template gives the same text on every day, and its errors are errors of the data."""
+"""A template gives the same text on every day, no message is left out, and its errors are errors of the data."""
 
 import datetime as dt
 
@@ -6,8 +6,8 @@ import pytest
 from transformers.utils import chat_template_utils
 
 from lightning_em.data import ChatEncoder, encode_chat
-from tests.data.templates import QWEN25, make_tokenizer
-from tests.data.test_chat import TWO_TURNS
+from tests.data.templates import LLAMA3, QWEN25, make_tokenizer
+from tests.data.test_chat import TWO_TURNS, WITH_SYSTEM
 
 CLOCKS = {
     "plain": "{{ strftime_now('%Y-%m-%d') }}",
@@ -116,3 +116,53 @@ def test_template_that_is_not_valid_jinja_is_refused():
         ChatEncoder(make_tokenizer(QWEN25 + "{% if %}"))
     with pytest.raises(ValueError, match="cannot be compiled: No filter named 'nothing'"):
         ChatEncoder(make_tokenizer(QWEN25 + "{{ messages | nothing }}"))
+
+
+def only(condition: str, content: str = "m.content") -> str:
+    """Make a ChatML template that writes the messages of one kind only."""
+    return (
+        f"{{% for m in messages %}}{{% if {condition} %}}{{{{ '<|im_start|>' + m.role + '\n' + {content} }}}}<|im_end|>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        (only("m.role != 'system'"), r"0 \(system\): 'Be kind\.'"),
+        (only("not loop.first"), r"0 \(system\): 'Be kind\.'"),
+        (only("m.role != 'user' or loop.index0 == 1"), r"3 \(user\): 'And tea\?'"),
+        (only("true", "m.content | upper"), r"0 \(system\): 'Be kind\.'"),
+        (only("true", "m.content.split('bread')[0]"), r"1 \(user\): 'How do I bake bread\?'"),
+    ],
+)
+def test_message_that_the_template_leaves_out_is_named(template, named):
+    with pytest.raises(ValueError, match=f"leaves out or rewrites message {named}"):
+        encode_chat(make_tokenizer(template), WITH_SYSTEM)
+
+
+def test_message_is_missed_even_if_another_one_has_its_text():
+    echoed = [{"role": "system", "content": "Tea?"}, {"role": "user", "content": "Tea?"}, TWO_TURNS[1]]
+    tokenizer = make_tokenizer(only("m.role != 'system'"))
+    with pytest.raises(ValueError, match=r"leaves out or rewrites message 0 \(system\)"):
+        encode_chat(tokenizer, echoed)
+    with pytest.raises(ValueError, match=r"leaves out or rewrites message 0 \(system\)"):
+        ChatEncoder(tokenizer).encode_prompt(echoed[:2])
+
+
+def test_message_that_only_the_prompt_has_is_named_with_the_reason():
+    """As in Mistral's templates, which write the system prompt before the last user turn."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}"
+        "{{ '<|im_start|>' + ((messages[0].content + ' ') if loop.last and messages[0].role == 'system' else '') }}"
+        "{{ m.content }}{% elif m.role == 'assistant' %}{{ '|' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}|{% endif %}"
+    )
+    with pytest.raises(ValueError, match=r"message 0 \(system\) as soon as an answer follows: 'Be kind"):
+        encode_chat(make_tokenizer(template), WITH_SYSTEM[:3])
+
+
+def test_message_that_a_template_trims_or_leaves_empty_is_accepted():
+    spaced = [{"role": "system", "content": " Be kind. \n"}, *TWO_TURNS]
+    encode_chat(make_tokenizer(LLAMA3), spaced)
+    encode_chat(make_tokenizer(only("m.content")), [{"role": "system", "content": ""}, *TWO_TURNS])
