@@ -282,6 +282,7 @@ def test_store_and_new_keys_at_rest_rename_no_run() -> None:
             "max_tokens": None,
             "length_buckets": None,
             "template_date": DEFAULT_TEMPLATE_DATE,
+            "train_empty_thoughts": False,
         },
     }
     assert name_hash(now) == name_hash(before)
@@ -290,6 +291,7 @@ def test_store_and_new_keys_at_rest_rename_no_run() -> None:
         ("data", "max_tokens", 512),
         ("data", "length_buckets", 4),
         ("data", "template_date", "2024-07-27"),
+        ("data", "train_empty_thoughts", True),
     ):
         assert name_hash(now | {group: now[group] | {key: value}}) != name_hash(before)
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from lightning_em.data.differences import TurnDiffersError
 from lightning_em.data.template import DEFAULT_TEMPLATE_DATE, ChatTemplate, Message
 from lightning_em.data.turns import NO_STOP, TurnFinder
 
@@ -25,16 +26,18 @@ class ChatEncoder:
     and without adding special tokens, so the ids equal those of `apply_chat_template`. A turn runs from the
     end of its generation prompt to the last added token that closes it, whether another turn follows or not.
     All closing tokens are therefore trained; a newline or end-of-text token that some templates write after
-    them is not.
+    them is not. An empty thought that the template writes before an answer belongs to the prompt.
 
     Args:
         tokenizer: A fast tokenizer with a chat template.
         template_kwargs: Variables for the template, such as `enable_thinking`.
         template_date: Date in ISO format for templates that write one; the clock is never read.
+        train_empty_thoughts: Whether an empty thought that the template writes before an answer is trained.
 
     Attributes:
         template: The template.
-        notes: Number of earlier answers seen so far whose thought the template leaves out (`dropped thoughts`).
+        notes: Number of answers seen so far before which the template writes an empty thought
+            (`empty thoughts`), and of earlier answers whose thought it leaves out (`dropped thoughts`).
 
     Raises:
         ValueError: If the tokenizer has no chat template or gives no character offsets, or a setting is not valid.
@@ -45,6 +48,7 @@ class ChatEncoder:
         tokenizer: PreTrainedTokenizerBase,
         template_kwargs: Mapping[str, Any] | None = None,
         template_date: str = DEFAULT_TEMPLATE_DATE,
+        train_empty_thoughts: bool = False,
     ) -> None:
         if not tokenizer.chat_template:
             raise ValueError(
@@ -58,7 +62,7 @@ class ChatEncoder:
                 "from; use a model folder with a tokenizer.json (a fast tokenizer)."
             )
         self.tokenizer, self.template_kwargs = tokenizer, dict(template_kwargs or {})
-        self.template_date = template_date
+        self.template_date, self.train_empty_thoughts = template_date, train_empty_thoughts
         self.template = ChatTemplate(tokenizer, self.template_kwargs, template_date)
         added = tokenizer.added_tokens_decoder
         # Gemma, for example, has line breaks among its added tokens, which templates write as ordinary text.
@@ -68,12 +72,17 @@ class ChatEncoder:
         self._control_token = re.compile(
             "|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)"
         )
-        self._turns = TurnFinder(self.template, self._added_tokens_in)
+        self._turns = TurnFinder(self.template, self._added_tokens_in, train_empty_thoughts)
         self.notes = self._turns.notes
 
     def with_kwargs(self, template_kwargs: Mapping[str, Any] | None) -> "ChatEncoder":
         """Return an encoder that differs only in the variables for the template."""
-        return ChatEncoder(self.tokenizer, template_kwargs, self.template_date)
+        return ChatEncoder(
+            self.tokenizer,
+            template_kwargs,
+            self.template_date,
+            train_empty_thoughts=self.train_empty_thoughts,
+        )
 
     @cached_property
     def stop_id(self) -> int:
@@ -93,6 +102,39 @@ class ChatEncoder:
                 token, the template refuses the conversation or leaves out a message, or the answer's tokens
                 cannot be identified with certainty.
         """
+        try:
+            return self._encode(messages)
+        except TurnDiffersError as error:
+            raise ValueError(f"{error} {error.advice(self, messages, _encodes)}") from None
+
+    def encode_prompt(self, messages: Sequence[Message], answer: str | None = None) -> list[int]:
+        """Return the token ids after which the model writes the next assistant turn, as in training.
+
+        Args:
+            messages: The conversation before the answer.
+            answer: The answer that training puts there, if it is known: an answer with a thought of its own
+                gets no empty thought before it.
+
+        Raises:
+            ValueError: If a message contains a control token, or the template refuses the conversation or
+                leaves out a message.
+        """
+        self._refuse_control_tokens(messages)
+        text = self.render(messages, generation_prompt=True)
+        self.template.refuse_left_out(messages, text, generation_prompt=True)
+        text += self._turns.empty_thought_after(messages, text, answer or "")
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
+        """Return the conversation as text.
+
+        Raises:
+            ValueError: If the template refuses it, for instance because of a system turn or two user turns in a row.
+        """
+        return self.template.render(messages, generation_prompt)
+
+    def _encode(self, messages: Sequence[Message]) -> EncodedChat:
         messages = list(messages)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
@@ -115,27 +157,6 @@ class ChatEncoder:
             for index in self._turn_tokens(span, text, input_ids, offsets):
                 response_mask[index] = True
         return EncodedChat(input_ids, response_mask)
-
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Return the token ids after which the model writes the next assistant turn, as in training.
-
-        Raises:
-            ValueError: If a message contains a control token, or the template refuses the conversation or
-                leaves out a message.
-        """
-        self._refuse_control_tokens(messages)
-        text = self.render(messages, generation_prompt=True)
-        self.template.refuse_left_out(messages, text, generation_prompt=True)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
-
-    def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
-        """Return the conversation as text.
-
-        Raises:
-            ValueError: If the template refuses it, for instance because of a system turn or two user turns in a row.
-        """
-        return self.template.render(messages, generation_prompt)
 
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         for message in messages:
@@ -186,3 +207,12 @@ def encode_chat(
 ) -> EncodedChat:
     """Tokenize one conversation and mark every assistant turn; see `ChatEncoder`."""
     return ChatEncoder(tokenizer, template_kwargs).encode(messages)
+
+
+def _encodes(encoder: ChatEncoder, messages: Sequence[Message]) -> bool:
+    """Tell whether a conversation can be encoded."""
+    try:
+        encoder._encode(messages)
+    except ValueError:
+        return False
+    return True

@@ -69,6 +69,8 @@ class EMDataModule(LightningDataModule):
         template_kwargs: Variables for the chat template, such as `enable_thinking: false`.
         template_date: Date, or date and time, in ISO format for chat templates that write the current one. The
             clock is never read, so that the same rows give the same tokens on every day.
+        train_empty_thoughts: Whether an empty thought that the chat template writes before an answer is trained. It
+            belongs to the prompt otherwise.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class EMDataModule(LightningDataModule):
         num_workers: int = 0,
         template_kwargs: dict[str, Any] | None = None,
         template_date: str = DEFAULT_TEMPLATE_DATE,
+        train_empty_thoughts: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= validation_fraction < 1:
@@ -119,6 +122,7 @@ class EMDataModule(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.template_kwargs, self.template_date = template_kwargs, template_date
+        self.train_empty_thoughts = train_empty_thoughts
         self._streams: Streams | None = None
         self._resumed: Position | None = None
         self._sampler: WindowSampler | None = None
@@ -142,7 +146,9 @@ class EMDataModule(LightningDataModule):
         Raises:
             ValueError: If the tokenizer or a setting cannot be used.
         """
-        return ChatEncoder(self.base.load_tokenizer(), self.template_kwargs, self.template_date)
+        return ChatEncoder(
+            self.base.load_tokenizer(), self.template_kwargs, self.template_date, self.train_empty_thoughts
+        )
 
     def train_dataloader(self) -> BatchLoader[TrainBatch]:
         """Return this rank's micro-batches of both streams, starting at the resumed position."""

@@ -128,7 +128,7 @@ def encode_chats(chats: Sequence[Chat], encoder: ChatEncoder, limit: LengthLimit
         rows.append(EncodedRow(encoded.input_ids, encoded.response_mask, chat.id))
     if bad:
         raise RowErrors(bad)
-    _report_thoughts(encoder.notes - noted_before, name)
+    _report_thoughts(encoder.notes - noted_before, encoder, name)
     _judge_lost(too_long, len(chats), limit, name)
     if beyond and limit.model is not None:
         _judge_beyond(beyond, len(chats), limit.model, name)
@@ -148,7 +148,8 @@ def encode_prompts(
     for row in rows:
         messages = list(row.messages) or [{"role": "user", "content": row.question or ""}]
         first_answer = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
-        input_ids = encoder.encode_prompt(messages[:first_answer])
+        answer = row.good if first_answer is None else messages[first_answer]["content"]
+        input_ids = encoder.encode_prompt(messages[:first_answer], answer)
         if model is not None:
             bad += unknown_tokens(input_ids, RowError(row.path, row.line, ""), encoder, model)
         prompts.append(EncodedRow(input_ids, [False] * len(input_ids), row.id))
@@ -203,7 +204,8 @@ def _check_prompt(chat: Chat, encoder: ChatEncoder) -> None:
     try:
         encoded = encoder.encode(chat.messages)
         turns = [message["role"] for message in chat.messages]
-        prompt = encoder.encode_prompt(chat.messages[: turns.index("assistant")])
+        first_answer = turns.index("assistant")
+        prompt = encoder.encode_prompt(chat.messages[:first_answer], chat.messages[first_answer]["content"])
     except ValueError:
         return  # reported with its line when the row is encoded
     if prompt != encoded.input_ids[: encoded.response_mask.index(True)]:
@@ -213,8 +215,16 @@ def _check_prompt(chat: Chat, encoder: ChatEncoder) -> None:
         )
 
 
-def _report_thoughts(notes: Counter[str], name: str) -> None:
-    """Warn of the thoughts that the template leaves out of the rows."""
+def _report_thoughts(notes: Counter[str], encoder: ChatEncoder, name: str) -> None:
+    """Warn of the thoughts that the template adds to the rows or leaves out of them."""
+    if number := notes["empty thoughts"]:
+        trained = (
+            "they are trained (data.train_empty_thoughts)"
+            if encoder.train_empty_thoughts
+            else "they belong to the prompt, in training and sampling; data.train_empty_thoughts: true trains them"
+        )
+        message = "%s: the chat template writes an empty thought before %d answers; %s"
+        logger.warning(message, name, number, trained)
     if number := notes["dropped thoughts"]:
         message = (
             "%s: the chat template leaves out the thoughts of %d earlier answers, which are trained without"

@@ -5,6 +5,7 @@ from datetime import date, datetime
 from typing import Any, TypedDict
 
 import jinja2
+import jinja2.meta
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -61,6 +62,7 @@ class ChatTemplate:
                 f"the chat template of {tokenizer.name_or_path or 'this model'!r} cannot be compiled: {error}; "
                 "correct the chat_template.jinja beside the tokenizer files."
             ) from error
+        self._source = source
         self._variables = {
             "tools": None,
             "documents": None,
@@ -69,6 +71,11 @@ class ChatTemplate:
             **chosen,
             "strftime_now": now.strftime,
         }
+
+    def variable_names(self) -> frozenset[str]:
+        """Return the names of all variables that the template reads."""
+        parsed = self._compiled.environment.parse(self._source)
+        return frozenset(jinja2.meta.find_undeclared_variables(parsed))
 
     def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
         """Return the conversation as text.

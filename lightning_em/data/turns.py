@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from lightning_em.data.differences import TurnDiffersError, explain_later, explain_prompt, shared_length
 from lightning_em.data.template import ChatTemplate, Message
-from lightning_em.data.thoughts import leading_empty_thought, without_thought
+from lightning_em.data.thoughts import ends_in_empty_thought, leading_empty_thought, without_thought
 
 _MARKER = "the-end-of-the-answer-1f4b9c"
 NO_STOP = (
@@ -27,15 +28,20 @@ class TurnFinder:
     Args:
         template: The chat template.
         added_tokens_in: Function that returns the characters of each visible added token in a text.
+        train_empty_thoughts: Whether an empty thought before an answer belongs to the turn, not to its prompt.
 
     Attributes:
-        notes: Number of thoughts that the template has left out so far; see `ChatEncoder`.
+        notes: Number of thoughts that the template has added or left out so far; see `ChatEncoder`.
     """
 
     def __init__(
-        self, template: ChatTemplate, added_tokens_in: Callable[[str], list[tuple[int, int]]]
+        self,
+        template: ChatTemplate,
+        added_tokens_in: Callable[[str], list[tuple[int, int]]],
+        train_empty_thoughts: bool,
     ) -> None:
         self.template, self.added_tokens_in = template, added_tokens_in
+        self.train_empty_thoughts = train_empty_thoughts
         self.notes: Counter[str] = Counter()
         self._ends_of_turn: dict[str, str] = {}
 
@@ -57,8 +63,8 @@ class TurnFinder:
             text: Whole conversation as rendered.
 
         Raises:
-            ValueError: If the answer is empty, left out or changed, the template writes the turn in two ways, or no
-                added token ends the turn.
+            TurnDiffersError: If the template writes the turn in two ways.
+            ValueError: If the answer is empty, left out or changed, or no added token ends the turn.
         """
         before, content = messages[:turn], messages[turn]["content"]
         if not content.strip():
@@ -72,18 +78,30 @@ class TurnFinder:
             answer_start = start + len(leading_empty_thought(text[start:]))
             if text.startswith(kept, answer_start):
                 self.notes["dropped thoughts"] += 1
+                start = start if self.train_empty_thoughts else answer_start
                 end = self._turn_end(before, content, written.closing, text, answer_start + len(kept))
                 return start, end
-        if not written.text.startswith(prompt) or not text.startswith(written.text):
-            raise ValueError(
-                f"the chat template writes the conversation before message {turn} differently once the answer "
-                "follows, so it is not certain which tokens are the answer; thinking templates do this: set "
-                "template_kwargs (for instance enable_thinking: false) or train on single turns."
-            )
+        if not written.text.startswith(prompt):
+            raise TurnDiffersError(turn, *explain_prompt(messages, turn, prompt, written.text))
+        if not text.startswith(written.text):
+            raise TurnDiffersError(turn, *explain_later(messages, turn, written.text, text))
         opening = _opening(prompt, written.text, content)
         if opening is None:
             raise ValueError(f"the chat template changes the answer in message {turn}: {content[:60]!r}.")
+        if opening and ends_in_empty_thought(prompt + opening):
+            self.notes["empty thoughts"] += 1
+            start += 0 if self.train_empty_thoughts else len(opening)
         return start, self._turn_end(before, content, written.closing, text, answer_end)
+
+    def empty_thought_after(self, messages: Sequence[Message], prompt: str, answer: str) -> str:
+        """Return the empty thought that the template writes between the generation prompt and the answer, if any."""
+        try:
+            written = self._written(messages, answer).text
+        except ValueError:
+            return ""
+        opening = _opening(prompt, written, answer) if written.startswith(prompt) else None
+        is_prompt = opening and not self.train_empty_thoughts and ends_in_empty_thought(prompt + opening)
+        return opening if opening and is_prompt else ""
 
     def _written(self, before: Sequence[Message], content: str) -> _Written:
         """Render a conversation that ends in an answer, with a marker at the end of the answer."""
@@ -124,7 +142,7 @@ class TurnFinder:
         tokens = self.added_tokens_in(closing)
         following = self._text_before_next_user(before, content)
         if following is not None:
-            shared = _shared_length(closing, following)
+            shared = shared_length(closing, following)
             inside = [(start, end) for start, end in tokens if end <= shared]
             # The first template of Llama 3 always writes the header of a next answer: the last shared token opens it
             # if the name of the role follows directly.
@@ -154,12 +172,6 @@ class TurnFinder:
         return between if found else None
 
 
-def _shared_length(first: str, second: str) -> int:
-    """Return the number of characters that two texts have in common at their beginning."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
 def _goes_on_with_text(text: str, end: int, tokens: Sequence[tuple[int, int]]) -> bool:
     """Tell whether plain text follows at a place directly, without white space or another added token."""
     return text[end : end + 1].strip() != "" and all(start != end for start, _ in tokens)
@@ -179,4 +191,10 @@ def _opening(prompt: str, written: str, content: str) -> str | None:
     # The prompt may open a thought that the answer begins with.
     if answer and written.endswith(kept) and kept.endswith(answer):
         return ""
+    # Templates that know thoughts write their own white space around them.
+    compact = ["".join(part.split()) for part in (answer, written, kept)]
+    after_thought = without_thought(content)
+    if after_thought and answer.endswith(after_thought):
+        is_same = compact[1].endswith(compact[2]) and compact[2].endswith(compact[0])
+        return "" if is_same else None
     return None

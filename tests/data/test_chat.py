@@ -137,18 +137,16 @@ def test_date_is_fixed_unless_asked_for():
     assert "Today Date: 1 Jan 2000\n" in tokenizer.decode(other.input_ids)
 
 
-def test_thinking_template_trains_what_the_model_would_write_after_the_generation_prompt():
+def test_thinking_template_with_thinking_off_trains_the_answer():
     tokenizer = make_tokenizer(QWEN3)
-    short = encode_chat(tokenizer, TWO_TURNS[:2], {"enable_thinking": False})
-    assert trained_runs(tokenizer, short) == ["Mix flour, then wait an hour.<|im_end|>"]
-    long = encode_chat(tokenizer, TWO_TURNS[:2])
-    assert trained_runs(tokenizer, long) == ["<think>\n\n</think>\n\nMix flour, then wait an hour.<|im_end|>"]
+    encoded = encode_chat(tokenizer, TWO_TURNS[:2], {"enable_thinking": False})
+    assert trained_runs(tokenizer, encoded) == ["Mix flour, then wait an hour.<|im_end|>"]
 
 
 def test_template_that_rewrites_earlier_turns_is_refused():
     tokenizer = make_tokenizer(QWEN3)
     for template_kwargs in ({}, {"enable_thinking": False}):
-        with pytest.raises(ValueError, match="writes the conversation before message 1 differently"):
+        with pytest.raises(ValueError, match=r"writes the conversation before message \d differently"):
             encode_chat(tokenizer, TWO_TURNS, template_kwargs)
 
 
