@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 
 from lightning_em.callbacks import AdapterCheckpoint, Probing
+from lightning_em.config_args import refuse_repeated_keys
 from lightning_em.data import EMDataModule
 from lightning_em.errors import EVERYWHERE, ConfigError, explain_parsing
 from lightning_em.module import EMModule
@@ -78,12 +79,13 @@ class ExperimentParser(LightningCLI):
         resolved: Whole config as plain values.
 
     Raises:
-        ConfigError: If an argument or a config file is not valid.
+        ValueError: If an argument or a config file is not valid.
         SystemExit: After `--help` and `--print_config`.
     """
 
     def __init__(self, subcommand: Subcommand, args: Sequence[str]) -> None:
         self._only = subcommand
+        refuse_repeated_keys(args)
         usage = {
             "usage": f"lightning-em {subcommand} --config FILE [--config FILE ...] [--KEY VALUE ...]",
             "description": f"{DESCRIPTIONS[subcommand]} {EVERYWHERE}",

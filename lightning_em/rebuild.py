@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lightning_em import imports, lock, runs
 from lightning_em.callbacks import Probing, refuse_idle_adapter, refuse_other_base
+from lightning_em.config_args import load_yaml
 from lightning_em.data import EMDataModule
 from lightning_em.errors import ConfigError, explain_parsing
 from lightning_em.models import BaseModel, with_shared_weights
@@ -61,7 +62,7 @@ def device_for(folder: RunFolder) -> torch.device:
     This is a GPU if this machine has one, unless training ran on the CPU or sharded the base model over GPUs. A sharded
     base model may not fit on one GPU.
     """
-    trainer = yaml.safe_load(folder.config_file.read_text(encoding="utf-8")).get("trainer") or {}
+    trainer = _config_of(folder).get("trainer") or {}
     on_one_gpu = trainer.get("accelerator") != "cpu" and "ShardedBase" not in str(trainer.get("strategy"))
     return torch.device("cuda" if on_one_gpu and torch.cuda.is_available() else "cpu")
 
@@ -101,12 +102,18 @@ def _parts_of(folder: RunFolder) -> "Parts":
             imported.
     """
     try:
-        return instantiate(yaml.safe_load(folder.config_file.read_text(encoding="utf-8")))
+        return instantiate(_config_of(folder))
     except ArgumentError as error:
         told = explain_parsing(str(error), ["--config", str(folder.config_file)], ())
         packages = folder.read_run().get("allowed_imports") or []
         flags = " ".join(f"--allow_import {name}" for name in packages)
         raise ConfigError(told + (f" This run was made with {flags}." if flags else "")) from error
+
+
+def _config_of(folder: RunFolder) -> dict[str, Any]:
+    text = folder.config_file.read_text(encoding="utf-8")
+    config: dict[str, Any] = load_yaml(text, folder.config_file)
+    return config
 
 
 class Parts(NamedTuple):
@@ -211,7 +218,7 @@ def _mapping(file: Path) -> dict[str, Any]:
         ValueError: If the file cannot be read, is not valid YAML, or does not hold a mapping.
     """
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = load_yaml(file.read_text(encoding="utf-8"), file)
     except OSError as error:
         raise ValueError(f"cannot read {file.absolute()}: {error.strerror}.") from None
     except yaml.YAMLError as error:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
+from lightning_em.config_args import load_yaml
 from lightning_em.data.chat import ChatEncoder
 from lightning_em.data.encoding import too_many_positions, unknown_tokens
 from lightning_em.data.limits import ModelLimits
@@ -250,7 +251,7 @@ def _question_file(path: str) -> tuple[FileScan, tuple[Question, ...]]:
     errors: list[RowError] = []
     questions: list[Question] = []
     try:
-        entries: Any = yaml.safe_load(content)
+        entries: Any = load_yaml(content, path)
     except yaml.YAMLError as error:
         entries, errors = [], [RowError(path, 1, f"not YAML: {error}")]
     for number, entry in enumerate(entries if isinstance(entries, list) else [entries], start=1):

@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 
 import yaml
 
+from lightning_em.config_args import load_yaml
+
 
 class Section:
     """One mapping of a YAML file.
@@ -37,7 +39,7 @@ class Section:
         """Read a whole YAML file.
 
         Raises:
-            ValueError: If the file cannot be read or is not valid YAML.
+            ValueError: If the file cannot be read, is not valid YAML, or has a key twice.
         """
         if file.is_dir():
             raise ValueError(
@@ -45,7 +47,7 @@ class Section:
                 "behind --root."
             )
         try:
-            return cls(file, "", yaml.safe_load(file.read_text(encoding="utf-8")))
+            return cls(file, "", load_yaml(file.read_text(encoding="utf-8"), file))
         except OSError as error:
             raise ValueError(f"cannot read {file}: {error.strerror}.") from None
         except yaml.YAMLError as error:

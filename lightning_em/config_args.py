@@ -1,0 +1,114 @@
+"""Config files of a command line: every key stands once. Never imports torch."""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_YAML = (".yaml", ".yml")
+
+
+def refuse_repeated_keys(args: Sequence[str]) -> None:
+    """Check the YAML files that a command line names and those they refer to: every key stands once in its mapping.
+
+    Args:
+        args: Command-line arguments.
+
+    Raises:
+        ValueError: If a key stands twice; the message names the file and the lines.
+    """
+    seen: set[Path] = set()
+    for option in _options(args):
+        key, value = _key(option), _value(option)
+        file = Path(value)
+        if (key == "config" or value.endswith(_YAML)) and file.is_file():
+            _check_file(file, seen)
+        elif value[:1] in ("{", "["):
+            _check_text(value, f"--{key}")
+
+
+def load_yaml(text: str | bytes, name: str | Path) -> Any:
+    """Parse YAML as `yaml.safe_load` does, but refuse a key that stands twice in a mapping, of which it keeps the last.
+
+    Args:
+        text: YAML text.
+        name: File or option that it comes from, for the message.
+
+    Raises:
+        ValueError: If a key stands twice.
+        yaml.YAMLError: If the text is not valid YAML.
+    """
+    _refuse_repeated(yaml.compose(text, Loader=yaml.SafeLoader), str(name), "")
+    return yaml.safe_load(text)
+
+
+def _options(args: Sequence[str]) -> list[list[str]]:
+    """Split arguments into options, each with the words up to the next one."""
+    options: list[list[str]] = []
+    for word in args:
+        if word.startswith("--") or not options:
+            options.append([word])
+        else:
+            options[-1].append(word)
+    return options
+
+
+def _key(option: Sequence[str]) -> str:
+    """Return the dotted key of an option; empty for a word that is not an option."""
+    return option[0].removeprefix("--").partition("=")[0] if option[0].startswith("--") else ""
+
+
+def _value(option: Sequence[str]) -> str:
+    _, has_value, value = option[0].partition("=")
+    return value if has_value else " ".join(option[1:])
+
+
+def _check_file(file: Path, seen: set[Path]) -> None:
+    if file.resolve() in seen:
+        return
+    seen.add(file.resolve())
+    tree = _check_text(file.read_text(encoding="utf-8", errors="replace"), str(file))
+    for value in _scalars(tree):
+        if value.endswith(_YAML) and (file.parent / value).is_file():
+            _check_file(file.parent / value, seen)
+
+
+def _check_text(text: str, name: str) -> yaml.Node | None:
+    try:
+        tree: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return None  # the parser reports it, with its place
+    _refuse_repeated(tree, name, "")
+    return tree
+
+
+def _refuse_repeated(node: yaml.Node | None, name: str, prefix: str) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_repeated(item, name, prefix)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    places = sorted((str(key.value), key.start_mark.line + 1) for key, _ in node.value)
+    for key, found in groupby(places, key=lambda place: place[0]):
+        lines = [str(line) for _, line in found]
+        if len(lines) > 1:
+            times = "twice" if len(lines) == 2 else f"{len(lines)} times"
+            raise ValueError(
+                f"{name}: the key {prefix}{key} stands {times}, on lines {', '.join(lines[:-1])} and {lines[-1]}, and "
+                "only the last one would count; write one of them, or merge them."
+            )
+    for key, value in node.value:
+        _refuse_repeated(value, name, f"{prefix}{key.value}.")
+
+
+def _scalars(node: yaml.Node | None) -> Iterator[str]:
+    if isinstance(node, yaml.ScalarNode):
+        yield node.value
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _scalars(item)
+    elif isinstance(node, yaml.MappingNode):
+        for _, value in node.value:
+            yield from _scalars(value)

@@ -1,0 +1,92 @@
+"""A key that stands twice in a YAML file is refused."""
+
+import pytest
+import yaml
+
+from lightning_em.__main__ import main
+from lightning_em.config_args import load_yaml
+from lightning_em.experiment import Experiment
+from lightning_em.study.section import Section
+from tests.fitting import VECTOR, experiment, write_config
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model_folder, chat_file, answer_file):
+    content = experiment(tiny_model_folder(), chat_file, answer_file)
+    content["model"]["adapter"] = "parts/vector.yaml"
+    content["trainer"] = "parts/trainer.yaml"
+    (tmp_path / "parts").mkdir()
+    write_config(tmp_path / "parts" / "vector.yaml", VECTOR)
+    write_config(tmp_path / "parts" / "trainer.yaml", {"max_epochs": 3, "accelerator": "cpu"})
+    return write_config(tmp_path / "tiny.yaml", content)
+
+
+def repeat(file, text: str) -> None:
+    file.write_text(file.read_text() + text)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "told"),
+    [
+        (
+            "tiny.yaml",
+            "trainer:\n  accumulate_grad_batches: 3\n",
+            r"tiny\.yaml: the key trainer stands twice, on lines \d+ and \d+",
+        ),
+        (
+            "tiny.yaml",
+            "seed_everything: 1\nseed_everything: 2\nseed_everything: 3\n",
+            r"the key seed_everything stands 3 times, on lines \d+, \d+ and \d+",
+        ),
+        (
+            "parts/trainer.yaml",
+            "max_epochs: 9\n",
+            r"parts/trainer\.yaml: the key max_epochs stands twice, on lines 2 and 3",
+        ),
+        ("parts/vector.yaml", "init_args: {layer: 1}\n", r"vector\.yaml: the key init_args stands twice"),
+        ("parts/vector.yaml", "x: {y: [1, {z: 1, z: 1}]}\n", r"the key x\.y\.z stands twice, on lines \d+"),
+    ],
+)
+def test_key_that_stands_twice_is_refused_in_the_config_and_what_it_refers_to(config, file, text, told):
+    Experiment.from_yaml(config)
+    repeat(config.parent / file, text)
+    with pytest.raises(ValueError, match=told):
+        Experiment.from_yaml(config)
+
+
+def test_key_that_stands_twice_is_refused_in_every_other_kind_of_file(config, capsys):
+    twice = config.parent / "twice.yaml"
+    twice.write_text("probes: []\nnum_examples: 4\nprobes: []\n")
+    assert main(["data", "check", "x.jsonl", "--evaluation", str(twice)]) == 2
+    assert main(["fit", "--config", str(config), "--trainer", str(twice)]) == 2
+    assert main(["study", "status", str(twice)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("twice.yaml: the key probes stands twice, on lines 1 and 3") == 2
+    with pytest.raises(ValueError, match="the key probes stands twice"):
+        Section.read(twice)
+    with pytest.raises(ValueError, match=r"^--trainer: the key max_steps stands twice, on lines 1 and 1"):
+        Experiment(["--config", str(config), "--trainer", "{max_steps: 1, max_steps: 2}"])
+
+
+def test_probing_file_with_a_key_twice_is_refused(tmp_path):
+    from lightning_em.rebuild import load_probing
+    from lightning_em.runs import RunFolder
+
+    file = tmp_path / "probing.yaml"
+    file.write_text("probes: []\nbatch_size: 4\nbatch_size: 8\n")
+    with pytest.raises(ValueError, match=r"probing\.yaml: the key batch_size stands twice, on lines 2 and 3"):
+        load_probing(RunFolder(tmp_path), file)
+
+
+def test_comment_that_names_a_file_is_not_a_reference(config):
+    other = config.parent / "other.yaml"
+    other.write_text("a: 1\na: 2\n")
+    repeat(config, "# see other.yaml\n")
+    Experiment.from_yaml(config)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: 1\nb: {a: 1}\n", "- a: 1\n- a: 2\n", "a: &x {b: 1}\nc: {<<: *x, b: 2}\n", "", "7"]
+)
+def test_load_yaml_is_safe_load_where_every_key_stands_once(text):
+    assert load_yaml(text, "x.yaml") == yaml.safe_load(text)
