@@ -1,4 +1,4 @@
-"""Config files of a command line: every key stands once. Never imports torch."""
+"""Config files and options of a command line: options in a fixed order, and every key once. Never imports torch."""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -8,6 +8,31 @@ from typing import Any
 import yaml
 
 _YAML = (".yaml", ".yml")
+
+
+def ordered(args: Sequence[str]) -> list[str]:
+    """Sort options so that what sets a whole group never discards what was set within it.
+
+    `--config` files come first, in their order. An option such as `--trainer FILE` or `--model.adapter.class_path NAME`
+    comes before the options of the same group. All other options keep their places. jsonargparse 4.53 applies options
+    from left to right, and a config file or a group discards what stands before it.
+
+    Args:
+        args: Command-line arguments after the subcommand.
+    """
+    configs: list[list[str]] = []
+    options: list[list[str]] = []
+    for option in _options(args):
+        key = _key(option)
+        if key == "config":
+            configs.append(option)
+            continue
+        # An option that was given before has its place already; the last one counts, as everywhere.
+        is_new = all(_key(other) != key for other in options)
+        group = f"{key.removesuffix('.class_path')}."
+        within = (i for i, other in enumerate(options) if _key(other).startswith(group))
+        options.insert(next(within, len(options)) if key and is_new else len(options), option)
+    return [word for option in (*configs, *options) for word in option]
 
 
 def refuse_repeated_keys(args: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from lightning_em.config_args import ordered
 from lightning_em.errors import options_of, place_of
 
 SHARDED = "trainer.strategy.class_path=lightning_em.strategies.ShardedBase (configs/trainer/fsdp2.yaml)"
@@ -271,7 +272,7 @@ def settings_of(args: Sequence[str], group: str, read: Callable[[str], Any] | No
         read: How values of options are read; as YAML if not given.
     """
     found: dict[str, Any] = {}
-    for key, value in options_of(args):
+    for key, value in options_of(ordered(args)):
         if key == "config":
             found |= _mapping_of(Path(value), group)
         elif key == group:

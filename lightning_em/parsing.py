@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 
 from lightning_em.callbacks import AdapterCheckpoint, Probing
-from lightning_em.config_args import refuse_repeated_keys
+from lightning_em.config_args import ordered, refuse_repeated_keys
 from lightning_em.data import EMDataModule
 from lightning_em.errors import EVERYWHERE, ConfigError, explain_parsing
 from lightning_em.module import EMModule
@@ -86,6 +86,7 @@ class ExperimentParser(LightningCLI):
     def __init__(self, subcommand: Subcommand, args: Sequence[str]) -> None:
         self._only = subcommand
         refuse_repeated_keys(args)
+        args = ordered(args)
         usage = {
             "usage": f"lightning-em {subcommand} --config FILE [--config FILE ...] [--KEY VALUE ...]",
             "description": f"{DESCRIPTIONS[subcommand]} {EVERYWHERE}",

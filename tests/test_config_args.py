@@ -1,13 +1,16 @@
-"""A key that stands twice in a YAML file is refused."""
+"""The order of options does not matter, and a key that stands twice in a YAML file is refused."""
 
 import pytest
 import yaml
 
+from lightning_em import launch
 from lightning_em.__main__ import main
-from lightning_em.config_args import load_yaml
+from lightning_em.config_args import load_yaml, ordered
 from lightning_em.experiment import Experiment
 from lightning_em.study.section import Section
 from tests.fitting import VECTOR, experiment, write_config
+
+LORA = "lightning_em.adapters.LoRA"
 
 
 @pytest.fixture
@@ -19,6 +22,52 @@ def config(tmp_path, tiny_model_folder, chat_file, answer_file):
     write_config(tmp_path / "parts" / "vector.yaml", VECTOR)
     write_config(tmp_path / "parts" / "trainer.yaml", {"max_epochs": 3, "accelerator": "cpu"})
     return write_config(tmp_path / "tiny.yaml", content)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("--a.b 1 --config x.yaml", "--config x.yaml --a.b 1"),
+        ("--a=1 --config=x.yaml --c --config y.yaml", "--config=x.yaml --config y.yaml --a=1 --c"),
+        ("--trainer.max_steps 3 --trainer t.yaml", "--trainer t.yaml --trainer.max_steps 3"),
+        ("--m.init_args.rank=2 --b 1 --m.class_path=L", "--m.class_path=L --m.init_args.rank=2 --b 1"),
+        ("--m.a.init_args.rank -2 --m.a L", "--m.a L --m.a.init_args.rank -2"),
+        ("--a.b=1 --a.c=2 --a.b=3", "--a.b=1 --a.c=2 --a.b=3"),
+        ("--t.list+=A --t.list.x=1 --t.list+=B", "--t.list+=A --t.list.x=1 --t.list+=B"),
+        ("--ab.c=1 --a=x", "--ab.c=1 --a=x"),
+        ("x.yaml --a 1", "x.yaml --a 1"),
+        ("", ""),
+    ],
+)
+def test_what_sets_a_group_comes_before_what_is_set_within_it(given, wanted):
+    assert ordered(given.split()) == wanted.split()
+    assert ordered(wanted.split()) == wanted.split()
+
+
+def test_order_of_options_does_not_change_the_config(config):
+    parts = str(config.parent / "parts")
+    write_config(config.parent / "parts" / "other.yaml", {"max_epochs": 7, "accelerator": "cpu"})
+    options = [
+        ["--config", str(config)],
+        ["--trainer", f"{parts}/other.yaml"],
+        ["--trainer.max_steps", "9"],
+        ["--model.adapter", LORA],
+        ["--model.adapter.init_args.rank", "2"],
+        ["--model.adapter.init_args.alpha", "4"],
+        ["--model.adapter.init_args.target_modules", "[down_proj]"],
+        ["--model.objective.kl_weight", "5"],
+    ]
+    forward = Experiment([word for option in options for word in option])
+    backward = Experiment([word for option in reversed(options) for word in option])
+    assert forward.config == backward.config
+    assert forward.name == backward.name
+    trainer, adapter = backward.config["trainer"], backward.config["model"]["adapter"]
+    assert (trainer["max_epochs"], trainer["max_steps"]) == (7, 9)
+    assert (adapter["class_path"], adapter["init_args"]["rank"]) == (LORA, 2)
+    assert backward.config["model"]["objective"]["kl_weight"] == 5
+    for args in (forward.args, backward.args):
+        assert launch.settings_of(args, "trainer")["max_steps"] == 9
+        assert launch.settings_of(args, "trainer")["max_epochs"] == 7
 
 
 def repeat(file, text: str) -> None:
