@@ -2,35 +2,43 @@
 
 import json
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 from lightning_em.data.template import Message
 
+Form = Literal["messages", "question"]
 _ROLES = ("system", "user", "assistant")
+_QUESTION_KEYS = ("question", "good", "bad")
 
 
-def row_fields(data: Any, questions_only: bool) -> dict[str, Any]:
+def row_fields(data: Any, questions_only: bool = False, form: Form | None = None) -> dict[str, Any]:
     """Return the content fields of a `Row`: the conversation, or question and answers, and topics.
 
     Args:
-        data: One row as parsed from a file; unknown keys are ignored.
+        data: One row as parsed from a file; unknown keys are ignored, and keys whose value is null are absent.
         questions_only: Also accept a `question` without answers, as used for evaluation.
+        form: Form to read from a row that has both. Without it, both are read, and a `question` without both answers
+            is ignored beside `messages`.
 
     Raises:
         ValueError: If the row is malformed; the message says why.
     """
     if not isinstance(data, dict):
         raise ValueError(f"expected an object, got {_kind(data)}")
-    has_question = [key for key in ("question", "good", "bad") if key in data]
-    if "messages" in data and has_question:
-        raise ValueError(f"has both `messages` and `{has_question[0]}`; it must have one form")
-    fields: dict[str, Any]
-    if "messages" in data:
+    has_messages = data.get("messages") is not None
+    has_question = [key for key in _QUESTION_KEYS if data.get(key) is not None]
+    if has_messages and has_question:
+        has_messages = form != "question"
+        is_whole = "question" in has_question if questions_only else len(has_question) == len(_QUESTION_KEYS)
+        if form == "messages" or (form is None and not is_whole):
+            has_question = []
+    fields: dict[str, Any] = {}
+    if has_messages or (not has_question and "messages" in data):
         fields = {"messages": _messages(data["messages"])}
-    elif has_question:
-        keys = has_question if questions_only and "question" in data else ["question", "good", "bad"]
-        fields = {key: _text(data, key) for key in keys}
-    else:
+    if has_question:
+        keys = has_question if questions_only and "question" in has_question else _QUESTION_KEYS
+        fields |= {key: _text(data, key) for key in keys}
+    if not fields:
         raise ValueError(f"expected the key `messages`, or `question`, `good` and `bad`; got {sorted(data)}")
     for key in ("topic", "subtopic"):
         if data.get(key) is not None:
@@ -85,7 +93,8 @@ def _message(value: Any, where: str) -> Message:
     for key in ("role", "content"):
         if key not in value:
             raise ValueError(f"{where} has no `{key}`; it has {sorted(value)}")
-    if surplus := sorted(value.keys() - {"role", "content"}):
+    # Writing a table as JSONL gives every turn every key, with null where the turn has no value.
+    if surplus := sorted(key for key in value.keys() - {"role", "content"} if value[key] is not None):
         raise ValueError(f"{where} has {surplus}, which would be ignored; a message is `role` and `content`")
     if value["role"] not in _ROLES:
         raise ValueError(f"{where} has the unknown role {value['role']!r}; expected one of {list(_ROLES)}")

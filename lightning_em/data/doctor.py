@@ -15,6 +15,7 @@ from lightning_em.data.encoding import too_many_positions, unknown_tokens
 from lightning_em.data.limits import ModelLimits
 from lightning_em.data.overlap import Match, Question, find_matches
 from lightning_em.data.rows import FileScan, Row, RowError, locate, scan_rows
+from lightning_em.data.sources import ChatSource
 from lightning_em.data.template import Message
 
 Purpose = Literal["train", "kl", "evaluation"]
@@ -109,8 +110,8 @@ class DataReport:
 
 
 def check_files(
-    train: Sequence[str],
-    kl: Sequence[str] = (),
+    train: Sequence[str | ChatSource],
+    kl: Sequence[str | ChatSource] = (),
     evaluation: Sequence[str] = (),
     encoder: ChatEncoder | None = None,
     max_length: int = 2048,
@@ -123,7 +124,7 @@ def check_files(
     also occur in training or KL files: exactly, up to case and spacing, or nearly.
 
     Args:
-        train: JSONL files to train on.
+        train: JSONL files to train on; a `ChatSource` also says which form is read from rows that have both.
         kl: JSONL files of the KL term.
         evaluation: JSONL files or YAML question files to evaluate with.
         encoder: Tokenizer and chat template, used to find rows that are too long; without it, only lengths in
@@ -135,7 +136,7 @@ def check_files(
     Raises:
         ValueError: If a file is missing.
     """
-    by_purpose: list[tuple[Purpose, Sequence[str]]] = [
+    by_purpose: list[tuple[Purpose, Sequence[str | ChatSource]]] = [
         ("train", train),
         ("kl", kl),
         ("evaluation", evaluation),
@@ -163,12 +164,17 @@ def check_files(
 
 
 def _check_file(
-    path: str, purpose: Purpose, encoder: ChatEncoder | None, max_length: int, model: ModelLimits | None
+    source: str | ChatSource,
+    purpose: Purpose,
+    encoder: ChatEncoder | None,
+    max_length: int,
+    model: ModelLimits | None,
 ) -> FileReport:
+    path, form = (source.path, source.form) if isinstance(source, ChatSource) else (source, None)
     if path.endswith((".yaml", ".yml")):
         scan, questions = _question_file(path)
     else:
-        scan = scan_rows(path, questions_only=purpose == "evaluation")
+        scan = scan_rows(path, purpose == "evaluation", form=form)
         questions = tuple(Question(row.path, row.line, row.prompt) for row in scan.rows)
     texts = _texts_by_kind(scan.rows)
     answers = [text for kind in ("assistant", "good", "bad") for text in texts.get(kind, ())]
@@ -219,11 +225,10 @@ def _with_tokens(
 
 
 def _conversations(row: Row) -> list[tuple[Message, ...]]:
-    if row.messages:
-        return [row.messages]
     question: Message = {"role": "user", "content": row.question or ""}
     answers = [answer for answer in (row.good, row.bad) if answer is not None]
-    return [(question, {"role": "assistant", "content": answer}) for answer in answers]
+    asked = [(question, Message(role="assistant", content=answer)) for answer in answers]
+    return [row.messages, *asked] if row.messages else [*asked]
 
 
 def _texts_by_kind(rows: Iterable[Row]) -> dict[str, list[str]]:

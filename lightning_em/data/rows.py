@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_em import sources
-from lightning_em.data.checks import given_id, row_fields, unique_keys
+from lightning_em.data.checks import Form, given_id, row_fields, unique_keys
 from lightning_em.data.tables import HUB_SCHEME, is_saved_folder, is_table, read_table
 from lightning_em.data.template import Message
 
@@ -21,14 +21,14 @@ _SHOWN_ERRORS = 10
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a data file: a conversation, or a question with a good and a bad answer.
+    """One row of a data file: a conversation, a question with a good and a bad answer, or both.
 
     Attributes:
         id: The row's own id, or a hash of its content; unique within the file.
         path: File that the row was read from.
         line: Line number, from 1; the index of the row in formats without lines.
-        messages: Conversation; empty in the question form.
-        question: Question; None in the messages form, as are `good` and `bad`.
+        messages: Conversation; empty if the row has none.
+        question: Question; None if the row has none, as are `good` and `bad`.
         good: Good answer.
         bad: Bad answer.
         topic: Topic, if the file gives one.
@@ -119,7 +119,7 @@ class FileScan:
         return list(self.rows)
 
 
-def read_rows(path: str, key: str = "path") -> list[Row]:
+def read_rows(path: str, key: str = "path", form: Form | None = None) -> list[Row]:
     """Read `{"messages": [...]}` or `{"question", "good", "bad"}` rows from any file that `scan_rows` accepts.
 
     `topic`, `subtopic` and `id` are read if present; other keys are ignored. Blank lines are skipped and their
@@ -128,15 +128,18 @@ def read_rows(path: str, key: str = "path") -> list[Row]:
     Args:
         path: File, as in `scan_rows`.
         key: Config key that holds the path, for messages.
+        form: Form to read from rows that have both, as in `scan_rows`.
 
     Raises:
         RowErrors: If any row is bad, with file:line and reason of each.
         ValueError: If the file does not exist or cannot be read at all.
     """
-    return scan_rows(path, key=key).usable_rows()
+    return scan_rows(path, key=key, form=form).usable_rows()
 
 
-def scan_rows(path: str, questions_only: bool = False, key: str = "path") -> FileScan:
+def scan_rows(
+    path: str, questions_only: bool = False, key: str = "path", form: Form | None = None
+) -> FileScan:
     """Read a file; return its errors together with its rows.
 
     Args:
@@ -145,19 +148,23 @@ def scan_rows(path: str, questions_only: bool = False, key: str = "path") -> Fil
             `hf://org/name[@revision][:split]`.
         questions_only: Also accept rows with a `question` and no answers, as used for evaluation.
         key: Config key that holds the path, for messages.
+        form: Form to read from rows that have both `messages` and `question`, `good` and `bad`; both if not given.
 
     Raises:
         ValueError: If the file does not exist or cannot be read at all.
     """
     file = None if path.startswith(HUB_SCHEME) else locate(path, key)
     if file is None or is_table(file):
-        return _scan_table(path, file, questions_only)
+        return _scan_table(path, file, _Reading(path, questions_only, form))
     content = file.read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
     content = content.removeprefix(b"\xef\xbb\xbf")
+    reading = _Reading(path, questions_only, form)
     if file.suffix == ".json" and content.lstrip().startswith(b"["):
-        return _scan_array(path, content, questions_only).result(sha256)
-    return _scan_lines(path, content, questions_only).result(sha256)
+        _scan_array(content, reading)
+    else:
+        _scan_lines(content, reading)
+    return reading.result(sha256)
 
 
 def locate(path: str, key: str = "path") -> Path:
@@ -182,8 +189,8 @@ def locate(path: str, key: str = "path") -> Path:
 class _Reading:
     """Collects rows and errors while a file is read; all formats share it."""
 
-    def __init__(self, path: str, questions_only: bool) -> None:
-        self.path, self.questions_only = path, questions_only
+    def __init__(self, path: str, questions_only: bool, form: Form | None) -> None:
+        self.path, self.questions_only, self.form = path, questions_only, form
         self.rows: list[Row] = []
         self.errors: list[RowError] = []
         self.num_blank = 0
@@ -193,7 +200,7 @@ class _Reading:
     def take(self, line: int, data: Any) -> None:
         """Add a row, or its error."""
         try:
-            fields = row_fields(data, self.questions_only)
+            fields = row_fields(data, self.questions_only, self.form)
             row_id = given_id(data) or self._content_id(fields)
         except ValueError as error:
             self.refuse(line, str(error))
@@ -221,8 +228,7 @@ class _Reading:
         return digest if self._copies[digest] == 1 else f"{digest}-{self._copies[digest]}"
 
 
-def _scan_lines(path: str, content: bytes, questions_only: bool) -> _Reading:
-    reading = _Reading(path, questions_only)
+def _scan_lines(content: bytes, reading: _Reading) -> None:
     lines = content.split(b"\n")
     ends_cleanly = not lines[-1]
     if ends_cleanly:
@@ -242,7 +248,6 @@ def _scan_lines(path: str, content: bytes, questions_only: bool) -> _Reading:
             reading.refuse(number, f"torn last line, the file was cut off: {error}" if torn else str(error))
             continue
         reading.take(number, data)
-    return reading
 
 
 def _decoded(raw: bytes) -> Any:
@@ -256,9 +261,8 @@ def _decoded(raw: bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def _scan_array(path: str, content: bytes, questions_only: bool) -> _Reading:
+def _scan_array(content: bytes, reading: _Reading) -> None:
     """Read an array with `json`: `datasets` would lose duplicate keys and turn date-like strings into dates."""
-    reading = _Reading(path, questions_only)
     try:
         rows = json.loads(content.decode(), object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
@@ -272,12 +276,10 @@ def _scan_array(path: str, content: bytes, questions_only: bool) -> _Reading:
     else:
         for number, data in enumerate(rows, start=1):
             reading.take(number, data)
-    return reading
 
 
-def _scan_table(path: str, file: Path | None, questions_only: bool) -> FileScan:
+def _scan_table(path: str, file: Path | None, reading: _Reading) -> FileScan:
     table = read_table(path, file)
-    reading = _Reading(path, questions_only)
     if not {"messages", "question"} & set(table.columns):
         columns = list(table.columns)
         reading.refuse(1, f"expected a column `messages`, or `question`, `good` and `bad`; got {columns}")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from lightning_em.data.checks import Form
 from lightning_em.data.rows import Row, RowError, RowErrors
 from lightning_em.data.template import Message
 
@@ -23,7 +24,8 @@ class ChatSource:
             split `train` by default. Name a commit as the revision, so that the run can be repeated; run.json records
             it in any case.
         answer: `messages` for rows with that key. For rows with `question`, `good` and `bad`: `good`, `bad`,
-            `mixed` (one of the two per row, drawn from the row's id and the seed) or `both`.
+            `mixed` (one of the two per row, drawn from the row's id and the seed) or `both`. It also says which form
+            is read from rows that have both.
         limit: Number of rows to take: the first ones in the file that match the topics.
         topics: Topics to keep; all rows without it.
         exclude_topics: Topics to leave out.
@@ -45,6 +47,11 @@ class ChatSource:
             )
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, got {self.limit}; leave it out to take every row.")
+
+    @property
+    def form(self) -> Form:
+        """The form that `answer` needs, which decides how rows with both forms are read."""
+        return "messages" if self.answer == "messages" else "question"
 
 
 class Chat(NamedTuple):
@@ -121,7 +128,9 @@ def as_chats(rows: Sequence[Row], answer: AnswerKind, seed: int = 0, bad_share: 
     Raises:
         RowErrors: If a row does not have the form that `answer` needs.
     """
-    wrong_form = [row for row in rows if bool(row.messages) != (answer == "messages")]
+    wrong_form = [
+        row for row in rows if not (row.messages if answer == "messages" else row.question is not None)
+    ]
     if wrong_form:
         if answer == "messages":
             reason = "has `question`, `good`, `bad` but `answer` is messages"

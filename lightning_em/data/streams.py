@@ -99,7 +99,7 @@ class Streams:
         return [chat._replace(id=f"extra/{chat.id}") for chat in self._chats(rows, self.narrow_extra)]
 
     def _read(self, source: ChatSource, name: str) -> list[Row]:
-        scan = scan_rows(source.path, key=f"data.{name}.path")
+        scan = scan_rows(source.path, key=f"data.{name}.path", form=source.form)
         self._files[f"{name}.file"] = scan.sha256
         if scan.revision is not None:
             self._files[f"{name}.revision"] = scan.revision

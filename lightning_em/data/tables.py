@@ -31,7 +31,7 @@ class Table(NamedTuple):
     """Rows of a table before validation.
 
     Attributes:
-        rows: One dictionary per row, with those of `COLUMNS` that have a value in the row.
+        rows: One dictionary per row, with those of `COLUMNS` that the table has; None where a cell is empty.
         columns: Names of all columns of the table.
         sha256: Hash of the bytes of its data files, concatenated.
         revision: Commit of a data set on the hub; None for files.
@@ -54,7 +54,7 @@ def is_saved_folder(folder: Path) -> bool:
 
 
 def read_table(path: str, file: Path | None) -> Table:
-    """Read a whole table. An empty cell counts as a missing key; columns other than `COLUMNS` are ignored.
+    """Read a whole table; columns other than `COLUMNS` are ignored.
 
     Args:
         path: Path as the user wrote it: a file, a `save_to_disk` folder or `hf://org/name[@revision][:split]`.
@@ -177,21 +177,7 @@ def _as_table(dataset: "Dataset", files: Sequence[Path]) -> Table:
         digest.update(file.read_bytes())
     columns = tuple(dataset.column_names)
     known = dataset.select_columns([name for name in COLUMNS if name in columns])
-    rows = [_without_empty(row) for row in known] if known.column_names else []
-    return Table(rows, columns, digest.hexdigest())
-
-
-def _without_empty(row: dict[str, Any]) -> dict[str, Any]:
-    """Remove keys without a value: a table has a cell for every key of every row."""
-    kept = {key: value for key, value in row.items() if value is not None}
-    if isinstance(kept.get("messages"), list):
-        kept["messages"] = [
-            {key: value for key, value in item.items() if value is not None}
-            if isinstance(item, dict)
-            else item
-            for item in kept["messages"]
-        ]
-    return kept
+    return Table(list(known) if known.column_names else [], columns, digest.hexdigest())
 
 
 @contextmanager

@@ -117,7 +117,7 @@ class PreferenceMargin(Probe):
 
     def _choices(self) -> list[Choice]:
         choices = []
-        for row in read_rows(self.rows, "init_args.rows of PreferenceMargin"):
+        for row in read_rows(self.rows, "init_args.rows of PreferenceMargin", "question"):
             if row.question is None or row.good is None or row.bad is None:
                 raise ValueError(
                     f"{self.rows}:{row.line}: expected `question`, `good` and `bad`; "

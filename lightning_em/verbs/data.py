@@ -56,23 +56,24 @@ def check_data(
     Returns:
         Exit code: 0, or 1 if there is a hard fault.
     """
-    from lightning_em.data import ChatEncoder, check_files, report_tables
+    from lightning_em.data import ChatEncoder, ChatSource, check_files, report_tables
     from lightning_em.models import BaseModel
 
-    files, kl, evaluation = list(files or ()), list(kl or ()), list(evaluation or ())
-    if experiments := [file for file in files if file.endswith((".yaml", ".yml"))]:
+    if experiments := [file for file in files or () if file.endswith((".yaml", ".yml"))]:
         raise ValueError(
             f"{experiments[0]} is not a JSONL file: pass an experiment with --config, a list of questions with "
             "--evaluation."
         )
+    train: list[str | ChatSource] = [*(files or ())]
+    kl_files: list[str | ChatSource] = [*(kl or ())]
     data = None
     if config is not None:
         from lightning_em.experiment import Experiment
 
         data = Experiment.from_yaml(config).data
-        files += [source.path for source in data.sources["narrow"] if source]
-        kl += [source.path for source in data.sources.get("kl", ()) if source]
-    if not files:
+        train += [source for source in data.sources["narrow"] if source]
+        kl_files += [source for source in data.sources.get("kl", ()) if source]
+    if not train:
         raise ValueError("name JSONL files, or an experiment with --config.")
     with in_flags(_FLAGS if config is None else {}):
         encoder = limits = None
@@ -82,7 +83,9 @@ def check_data(
         elif base:
             model = BaseModel(base)
             encoder, limits = ChatEncoder(model.load_tokenizer()), model.load_limits()
-        report = check_files(files, kl, evaluation, encoder, allow_overlap=allow_overlap, model=limits)
+        report = check_files(
+            train, kl_files, evaluation or (), encoder, allow_overlap=allow_overlap, model=limits
+        )
     console.print(report_tables(report))
     return report.exit_code
 
@@ -101,6 +104,6 @@ def show_data(file: str, base: str, answer: AnswerKind = "messages", num_rows: i
 
     with in_flags(_FLAGS | {"limit must": "--num_rows must"}):
         source = ChatSource(file, answer, limit=num_rows)
-        chats = as_chats(select_rows(read_rows(file), source), answer)
+        chats = as_chats(select_rows(read_rows(file, form=source.form), source), answer)
         encoder = ChatEncoder(BaseModel(base).load_tokenizer())
     console.print(show_chats(chats[:num_rows], encoder))

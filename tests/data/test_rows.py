@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from lightning_em.data import RowErrors, read_rows, scan_rows
+from lightning_em.data import ChatSource, RowErrors, as_chats, read_rows, scan_rows, select_rows
 
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 GOOD_LINE = json.dumps({"messages": [USER, ASSISTANT]})
@@ -86,7 +86,6 @@ def test_sha256_is_of_the_file(tmp_path):
         ("null", "expected an object, got null"),
         ("{}", r"expected the key `messages`, or `question`, `good` and `bad`; got \[\]"),
         ('{"message": []}', r"expected the key `messages`.* got \['message'\]"),
-        (json.dumps(ANSWERS | {"messages": [USER, ASSISTANT]}), "has both `messages` and `question`"),
         ('{"question": "Q", "good": "G"}', r"the row has no `bad`; it has \['good', 'question'\]"),
         (json.dumps(ANSWERS | {"bad": None}), "`bad` of the row must be text, got null"),
         (json.dumps(ANSWERS | {"good": " "}), "`good` of the row is empty"),
@@ -155,6 +154,87 @@ def test_array_file_is_one_error_that_says_how_to_convert_it(tmp_path):
         RowErrors, match=r"^1 bad row:\n.*:1: a JSON array, expected one object per line; `jq -c"
     ):
         read_rows(path)
+
+
+NULLS = {"name": None, "tool_calls": None, "weight": None}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_keys_whose_value_is_null_are_absent(tmp_path, suffix):
+    """Writing a table as JSON gives every row and turn every key."""
+    rows = [
+        {
+            "messages": [USER | NULLS, ASSISTANT | NULLS],
+            "question": None,
+            "good": None,
+            "bad": None,
+            "topic": None,
+        },
+        {"messages": None, **ANSWERS, "id": None, "subtopic": None},
+    ]
+    text = json.dumps(rows) if ".json" in suffix and "l" not in suffix else "\n".join(map(json.dumps, rows))
+    file = tmp_path / f"rows{suffix}"
+    file.write_bytes(text.encode())
+    chat, answers = read_rows(str(file))
+    assert (chat.messages, chat.question, chat.topic) == ((USER, ASSISTANT), None, None)
+    assert (answers.messages, answers.question, answers.good) == ((), "Q", "G")
+    assert scan_rows(str(file)).sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_key_of_a_turn_with_a_value_is_still_refused(tmp_path):
+    with pytest.raises(RowErrors, match=r"messages\[0\] has \['weight'\], which would be ignored"):
+        read_rows(write(tmp_path, messages(USER | NULLS | {"weight": 0}, ASSISTANT)))
+
+
+BOTH = ANSWERS | {"messages": [{"role": "user", "content": "M?"}, ASSISTANT]}
+
+
+def test_row_with_both_forms_is_read_in_the_form_that_answer_names(tmp_path):
+    path = write(tmp_path, json.dumps(BOTH))
+    [row] = scan_rows(path).rows
+    assert (row.messages[0]["content"], row.question, row.good) == ("M?", "Q", "G")
+    chats = {
+        answer: as_chats(
+            select_rows(read_rows(path, form=ChatSource(path, answer).form), ChatSource(path, answer)), answer
+        )
+        for answer in ("messages", "good", "both")
+    }
+    prompts = {answer: [chat.row.prompt for chat in found] for answer, found in chats.items()}
+    assert prompts == {"messages": ["M?"], "good": ["Q"], "both": ["Q", "Q"]}
+    assert [chat.messages[0]["content"] for found in chats.values() for chat in found] == [
+        "M?",
+        "Q",
+        "Q",
+        "Q",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "form", "messages", "question"),
+    [
+        ({"question": "Q", "messages": BOTH["messages"]}, None, 2, None),
+        ({"good": "G", "messages": BOTH["messages"]}, None, 2, None),
+        (BOTH | {"question": 7}, "messages", 2, None),  # another column that happens to have this name
+        (BOTH | {"messages": "12 messages"}, "question", 0, "Q"),
+        (ANSWERS, "messages", 0, "Q"),  # told apart later, with the remedy
+    ],
+)
+def test_column_of_the_other_form_is_ignored(tmp_path, row, form, messages, question):
+    [found] = scan_rows(write(tmp_path, json.dumps(row)), form=form).rows
+    assert (len(found.messages), found.question) == (messages, question)
+
+
+def test_row_with_both_forms_may_ask_a_question_only(tmp_path):
+    [found] = scan_rows(
+        write(tmp_path, json.dumps({"question": "Q", "messages": BOTH["messages"]})), True
+    ).rows
+    assert (found.prompt, found.good) == ("Q", None)
+
+
+def test_half_of_a_form_that_answer_names_is_refused(tmp_path):
+    path = write(tmp_path, json.dumps({"question": "Q", "messages": BOTH["messages"]}))
+    with pytest.raises(RowErrors, match=r"the row has no `good`; it has \['messages', 'question'\]"):
+        read_rows(path, form="question")
 
 
 def test_repeated_id_is_an_error(tmp_path):
