@@ -1,8 +1,10 @@
 """Read chat rows from files. Every bad row is reported; no row is repaired or skipped silently."""
 
+import gzip
 import hashlib
 import json
 import logging
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from lightning_em.data.template import Message
 logger = logging.getLogger(__name__)
 
 _SHOWN_ERRORS = 10
+_COMPRESSED = (".bz2", ".xz", ".zip", ".zst", ".csv.gz", ".parquet.gz", ".tar.gz")
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,9 @@ def scan_rows(
     """Read a file; return its errors together with its rows.
 
     Args:
-        path: JSONL file; a `.json` file with an array; a `.parquet` or `.csv` file; a folder written by
-            `save_to_disk`; the address of one of these (see `lightning_em.sources`); or a data set on the hub,
+        path: JSONL file; a `.json` file with an array; either of them with `.gz`; a `.parquet` or `.csv` file; a
+            folder written by `save_to_disk`; the address of one of these (see `lightning_em.sources`); or a data
+            set on the hub,
             `hf://org/name[@revision][:split]`.
         questions_only: Also accept rows with a `question` and no answers, as used for evaluation.
         key: Config key that holds the path, for messages.
@@ -158,9 +162,19 @@ def scan_rows(
         return _scan_table(path, file, _Reading(path, questions_only, form))
     content = file.read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
+    if file.name.endswith(_COMPRESSED):
+        raise ValueError(
+            f"{path} is compressed in a way that is not read here; decompress it, or use .jsonl.gz."
+        )
+    name = file.name.removesuffix(".gz")
+    if name != file.name:
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} cannot be read: {error}; expected a whole gzip file.") from None
     content = content.removeprefix(b"\xef\xbb\xbf")
     reading = _Reading(path, questions_only, form)
-    if file.suffix == ".json" and content.lstrip().startswith(b"["):
+    if name.endswith(".json") and content.lstrip().startswith(b"["):
         _scan_array(content, reading)
     else:
         _scan_lines(content, reading)

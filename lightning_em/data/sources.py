@@ -18,11 +18,11 @@ class ChatSource:
     """A data file and which of its conversations to use.
 
     Attributes:
-        path: JSONL file; or what the `datasets` package reads: `.json` (an array), `.parquet`, `.csv`, or a folder
-            written by `save_to_disk`; or the address of one of these, such as `miniature://seed-0/data/kl_train.jsonl`
-            (see `lightning_em.sources`); or a data set on the Hugging Face hub, `hf://org/name[@revision][:split]` with
-            split `train` by default. Name a commit as the revision, so that the run can be repeated; run.json records
-            it in any case.
+        path: JSONL file (or `.jsonl.gz`); or what the `datasets` package reads: `.json` (an array), `.parquet`,
+            `.csv`, or a folder written by `save_to_disk`; or the address of one of these, such as
+            `miniature://seed-0/data/kl_train.jsonl` (see `lightning_em.sources`); or a data set on the Hugging Face
+            hub, `hf://org/name[@revision][:split]` with split `train` by default. Name a commit as the revision,
+            so that the run can be repeated; run.json records it in any case.
         answer: `messages` for rows with that key. For rows with `question`, `good` and `bad`: `good`, `bad`,
             `mixed` (one of the two per row, drawn from the row's id and the seed) or `both`. It also says which form
             is read from rows that have both.

@@ -89,6 +89,9 @@ def _read_file(file: Path) -> Table:
 
         with file.open(newline="", encoding="utf-8-sig") as lines:
             header = next(csv.reader(lines), [])
+        names = [name.strip() for name in header]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise _ExplainedError(f"{file}:1: the columns {repeated} stand twice; keep one of each.")
         # Read every cell as text: an answer "7" is not a number, and "None" or "NA" is not a missing value.
         features = Features({name: Value("string") for name in header})
         settings = {"features": features, "keep_default_na": False, "encoding": "utf-8-sig"}
@@ -175,6 +178,8 @@ def _as_table(dataset: "Dataset", files: Sequence[Path]) -> Table:
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())
+    # headers written by hand have spaces around the names
+    dataset = dataset.rename_columns({name: name.strip() for name in dataset.column_names})
     columns = tuple(dataset.column_names)
     known = dataset.select_columns([name for name in COLUMNS if name in columns])
     return Table(list(known) if known.column_names else [], columns, digest.hexdigest())

@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import json
 import logging
@@ -159,7 +160,7 @@ def test_array_file_is_one_error_that_says_how_to_convert_it(tmp_path):
 NULLS = {"name": None, "tool_calls": None, "weight": None}
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".json.gz"])
 def test_keys_whose_value_is_null_are_absent(tmp_path, suffix):
     """Writing a table as JSON gives every row and turn every key."""
     rows = [
@@ -174,7 +175,7 @@ def test_keys_whose_value_is_null_are_absent(tmp_path, suffix):
     ]
     text = json.dumps(rows) if ".json" in suffix and "l" not in suffix else "\n".join(map(json.dumps, rows))
     file = tmp_path / f"rows{suffix}"
-    file.write_bytes(text.encode())
+    file.write_bytes(gzip.compress(text.encode()) if suffix.endswith(".gz") else text.encode())
     chat, answers = read_rows(str(file))
     assert (chat.messages, chat.question, chat.topic) == ((USER, ASSISTANT), None, None)
     assert (answers.messages, answers.question, answers.good) == ((), "Q", "G")
@@ -235,6 +236,22 @@ def test_half_of_a_form_that_answer_names_is_refused(tmp_path):
     path = write(tmp_path, json.dumps({"question": "Q", "messages": BOTH["messages"]}))
     with pytest.raises(RowErrors, match=r"the row has no `good`; it has \['messages', 'question'\]"):
         read_rows(path, form="question")
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.jsonl.zst", "rows.jsonl.xz", "rows.csv.gz", "rows.parquet.gz", "rows.zip"]
+)
+def test_other_compression_is_refused_with_the_fix(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd")
+    with pytest.raises(ValueError, match=r"is compressed in a way.*decompress it, or use \.jsonl\.gz"):
+        read_rows(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(GOOD_LINE.encode() * 50)[:-12], b"\x1f\x8b"])
+def test_broken_gzip_file_is_named(tmp_path, content):
+    (tmp_path / "rows.jsonl.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz cannot be read: .*expected a whole gzip file"):
+        read_rows(str(tmp_path / "rows.jsonl.gz"))
 
 
 def test_repeated_id_is_an_error(tmp_path):

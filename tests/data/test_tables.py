@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import json
 import time
@@ -108,6 +109,41 @@ def test_empty_cell_of_csv_is_a_missing_answer(tmp_path):
     with pytest.raises(RowErrors, match=r"rows\.csv:1: the row has no `bad`; it has \['good', 'question'\]"):
         read_rows(str(file))
     assert scan_rows(str(file), questions_only=True).rows[0].bad is None
+
+
+@pytest.mark.parametrize(
+    "header", ["question, good ,bad", " question,good,\tbad", "\ufeffquestion ,good, bad,id "]
+)
+def test_spaces_around_names_of_columns_are_ignored(tmp_path, header):
+    file = tmp_path / "rows.csv"
+    file.write_text(f"{header}\n Q ?, G,B {',7' if 'id' in header else ''}\n", encoding="utf-8")
+    [row] = read_rows(str(file))
+    assert (row.question, row.good, row.bad) == (" Q ?", " G", "B ")
+    assert row.id == "7" or "id" not in header
+    Dataset.from_list([{f" {key} ": value for key, value in ANSWERS[0].items()}]).to_parquet(
+        tmp_path / "rows.parquet"
+    )
+    assert read_rows(str(tmp_path / "rows.parquet"))[0].question == ANSWERS[0]["question"]
+
+
+@pytest.mark.parametrize("header", ["question,good,bad,good", "question,good,bad,good ", "id,id,id"])
+def test_column_that_stands_twice_is_refused(tmp_path, header):
+    file = tmp_path / "rows.csv"
+    file.write_text(f"{header}\nQ,G,B,H\n")
+    with pytest.raises(ValueError, match=r"rows\.csv:1: the columns \['(good|id)'\] stand twice"):
+        read_rows(str(file))
+
+
+def test_compressed_parts_of_a_hub_set_are_read(hub_cache):
+    (hub_cache / "data" / "train-00000-of-00001.parquet").unlink()
+    (hub_cache / "data" / "test-00000-of-00001.parquet").unlink()
+    for part in range(2):
+        lines = "".join(json.dumps(row | {"note": None}) + "\n" for row in ANSWERS[part::2])
+        (hub_cache / "data" / f"train-0000{part}-of-00002.jsonl.gz").write_bytes(
+            gzip.compress(lines.encode())
+        )
+    rows = read_rows(f"hf://org/answers@{COMMIT}")
+    assert [row.question for row in rows] == [row["question"] for row in (*ANSWERS[::2], *ANSWERS[1::2])]
 
 
 def test_json_array_keeps_what_a_table_would_lose(tmp_path):
