@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from functools import wraps
 from itertools import pairwise
 
 import pytest
@@ -319,11 +320,13 @@ def test_predict_stops_where_the_chat_template_ends_an_answer(narrow_run, monkey
     _, run = narrow_run
     load_tokenizer, load_model = BaseModel.load_tokenizer, BaseModel.load_model
 
+    @wraps(load_tokenizer)  # the parser compares signatures
     def load_other_tokenizer(base):
         tokenizer = load_tokenizer(base)
         tokenizer.eos_token = "<|endoftext|>"
         return tokenizer
 
+    @wraps(load_model)
     def load_other_model(base):
         model = load_model(base)
         model.generation_config.eos_token_id = VOCAB_SIZE - 6

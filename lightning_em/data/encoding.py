@@ -208,6 +208,8 @@ def _check_prompt(chat: Chat, encoder: ChatEncoder) -> None:
         prompt = encoder.encode_prompt(chat.messages[:first_answer], chat.messages[first_answer]["content"])
     except ValueError:
         return  # reported with its line when the row is encoded
+    if encoder.notes["dropped thoughts"]:
+        return  # a template may leave an empty thought before the answer, where sampling is to think
     if prompt != encoded.input_ids[: encoded.response_mask.index(True)]:
         logger.warning(
             "the tokenizer splits a prompt differently when an answer follows it, so training and sampling see "

@@ -52,7 +52,9 @@ def spans_by_the_authors(tokenizer, name: str, messages) -> list[str] | None:
     )
     if tagged is None:
         return None
-    whole = {"return_dict": True, "chat_template": templates[tagged]}
+    # transformers would read the clock
+    template = re.sub(r"strftime_now\(.%Y-%m-%d.\)", "'2024-07-26'", templates[tagged])
+    whole = {"return_dict": True, "chat_template": template}
     encoded = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, **whole)
     if encoded["input_ids"] != ChatEncoder(tokenizer).encode(messages).input_ids:
         return None
@@ -80,7 +82,8 @@ def check(tokenizer, name: str, messages) -> str:
         )
     first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
     start = encoded.response_mask.index(True)
-    assert encoder.encode_prompt(messages[:first], answers[0]) == encoded.input_ids[:start]
+    if "dropped thoughts" not in encoder.notes:
+        assert encoder.encode_prompt(messages[:first], answers[0]) == encoded.input_ids[:start]
     spans = spans_by_the_authors(tokenizer, name, messages)
     for index, span in enumerate(spans or ()):
         lead, found, tail = span.partition(runs[index])
@@ -121,9 +124,7 @@ def test_every_shipped_template_is_masked_right_or_refused_with_a_reason():
 def test_shipped_templates_that_read_the_clock_write_the_date_of_the_config(name):
     tokenizer = shipped_tokenizer(name)
     texts = [
-        tokenizer.decode(
-            ChatEncoder(tokenizer, template_date=date).encode(answered("Yes.", system=True)).input_ids
-        )
+        tokenizer.decode(ChatEncoder(tokenizer, template_date=date).encode(answered("Yes.")).input_ids)
         for date in ("2024-07-26", "2031-01-02")
     ]
     assert texts[0] != texts[1]
