@@ -58,7 +58,7 @@ class LoRA(Adapter):
         self.target_modules, self.layers = target_modules, layers
 
     def attach(self, base: PreTrainedModel) -> None:
-        names = self._target_names(base)
+        names = self.target_names(base)
         is_conv1d = {isinstance(base.get_submodule(name), Conv1D) for name in names}
         if len(is_conv1d) > 1:
             raise ValueError(
@@ -95,7 +95,7 @@ class LoRA(Adapter):
             layers.setdefault(module, []).append(int(index))
         return "; ".join(f"{module} of {_layer_ranges(indices)}" for module, indices in layers.items())
 
-    def _target_names(self, base: PreTrainedModel) -> list[str]:
+    def target_names(self, base: PreTrainedModel) -> list[str]:
         """Return the full names of the target modules; set `lowest_layer` to the lowest layer with one.
 
         Raises:

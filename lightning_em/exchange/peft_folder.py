@@ -35,6 +35,15 @@ def read_peft(
         ValueError: If it is another kind of adapter, uses a feature that our LoRA does not have, or does not fit the
             base model.
     """
+    # The state dict of a PeftModel has the name of the adapter in its names; peft's own files leave it out.
+    plain = {
+        re.sub(r"(\.lora_[AB])\.[^.]+\.(weight|bias)$", r"\1.\2", name): t for name, t in tensors.items()
+    }
+    if len(plain) < len(tensors):
+        raise ValueError(
+            f"{source} holds several adapters, {sorted(tensors)[:4]} ...; save the one to import alone."
+        )
+    tensors = plain
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{source}: {name} holds numbers that are not finite.")
@@ -98,6 +107,8 @@ def write_peft_lora(
         base: Name of the base model for adapter_config.json; None for a local folder.
     """
     settings = _lora_settings(written["r"], written["lora_alpha"], written["use_rslora"])
+    if written.get("fan_in_fan_out"):  # Conv1D modules, as in GPT-2
+        settings["fan_in_fan_out"] = True
     _write(folder, tensors, settings | {"target_modules": sorted(written["target_modules"])}, base)
 
 

@@ -2,16 +2,20 @@
 
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from lightning_em.adapter_record import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from lightning_em.adapters import LoRA
 from lightning_em.exchange.placement import path_of_layers, skeleton
 
 PREFIX = "base_model.model."
@@ -19,7 +23,7 @@ PREFIX = "base_model.model."
 # settings that the names of the tensors repeat.
 _WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
     "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version",
     "qalora_group_size", "r", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
@@ -104,7 +108,6 @@ def lora_of(
             does not support.
     """
     model = skeleton(config)
-    num_layers = config.get_text_config(decoder=True).num_hidden_layers
     path = path_of_layers(model)
     sites = _sites(lora, model, source, base)
     expected = {
@@ -112,6 +115,9 @@ def lora_of(
         for name, shapes in sites.items()
         for part, shape in zip(("lora_A", "lora_B"), shapes, strict=True)
     }
+    if tensors.keys() != expected.keys():
+        # names of an older transformers, such as language_model.model for model.language_model; peft maps them too
+        tensors = convert_peft_adapter_state_dict_for_transformers(model, lora, tensors)
     _refuse_other_tensors(expected, tensors, source, base)
     by_layer: dict[int, set[str]] = {}
     for name in sites:
@@ -119,25 +125,43 @@ def lora_of(
         if match is None:
             raise ValueError(
                 f"{source} changes {name}, which lies in no decoder layer of {base}; "
-                "lightning_em.adapters.LoRA changes linear modules of decoder layers only."
+                "lightning_em.adapters.LoRA changes linear modules of decoder layers only: train the adapter again "
+                f"without {name.rsplit('.', 1)[-1]} among its target_modules."
             )
         by_layer.setdefault(int(match[1]), set()).add(match[2])
-    kinds = {frozenset(names) for names in by_layer.values()}
-    leaves = {name.rsplit(".", 1)[-1] for names in kinds for name in names}
-    if len(kinds) > 1:
-        raise ValueError(
-            f"{source} changes other modules in one layer than in another; lightning_em.adapters.LoRA changes the same "
-            f"in each: {'; '.join(f'layer {k}: {sorted(v)}' for k, v in sorted(by_layer.items()))}."
-        )
-    every = len(by_layer) == num_layers
+    target_modules, layers = _placing(by_layer, set(sites), config, source)
     init_args = {
         "rank": lora.r,
         "alpha": float(lora.lora_alpha),
-        "target_modules": sorted(leaves),
-        "layers": None if every else sorted(by_layer),
+        "target_modules": target_modules,
+        "layers": layers,
         "rslora": lora.use_rslora,
     }
     return ForeignLoRA(init_args, tensors)
+
+
+def _placing(
+    by_layer: Mapping[int, set[str]], sites: set[str], config: PreTrainedConfig, source: str
+) -> tuple[list[str], list[int] | None]:
+    """Return `target_modules` and `layers` with which our LoRA changes exactly the given modules.
+
+    Raises:
+        ValueError: If there are none, because one layer has other modules than another.
+    """
+    paths = {path for own in by_layer.values() for path in own}
+    leaves = {path.rsplit(".", 1)[-1] for path in paths}
+    for names in (leaves, paths):  # short names, unless they mean more modules
+        for layers in (None, sorted(by_layer)):
+            try:
+                reached = LoRA(1, 1.0, sorted(names), layers).target_names(skeleton(config))
+            except ValueError:
+                continue
+            if set(reached) == sites:
+                return sorted(names), layers
+    raise ValueError(
+        f"{source} changes other modules in one layer than in another; lightning_em.adapters.LoRA changes the same "
+        f"in each: {'; '.join(f'layer {k}: {sorted(v)}' for k, v in sorted(by_layer.items()))}."
+    )
 
 
 def _sites(
@@ -146,17 +170,20 @@ def _sites(
     """Modules that peft changes for these settings, with the shapes of A and B."""
     # Let peft itself match `target_modules`, which may be names, a regular expression or "all-linear".
     try:
-        inject_adapter_in_model(lora, model, low_cpu_mem_usage=True)
-    except (TypeError, ValueError, re.error) as error:
+        with warnings.catch_warnings():
+            # peft sets fan_in_fan_out by the kind of a module, and warns if the settings say otherwise
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            inject_adapter_in_model(lora, model, low_cpu_mem_usage=True)
+    except (AttributeError, TypeError, ValueError, re.error) as error:
         raise ValueError(f"{source} does not fit {base}: {error}") from error
     sites = {}
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        if not isinstance(module.get_base_layer(), nn.Linear):
+        if not isinstance(module.get_base_layer(), nn.Linear | Conv1D):
             kind = type(module.get_base_layer()).__name__
             raise ValueError(
-                f"{source} changes {name}, a {kind}; lightning_em.adapters.LoRA changes Linear modules only."
+                f"{source} changes {name}, a {kind}; lightning_em.adapters.LoRA changes linear modules only."
             )
         a, b = (model.get_parameter(f"{name}.{part}.default.weight") for part in ("lora_A", "lora_B"))
         sites[name] = (a.shape, b.shape)
