@@ -110,15 +110,6 @@ def lora_of(
     model = skeleton(config)
     path = path_of_layers(model)
     sites = _sites(lora, model, source, base)
-    expected = {
-        f"{PREFIX}{name}.{part}.weight": list(shape)
-        for name, shapes in sites.items()
-        for part, shape in zip(("lora_A", "lora_B"), shapes, strict=True)
-    }
-    if tensors.keys() != expected.keys():
-        # names of an older transformers, such as language_model.model for model.language_model; peft maps them too
-        tensors = convert_peft_adapter_state_dict_for_transformers(model, lora, tensors)
-    _refuse_other_tensors(expected, tensors, source, base)
     by_layer: dict[int, set[str]] = {}
     for name in sites:
         match = re.fullmatch(rf"{re.escape(path)}\.(\d+)\.(.+)", name)
@@ -129,6 +120,15 @@ def lora_of(
                 f"without {name.rsplit('.', 1)[-1]} among its target_modules."
             )
         by_layer.setdefault(int(match[1]), set()).add(match[2])
+    expected = {
+        f"{PREFIX}{name}.{part}.weight": list(shape)
+        for name, shapes in sites.items()
+        for part, shape in zip(("lora_A", "lora_B"), shapes, strict=True)
+    }
+    if tensors.keys() != expected.keys():
+        # names of an older transformers, such as language_model.model for model.language_model; peft maps them too
+        tensors = convert_peft_adapter_state_dict_for_transformers(model, lora, tensors)
+    _refuse_other_tensors(expected, tensors, source, base)
     target_modules, layers = _placing(by_layer, set(sites), config, source)
     init_args = {
         "rank": lora.r,

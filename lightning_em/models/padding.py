@@ -22,8 +22,8 @@ from lightning_em.batch import PackedBatch, PaddedRows
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Types of rotary embedding whose frequencies depend on the longest row of a batch."""
 
-UNPADDED_ARCHITECTURES = ("deepseek_v32", "glm_moe_dsa", "prophetnet")
-"""Model types whose sparse or n-gram attention lets padding after a row change its logits, also behind a mask."""
+UNPADDED_ARCHITECTURES = ("deepseek_v32", "glm_moe_dsa")
+"""Model types whose sparse attention lets padding after a row change its logits, also behind a mask."""
 
 BATCHED_ARCHITECTURES = frozenset({
     "afmoe", "apertus", "arcee", "aria_text", "axk1", "axk2", "bailing_hybrid", "bamba", "beam", "bert",

@@ -28,7 +28,14 @@ from lightning_em.data import ModelLimits
 logger = logging.getLogger(__name__)
 
 _OTHER_HEAD = re.compile(r"For(?!CausalLM|ConditionalGeneration)[A-Z]\w+$")
-_BIDIRECTIONAL = ("xlm", "xlnet", "cpmant")  # tests/models/test_zoo.py changes a later token and compares
+# Types whose attention sees later tokens, always or unless their config says `is_decoder`: tests/models/test_zoo.py
+# changes a later token and compares.
+_BIDIRECTIONAL = frozenset({"cpmant", "prophetnet", "xlm", "xlnet"})
+_ENCODERS = frozenset({
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
+    "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl",
+    "xmod",
+})  # fmt: skip
 _TOKENS_PER_KNOWN = 4  # a tokenizer with less than 1/4 of the model's vocabulary does not belong to the model
 
 
@@ -152,9 +159,7 @@ class BaseModel:
             reason = f"transformers has no causal language model of type {config.model_type}"
         elif _OTHER_HEAD.search(saved_as):
             reason = "its head predicts something else than the next token"
-        elif config.model_type in _BIDIRECTIONAL or (
-            getattr(config, "is_decoder", True) is False and not _is_decoder(config)
-        ):
+        elif _sees_later_tokens(config):
             reason = "its attention sees later tokens"
         if reason is not None:
             raise ValueError(
@@ -217,10 +222,10 @@ def with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
 
 
-def _is_decoder(config: PreTrainedConfig) -> bool:
-    """Tell whether the model class makes itself a decoder whatever its config says, as BART's does and BERT's not."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    # GPT-NeoX has `is_decoder: false` in its config and causal attention; BERT's attention is causal only as a decoder
-    is_causal = any(getattr(module, "is_causal", False) is True for module in model.modules())
-    return is_causal or bool(model.config.is_decoder)
+def _sees_later_tokens(config: PreTrainedConfig) -> bool:
+    if config.model_type in _BIDIRECTIONAL:
+        return True
+    if config.model_type in _ENCODERS:
+        return not config.is_decoder
+    # Gemma's embedding models; Gemma 4 has "vision" for images alone
+    return getattr(config.get_text_config(decoder=True), "use_bidirectional_attention", None) in (True, "all")

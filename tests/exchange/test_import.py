@@ -357,7 +357,6 @@ def test_a_released_vector_is_refused_where_a_norm_follows(base_folder, tmp_path
         ({"use_dora": True}, "use_dora: True"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save: \['lm_head'\]"),
         ({"rank_pattern": {"down_proj": 4}}, "rank_pattern"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out: True"),
         ({"a_setting_of_the_future": 1}, "a_setting_of_the_future: 1"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; expected LORA"),

@@ -20,7 +20,11 @@ from tests.exchange.made import peft_talks
 from tests.models.zoo import VOCAB_SIZE, build
 from tests.samples import make_rows, pack
 
-pytestmark = [*peft_talks, pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")]
+pytestmark = [
+    *peft_talks,
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
+]
 
 
 def publish(base: PreTrainedModel, folder: Path, **settings: Any) -> Path:
@@ -92,6 +96,19 @@ def test_conv1d_and_modules_of_some_layers(kind, targets, reached, tmp_path) -> 
     torch.testing.assert_close(logits_of(again), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("written", [True, False])
+def test_the_order_of_weights_is_that_of_the_module_whatever_the_settings_say(
+    kind, written, tmp_path
+) -> None:
+    base = build(kind)
+    folder = publish(base, tmp_path, target_modules="all-linear")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"fan_in_fan_out": written}))
+    expected = logits_of(PeftModel.from_pretrained(copy.deepcopy(base), folder))
+    torch.testing.assert_close(imported(folder, base)[1], expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["default", "my_adapter"])
 def test_tensor_names_with_the_name_of_the_adapter(name, tmp_path) -> None:
     base = build("llama")
@@ -108,23 +125,23 @@ def test_tensor_names_with_the_name_of_the_adapter(name, tmp_path) -> None:
 
 LAYOUTS = {
     "gemma3": (r"model\.model\.language_model\.", "model.language_model.model."),
-    "qwen3_5": (r"model\.model\.layers\.", "model.model.language_model.layers."),
+    "nemotron_h": (r"model\.model\.layers\.", "model.backbone.layers."),
 }
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_names_of_older_multimodal_layouts_are_mapped_as_peft_does(kind, tmp_path) -> None:
+def test_names_of_older_layouts_are_mapped_as_peft_does(kind, tmp_path) -> None:
+    """Gemma 3 before transformers 4.52, and the names of Nemotron-H's first code."""
     base = build(kind)
-    placing = {
-        "target_modules": r".*layers\.[12]\.(?!.*vision).*(gate_proj|down_proj)",
-        "exclude_modules": ".*vision.*",
-    }
-    folder = publish(base, tmp_path, **placing)
+    folder = publish(base, tmp_path, target_modules=r"(?!.*vision).*layers\.[13]\..*(q_proj|o_proj)")
     _, expected = imported(folder, base)
     rename(folder, *LAYOUTS[kind])
     of_peft = logits_of(PeftModel.from_pretrained(copy.deepcopy(base), folder))
     adapter, found = imported(folder, base)
-    assert (adapter.target_modules, adapter.layers) == (["down_proj", "gate_proj"], [1, 2])
+    assert (adapter.target_modules, adapter.layers) == (
+        ["o_proj", "q_proj"],
+        None if kind == "nemotron_h" else [1, 3],
+    )
     assert torch.equal(found, expected)
     torch.testing.assert_close(found, of_peft, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(found, logits_of(base), atol=1e-3)
@@ -159,7 +176,8 @@ def test_what_ours_does_not_change_is_refused_with_the_reason(kind, settings, ma
     base = build(kind)
     folder = publish(base, tmp_path, **settings)
     file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    as_before_transformers_5 = {"target_parameters": None, "rank_pattern": {}, "alpha_pattern": {}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | as_before_transformers_5 | settings))
     with pytest.raises(ValueError, match=match):
         read(folder, base)
 

@@ -91,6 +91,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "bert": ({}, "its attention sees later tokens"),
     "roberta": ({}, "its attention sees later tokens"),
     "xlnet": ({}, "its attention sees later tokens"),
+    "gemma3_text": ({"use_bidirectional_attention": True}, "its attention sees later tokens"),
 }
 
 

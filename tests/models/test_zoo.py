@@ -6,13 +6,13 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lightning_em.batch import EncodedRow, PackedBatch
 from lightning_em.models.padding import BATCHED_ARCHITECTURES, UNPADDED_ARCHITECTURES
 from lightning_em.models.plain import full_logits
-from lightning_em.models.pretrained import _BIDIRECTIONAL
+from lightning_em.models.pretrained import _BIDIRECTIONAL, _ENCODERS
 from tests.models.zoo import VOCAB_SIZE, build
 
 # Not built here: other packages, encoders of images or sound, or configs that need much by hand.
@@ -30,6 +30,7 @@ NOT_BATCHED = frozenset({
 NOT_SHOWN = frozenset({"big_bird"})
 LENGTHS = (5, 70, 23)  # beyond every window, chunk and block of the tiny models
 TOLERANCE = 1e-4
+CAUSAL = 1e-5
 
 
 class Numbers(NamedTuple):
@@ -101,13 +102,28 @@ BUILT = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - NOT_BUILT)
 @pytest.mark.parametrize("kind", BUILT)
 def test_each_architecture_is_what_its_list_says(kind) -> None:
     found = numbers(kind)
-    assert (found.later_token > TOLERANCE) == (kind in _BIDIRECTIONAL)
+    assert (found.later_token > CAUSAL) == (kind in _BIDIRECTIONAL)
     if kind in _BIDIRECTIONAL:
         return
     assert found.apart < TOLERANCE
     assert (found.right > TOLERANCE) == (kind in UNPADDED_ARCHITECTURES)
     if kind not in NOT_SHOWN:
         assert (found.left < TOLERANCE) == (kind in BATCHED_ARCHITECTURES)
+
+
+def has_the_choice(kind: str) -> bool:
+    return any("is_decoder" in vars(each).get("__annotations__", {}) for each in CONFIG_MAPPING[kind].__mro__)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BUILT if has_the_choice(kind)])
+@torch.no_grad()
+def test_a_config_that_does_not_say_decoder_is_refused_where_it_decides(kind) -> None:
+    base = build(kind, is_decoder=False)
+    ids = torch.randint(3, VOCAB_SIZE, (1, 12), generator=torch.Generator().manual_seed(0))
+    changed = ids.clone()
+    changed[0, -1] = (changed[0, -1] + 5) % 57 + 3
+    later = relative(base(input_ids=changed).logits[0, :-1], base(input_ids=ids).logits[0, :-1])
+    assert (later > CAUSAL) == (kind in _ENCODERS | _BIDIRECTIONAL)
 
 
 def test_every_architecture_is_on_one_list() -> None:
