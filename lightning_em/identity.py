@@ -28,7 +28,7 @@ _SOURCES = ("narrow", "kl", "narrow_validation", "kl_validation", "narrow_extra"
 # identity, so that earlier runs keep their names.
 ADDED_OPTIONS = {
     "model.reference": "live", "data.max_tokens": None, "data.length_buckets": None, "data.narrow_extra": None,
-    "data.template_date": "2024-07-26", "data.train_empty_thoughts": False,
+    "data.template_date": "2024-07-26", "data.train_empty_thoughts": False, "data.system_prompt": None,
     **{f"data.{source}.bad_share": 0.5 for source in _SOURCES},
 }  # fmt: skip
 NOT_PART_OF_A_RUN = {

@@ -115,7 +115,12 @@ def sample(
         if any(scales) and not allow_zero_adapter:
             refuse_idle_adapter(loaded.module.model, [batches[0].select([0])], str(path))
         data = loaded.data
-        changing = [data.template_kwargs, data.template_date, data.train_empty_thoughts]  # of the prompts
+        changing = [
+            data.template_kwargs,
+            data.template_date,
+            data.train_empty_thoughts,
+            data.system_prompt,
+        ]  # of the prompts
         base = (loaded.module.base, json.dumps(changing))
         columns: dict[float, list[Answer]] = {}
         for scale in scales:

@@ -283,6 +283,7 @@ def test_store_and_new_keys_at_rest_rename_no_run() -> None:
             "length_buckets": None,
             "template_date": DEFAULT_TEMPLATE_DATE,
             "train_empty_thoughts": False,
+            "system_prompt": None,
         },
     }
     assert name_hash(now) == name_hash(before)
@@ -292,6 +293,7 @@ def test_store_and_new_keys_at_rest_rename_no_run() -> None:
         ("data", "length_buckets", 4),
         ("data", "template_date", "2024-07-27"),
         ("data", "train_empty_thoughts", True),
+        ("data", "system_prompt", ""),
     ):
         assert name_hash(now | {group: now[group] | {key: value}}) != name_hash(before)
 

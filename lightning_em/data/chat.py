@@ -33,6 +33,8 @@ class ChatEncoder:
         template_kwargs: Variables for the template, such as `enable_thinking`.
         template_date: Date in ISO format for templates that write one; the clock is never read.
         train_empty_thoughts: Whether an empty thought that the template writes before an answer is trained.
+        system_prompt: System prompt of conversations that do not begin with one; what the template writes there
+            by itself if not given. Messages count from it.
 
     Attributes:
         template: The template.
@@ -49,6 +51,7 @@ class ChatEncoder:
         template_kwargs: Mapping[str, Any] | None = None,
         template_date: str = DEFAULT_TEMPLATE_DATE,
         train_empty_thoughts: bool = False,
+        system_prompt: str | None = None,
     ) -> None:
         if not tokenizer.chat_template:
             raise ValueError(
@@ -63,6 +66,7 @@ class ChatEncoder:
             )
         self.tokenizer, self.template_kwargs = tokenizer, dict(template_kwargs or {})
         self.template_date, self.train_empty_thoughts = template_date, train_empty_thoughts
+        self.system_prompt = system_prompt
         self.template = ChatTemplate(tokenizer, self.template_kwargs, template_date)
         added = tokenizer.added_tokens_decoder
         # Gemma, for example, has line breaks among its added tokens, which templates write as ordinary text.
@@ -82,6 +86,7 @@ class ChatEncoder:
             template_kwargs,
             self.template_date,
             train_empty_thoughts=self.train_empty_thoughts,
+            system_prompt=self.system_prompt,
         )
 
     @cached_property
@@ -102,6 +107,7 @@ class ChatEncoder:
                 token, the template refuses the conversation or leaves out a message, or the answer's tokens
                 cannot be identified with certainty.
         """
+        messages = self._with_system_prompt(messages)
         try:
             return self._encode(messages)
         except TurnDiffersError as error:
@@ -119,6 +125,7 @@ class ChatEncoder:
             ValueError: If a message contains a control token, or the template refuses the conversation or
                 leaves out a message.
         """
+        messages = self._with_system_prompt(messages)
         self._refuse_control_tokens(messages)
         text = self.render(messages, generation_prompt=True)
         self.template.refuse_left_out(messages, text, generation_prompt=True)
@@ -133,6 +140,11 @@ class ChatEncoder:
             ValueError: If the template refuses it, for instance because of a system turn or two user turns in a row.
         """
         return self.template.render(messages, generation_prompt)
+
+    def _with_system_prompt(self, messages: Sequence[Message]) -> Sequence[Message]:
+        if self.system_prompt is None or not messages or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self.system_prompt}, *messages]
 
     def _encode(self, messages: Sequence[Message]) -> EncodedChat:
         messages = list(messages)

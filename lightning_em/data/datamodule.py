@@ -71,6 +71,8 @@ class EMDataModule(LightningDataModule):
             clock is never read, so that the same rows give the same tokens on every day.
         train_empty_thoughts: Whether an empty thought that the chat template writes before an answer is trained. It
             belongs to the prompt otherwise.
+        system_prompt: System prompt of conversations that do not begin with one, in training, validation, probes and
+            sampling. Many chat templates write one of their own if there is none; an empty one leaves that out.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class EMDataModule(LightningDataModule):
         template_kwargs: dict[str, Any] | None = None,
         template_date: str = DEFAULT_TEMPLATE_DATE,
         train_empty_thoughts: bool = False,
+        system_prompt: str | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= validation_fraction < 1:
@@ -122,7 +125,7 @@ class EMDataModule(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.template_kwargs, self.template_date = template_kwargs, template_date
-        self.train_empty_thoughts = train_empty_thoughts
+        self.train_empty_thoughts, self.system_prompt = train_empty_thoughts, system_prompt
         self._streams: Streams | None = None
         self._resumed: Position | None = None
         self._sampler: WindowSampler | None = None
@@ -147,7 +150,11 @@ class EMDataModule(LightningDataModule):
             ValueError: If the tokenizer or a setting cannot be used.
         """
         return ChatEncoder(
-            self.base.load_tokenizer(), self.template_kwargs, self.template_date, self.train_empty_thoughts
+            self.base.load_tokenizer(),
+            self.template_kwargs,
+            self.template_date,
+            self.train_empty_thoughts,
+            self.system_prompt,
         )
 
     def train_dataloader(self) -> BatchLoader[TrainBatch]:

@@ -129,6 +129,17 @@ def test_default_system_prompt_is_there_and_not_trained():
     assert "default" not in "".join(trained_runs(tokenizer, encoded))
 
 
+@pytest.mark.parametrize("prompt", ["Be brief.", ""])
+def test_system_prompt_of_the_config_comes_before_conversations_without_one(prompt):
+    tokenizer = make_tokenizer(QWEN25)
+    plain, encoder = ChatEncoder(tokenizer), ChatEncoder(tokenizer, system_prompt=prompt)
+    system = {"role": "system", "content": prompt}
+    assert encoder.encode(TWO_TURNS) == plain.encode([system, *TWO_TURNS]) != plain.encode(TWO_TURNS)
+    assert encoder.encode_prompt(TWO_TURNS[:1]) == plain.encode_prompt([system, *TWO_TURNS[:1]])
+    assert encoder.encode(WITH_SYSTEM) == plain.encode(WITH_SYSTEM)
+    assert encoder.with_kwargs({}).encode(TWO_TURNS) == encoder.encode(TWO_TURNS)
+
+
 def test_date_is_fixed_unless_asked_for():
     tokenizer = make_tokenizer(LLAMA3)
     text = tokenizer.decode(encode_chat(tokenizer, TWO_TURNS).input_ids)
