@@ -13,19 +13,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 
 from lightning_em.adapters import Adapter, LoRA, SteeringVector
 from lightning_em.batch import EncodedRow, PackedBatch
+from lightning_em.callbacks import Probing
 from lightning_em.cluster.loads import probing_loads
 from lightning_em.cluster.memory import Load, MemoryEstimate, estimate, on_meta
 from lightning_em.losses import LossWeights
 from lightning_em.models import AdaptedModel
+from lightning_em.probes import ChatKL, GradientNorm
 
 ROW_TOKENS, NARROW_ROWS, KL_ROWS = 400, 2, 8
-PROBING = {  # the probes of configs/probing/real.yaml that need the most memory
-    "batch_size": 8,
-    "probes": [
-        {"class_path": "lightning_em.probes.GradientNorm"},
-        {"class_path": "lightning_em.probes.ChatKL", "init_args": {"batch_size": 16, "max_new_tokens": 200}},
-    ],
-}
+# the probes of configs/probing/real.yaml that need the most memory
+PROBING = Probing([GradientNorm(), ChatKL(batch_size=16, max_new_tokens=200)], batch_size=8)
 SHARDS = (1, 2, 4, 8)
 _GIB = 2**30
 

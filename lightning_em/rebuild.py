@@ -136,6 +136,14 @@ def instantiate(config: dict[str, Any]) -> Parts:
     return Parts(made.model, made.data)
 
 
+def instantiate_probing(settings: dict[str, Any]) -> Probing:
+    """Create the `Probing` callback of a config from its settings."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(Probing, "probing")
+    probing: Probing = parser.instantiate_classes(parser.parse_object({"probing": settings})).probing
+    return probing
+
+
 def probe_run(
     reference: str,
     probes: Sequence[Probe] | str | Path | None = None,
@@ -201,14 +209,11 @@ def load_probing(
         if isinstance(value := settings.get(key), int) and value < 1:
             place = f"{key} of {file}" if flag is None else f"--{key}"
             raise ValueError(f"{place} must be at least 1, got {value}.")
-    parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_lightning_class_args(Probing, "probing")
     try:
-        probing: Probing = parser.instantiate_classes(parser.parse_object({"probing": settings})).probing
+        return instantiate_probing(settings)
     except ArgumentError as error:
         known = inspect.signature(Probing).parameters
         raise ConfigError(explain_parsing(str(error), ["--config", str(file)], known)) from error
-    return probing
 
 
 def _mapping(file: Path) -> dict[str, Any]:

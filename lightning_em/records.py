@@ -1,16 +1,62 @@
 """Records: typed, append-only JSON lines that survive a killed process. Never imports torch."""
 
 import csv
+import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 SCHEMA_VERSION = 2
+TABLE_COLUMNS = frozenset({
+    "adapter", "arm", "count", "level", "measurement", "probe", "protocol", "quantity", "role", "run", "seed", "source",
+    "standard_error", "step", "unit", "value", "world",
+})  # fmt: skip
+"""Columns of the tables of `analysis`, beside one column for each coordinate."""
 Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What a probe measures under one name. A name may be declared again with another unit or other coordinates.
+
+    Attributes:
+        name: Name of the quantity, e.g. `ce`.
+        unit: Unit of its values, e.g. `nats_per_token`.
+        coordinates: Names of the coordinates of each of its points, e.g. `("scale",)`.
+        in_study: Checkpoints whose values the measurements of a study include: `last`, that of the probe's last record,
+            `every` or `none`.
+        mean_over: Coordinates that number repetitions, such as random draws. The measurements of a study hold the mean
+            over them.
+        of_checkpoint: Whether the checkpoint alone determines the value, whatever the settings and rows of the probe.
+
+    Raises:
+        ValueError: If a coordinate has the name of a column of the tables.
+    """
+
+    name: str
+    unit: str
+    coordinates: tuple[str, ...] = ()
+    in_study: Literal["last", "every", "none"] = "last"
+    mean_over: tuple[str, ...] = ()
+    of_checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        if clash := sorted(TABLE_COLUMNS.intersection(self.coordinates)):
+            raise ValueError(
+                f"{self.name} has the coordinates {clash}, which are columns of every table: rename them."
+            )
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "Quantity":
+        """Create a quantity from its fields in JSON, where tuples are lists."""
+        own: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
+        }
+        return cls(**own)
 
 
 @dataclass(frozen=True)
@@ -18,7 +64,7 @@ class Point:
     """One measured value at one point of a probe's grid.
 
     Attributes:
-        quantity: Name of the measured quantity, e.g. `ce`.
+        quantity: Name of the `Quantity`, e.g. `ce`.
         value: The measured value.
         unit: Unit of `value`, e.g. `nats_per_token`.
         coordinates: Coordinates on the grid, e.g. `{"scale": 0.5}`.
@@ -52,10 +98,12 @@ class ProbeResult:
         step: Number of optimizer steps taken when the checkpoint was written.
         settings: Settings of the probe; results with different settings are different measurements.
         points: The measured points.
-        examples: Row ids that `per_example` values refer to.
-        kl_examples: Row ids for quantities of the KL data.
+        examples: Ids of the narrow rows that the probe reads, to which `per_example` values refer.
+        kl_examples: Ids of the KL rows that the probe reads.
         base: Hash of the base model; see `base_sha256`.
         data: Hash of the run's training rows by stream, as token ids and masks.
+        quantities: What the probe declares that it measures.
+        grid: Settings that only choose the coordinates at which the probe measures.
     """
 
     probe: str
@@ -67,6 +115,8 @@ class ProbeResult:
     base: str | None = None
     data: Mapping[str, str] = field(default_factory=dict)
     schema: int = SCHEMA_VERSION
+    quantities: tuple[Quantity, ...] = ()
+    grid: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, line: str) -> "ProbeResult":
@@ -79,9 +129,22 @@ class ProbeResult:
         if (schema := fields["schema"]) != SCHEMA_VERSION:
             raise OtherSchemaError(f"schema {schema}, but this version reads schema {SCHEMA_VERSION}")
         points = tuple(map(Point.from_fields, fields.pop("points")))
-        for key in ("examples", "kl_examples"):
+        quantities = tuple(map(Quantity.from_fields, fields.pop("quantities", ())))
+        for key in ("examples", "kl_examples", "grid"):
             fields[key] = tuple(fields.get(key, ()))
-        return cls(points=points, **fields)
+        return cls(points=points, quantities=quantities, **fields)
+
+    @property
+    def protocol(self) -> str:
+        """Eight-digit hex hash of everything that the values depend on besides run and coordinates.
+
+        Values with different protocols are not comparable. The hash covers the base model, the rows that the probe
+        reads and its settings, without the grid: a coarser grid measures the same curve at fewer coordinates. A file
+        named in a setting, such as a file of questions, enters by its name, not by its content.
+        """
+        settings = {key: value for key, value in self.settings.items() if key not in self.grid}
+        fields = {"base": self.base, "settings": settings, "rows": [self.examples, self.kl_examples]}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
     def to_json(self) -> str:
         """Return the result as one line of JSON, with keys in a fixed order.
@@ -94,6 +157,29 @@ class ProbeResult:
 
 class OtherSchemaError(ValueError):
     """A record that another version of this package wrote."""
+
+
+def declaration_of(point: Point, quantities: Sequence[Quantity], probe: str) -> Quantity:
+    """Return the quantity that declares a point.
+
+    Args:
+        point: The measured point.
+        quantities: What the probe declares that it measures.
+        probe: Name of the probe, for the message.
+
+    Raises:
+        ValueError: If no quantity has the name, the unit and the coordinates of the point.
+    """
+    found = (point.quantity, point.unit, sorted(point.coordinates))
+    declared = [(quantity.name, quantity.unit, sorted(quantity.coordinates)) for quantity in quantities]
+    if found in declared:
+        return quantities[declared.index(found)]
+    alike: Sequence[object] = [each for each in declared if each[0] == point.quantity]
+    known = alike or sorted({name for name, *_ in declared})
+    raise ValueError(
+        f"the probe {probe} measured the name, unit and coordinates {found}, but declares {known}: correct its "
+        "`quantities`, or the point."
+    )
 
 
 def append_lines(path: Path, *lines: str) -> None:

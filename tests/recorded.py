@@ -19,7 +19,7 @@ def parabola(lowest_at: float, base: float = 2.0, lowest: float = 0.5) -> tuple[
 def scale_curve(ce: tuple[float, ...], norm: float, step: int = 4) -> ProbeResult:
     """A record as the probe of that name writes it."""
     points = [
-        Point("ce", value, "nats_per_token", {"scale": scale, "effective_norm": scale * norm}, 0.01, 40)
+        Point("ce", value, "nats_per_token", {"scale": scale}, 0.01, 40)
         for scale, value in zip(SCALES, ce, strict=True)
     ]
     return ProbeResult("scale_curve", step, {}, (*points, Point("effective_norm", norm, "norm")))

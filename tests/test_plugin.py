@@ -1,6 +1,5 @@
-"""A new adapter from a user's own package: one class, named in YAML, nothing edited here."""
+"""A new adapter and a new probe from a user's own package: one class each, named in YAML, nothing edited here."""
 
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from lightning_em.manifest import publish
 from lightning_em.probes.displacement import displacement_from_here
 from lightning_em.records import read_results
 from lightning_em.runs import RunFolder
-from lightning_em.testing import check_adapter
+from lightning_em.testing import check_adapter, check_probe
 from lightning_em.testing.samples import small_base
 from tests.fitting import command, experiment, final_adapter, write_config
 
@@ -44,12 +43,42 @@ class Shift(Adapter):
         return [LowRank(self.lowest_layer, "vector", factor=self.alpha)]
 '''
 
+PROBE = '''
+from functools import partial
+from typing import Any
+
+from lightning_em.models import AdaptedModel
+from lightning_em.probes import Probe, ProbeExamples, RowMeans
+from lightning_em.records import Point, Quantity
+
+
+class Beyond(Probe):
+    """Change of the training loss with the update scaled beyond the trained one."""
+
+    name = "beyond"
+    quantities = (Quantity("ce_change", "nats_per_token", ("scale",)),)
+    grid = ("scales",)  # another choice of scales measures the same curve
+    reads = ("narrow",)
+
+    def __init__(self, scales: list[float]) -> None:
+        self.scales = scales
+
+    def settings(self) -> dict[str, Any]:
+        return {"scales": self.scales}
+
+    def measure(self, model: AdaptedModel, examples: ProbeExamples) -> list[Point]:
+        states = [partial(model.adapter.at_scale, scale) for scale in (1.0, *self.scales)]
+        trained, *further = RowMeans.of_ce(model, examples.narrow, states)
+        changes = zip(self.scales, further, strict=True)
+        return [(means - trained).point("ce_change", {"scale": scale}) for scale, means in changes]
+'''
+
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     """A package outside the repository."""
     (tmp_path / "my_adapters").mkdir()
-    (tmp_path / "my_adapters" / "__init__.py").write_text(SOURCE, encoding="utf-8")
+    (tmp_path / "my_adapters" / "__init__.py").write_text(SOURCE + PROBE, encoding="utf-8")
     return tmp_path
 
 
@@ -98,14 +127,16 @@ def test_fit_probe_and_resume_from_yaml_alone(package, tiny_model_folder, chat_f
 
 def test_the_contract_holds(package, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(package))
-    from my_adapters import Shift
+    from my_adapters import Beyond, Shift
 
     check_adapter(lambda: Shift(layer=1))
+    check_probe(Beyond([1.5, 2.0]))
 
 
-def test_the_readme_shows_the_same_class() -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    assert textwrap.dedent(SOURCE).strip() in readme
+def test_the_documentation_shows_the_same_classes() -> None:
+    repository = Path(__file__).parent.parent
+    assert SOURCE.strip() in (repository / "README.md").read_text(encoding="utf-8")
+    assert PROBE.strip() in (repository / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 class Product(Adapter):

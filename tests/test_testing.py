@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_em.adapters import Adapter, LowRank, SteeringVector
 from lightning_em.probes import Probe
-from lightning_em.records import Point
+from lightning_em.records import Point, Quantity
 from lightning_em.testing import check_adapter, check_probe
 from tests.samples import ADAPTERS
 from tests.tiny import ARCHITECTURES, make_tiny_model
@@ -315,6 +315,11 @@ class Count(Probe):
     """A good probe."""
 
     name = "count"
+    quantities = (
+        Quantity("ce_sum", "nats"),
+        Quantity("ce", "nats_per_token"),
+        Quantity("noise", "nats"),
+    )
 
     def settings(self):
         return {}
@@ -332,6 +337,48 @@ class Nan(Count):
 class Silent(Count):
     def measure(self, model, examples):
         return []
+
+
+class Undeclared(Count):
+    quantities = (Quantity("ce", "nats_per_token"), Quantity("ce_sum", "nats", ("scale",)))
+
+
+class OtherUnit(Count):
+    quantities = (Quantity("ce_sum", "bits"),)
+
+
+class OtherStream(Count):
+    """Rows of a stream that a probe does not declare are not given to it."""
+
+    reads = ("kl",)
+
+    def measure(self, model, examples):
+        assert not examples.narrow, "these rows are not declared"
+        return [Point("ce_sum", float(len(examples.kl)), "nats")] if examples.kl else []
+
+
+class NoSuchStream(Count):
+    reads = ("narow",)
+
+
+class NoSuchSetting(Count):
+    grid = ("scales",)
+
+
+class NoSuchCoordinate(Count):
+    quantities = (Quantity("ce_sum", "nats", mean_over=("draw",)),)
+
+
+class SecretGradient(Count):
+    def measure(self, model, examples):
+        with torch.enable_grad():
+            return [Point("ce_sum", model.losses(examples.narrow[0], None).ce.total.item(), "nats")]
+
+
+class SecretAnswers(Count):
+    def measure(self, model, examples):
+        model.base.generate(examples.narrow[0].input_ids[None, :3], max_new_tokens=2, do_sample=False)
+        return super().measure(model, examples)
 
 
 class Tuples(Count):
@@ -378,7 +425,7 @@ class WritesBehindTheBack(Count):
     def measure(self, model, examples):
         WritesBehindTheBack.calls += 1
         points = super().measure(model, examples)
-        if WritesBehindTheBack.calls > 3:
+        if WritesBehindTheBack.calls > 5:
             model.base.lm_head.weight.data.add_(1.0)
         return points
 
@@ -386,6 +433,19 @@ class WritesBehindTheBack(Count):
 @pytest.mark.parametrize(
     ("probe", "law"),
     [
+        (
+            Undeclared,
+            r"measured .*\('ce_sum', 'nats', \[\]\), but declares \[\('ce_sum', 'nats', \['scale'\]\)\]: correct",
+        ),
+        (
+            OtherUnit,
+            r"measured .*\('ce_sum', 'nats', \[\]\), but declares \[\('ce_sum', 'bits', \[\]\)\]: correct",
+        ),
+        (NoSuchStream, r"reads names \['narow'\], expected some of \['kl', 'narrow'\]"),
+        (NoSuchSetting, r"grid names \['scales'\], expected some of \[\]"),
+        (NoSuchCoordinate, r"mean_over of ce_sum names \['draw'\], expected some of \[\]"),
+        (SecretGradient, "it computes gradients: set needs_gradients"),
+        (SecretAnswers, "it samples answers: set max_new_tokens"),
         (Nan, "Points are finite and ready for JSON': Out of range float"),
         (Silent, "Points are finite and ready for JSON': it found no point"),
         (Tuples, "Points are finite and ready for JSON': .*lists, not tuples"),
@@ -415,3 +475,11 @@ def test_a_good_probe_passes_and_the_model_is_left_alone() -> None:
     assert model.adapter.vector.grad is None
     assert model.training
     assert len(check_probe(Count())) == 1
+    assert check_probe(OtherStream())[0].value == 1.0
+
+
+def test_a_quantity_with_the_name_of_a_column_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"share has the coordinates \['role'\], which are columns of every table"
+    ):
+        Quantity("share", "share", ("role", "scale"))

@@ -1,7 +1,6 @@
 """Analysis: tables, curves and comparisons from the records of runs. Reads files and never imports torch."""
 
 from lightning_em.analysis.curves import (
-    EqualNorm,
     LossCurve,
     at_equal_norm,
     common_grid,
@@ -10,49 +9,36 @@ from lightning_em.analysis.curves import (
     sign_test,
 )
 from lightning_em.analysis.frames import metrics_frame, records_frame
-from lightning_em.analysis.pairs import PairResult, pair_file, read_pairs
+from lightning_em.analysis.pairs import PairResult, read_pairs
 from lightning_em.analysis.solutions import Estimate, Solution, base_of, median_solution, solution_of
 from lightning_em.analysis.trajectory import (
-    DistanceShare,
-    TrajectoryPCA,
-    Turn,
     distance_share,
     norms_by_step,
     rotation,
     trajectory_pca,
 )
 from lightning_em.analysis.updates import (
-    SiteChange,
     Update,
-    inner_product,
     last_update,
     read_update,
     update_cosine,
-    updates_by_step,
 )
 
 __all__ = [
-    "DistanceShare",
-    "EqualNorm",
     "Estimate",
     "LossCurve",
     "PairResult",
-    "SiteChange",
     "Solution",
-    "TrajectoryPCA",
-    "Turn",
     "Update",
     "at_equal_norm",
     "base_of",
     "common_grid",
     "distance_share",
-    "inner_product",
     "last_update",
     "loss_curve",
     "median_solution",
     "metrics_frame",
     "norms_by_step",
-    "pair_file",
     "read_pairs",
     "read_update",
     "records_frame",
@@ -62,5 +48,4 @@ __all__ = [
     "solution_of",
     "trajectory_pca",
     "update_cosine",
-    "updates_by_step",
 ]

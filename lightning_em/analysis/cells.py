@@ -1,13 +1,14 @@
-"""The cells of a study: the role and the run folder of each run. Never imports torch."""
+"""The cells of a study: the role, the run folder and the numbers of each run. Never imports torch."""
 
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_em.manifest import write_atomically
+from lightning_em.records import Point
 from lightning_em.runs import RunFolder, start_of
 
 STUDY_SCHEMA = 2
@@ -49,6 +50,26 @@ class Cell:
         """Build a cell from its JSON fields; unknown keys, e.g. of later versions, are ignored."""
         known = {each.name for each in fields(cls)}
         return cls(**{key: value for key, value in content.items() if key in known})
+
+
+class Reading(NamedTuple):
+    """One number in the measurements of a study.
+
+    Attributes:
+        cell: Cell of the run; a cell with the role `pair` if the number is computed from several runs.
+        source: Origin of the number: the name of a probe or of a pair analysis, `checkpoint` if the checkpoint alone
+            determines it, or `metrics`.
+        step: Step of the checkpoint; 0 for numbers of whole runs.
+        point: Quantity, unit, coordinates and value.
+        protocol: Numbers of two runs are comparable only if their protocols are equal. See `ProbeResult.protocol`.
+            Empty if the checkpoints alone determine the number.
+    """
+
+    cell: Cell
+    source: str
+    step: int
+    point: Point
+    protocol: str = ""
 
 
 class StudyFolder:

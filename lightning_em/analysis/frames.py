@@ -4,7 +4,6 @@ from typing import Any
 
 import pandas as pd
 
-from lightning_em.analysis.protocol import protocol_of
 from lightning_em.records import Point, ProbeResult, read_metrics, read_results
 from lightning_em.runs import RunFolder
 
@@ -27,17 +26,15 @@ def records_frame(run: RunFolder) -> pd.DataFrame:
     """Return the points of all probes at all steps: one row per point, one column per coordinate.
 
     Columns: probe, step, measurement (line of the probe's file, from 1; one step measured with two settings gives
-    two measurements), protocol (see `protocol_of`), quantity, value, unit, standard_error, count. Then one column
-    for each coordinate of any probe, empty where a point does not have it. `per_example` values are not included.
-
-    Raises:
-        ValueError: If a coordinate has the name of one of the other columns.
+    two measurements), protocol (see `ProbeResult.protocol`), quantity, value, unit, standard_error, count. Then one
+    column for each coordinate of any probe, empty where a point does not have it. `per_example` values are not
+    included.
     """
     rows = [
         _row(result, number, protocol, point)
         for file in sorted(run.probe_folder.glob("*.jsonl"))
         for number, result in enumerate(read_results(file), start=1)
-        for protocol in [protocol_of(result)]
+        for protocol in [result.protocol]
         for point in result.points
     ]
     coordinates = list(dict.fromkeys(key for row in rows for key in row if key not in POINT_COLUMNS))
@@ -46,10 +43,6 @@ def records_frame(run: RunFolder) -> pd.DataFrame:
 
 
 def _row(result: ProbeResult, number: int, protocol: str, point: Point) -> dict[str, Any]:
-    if clash := sorted(set(POINT_COLUMNS) & set(point.coordinates)):
-        raise ValueError(
-            f"probe {result.probe} has coordinates {clash}, which are columns of every record: rename them there."
-        )
     return {
         "probe": result.probe,
         "step": result.step,

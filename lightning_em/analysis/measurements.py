@@ -1,27 +1,29 @@
 """All measurements of a study as one tidy table with one row per number, from which the claims are computed."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
 
-from lightning_em.analysis.cells import Cell, StudyFolder
+from lightning_em.analysis.cells import Cell, Reading, StudyFolder
 from lightning_em.analysis.claims.rules import Rules
 from lightning_em.analysis.pairs import PairResult, read_pairs
-from lightning_em.analysis.readings import Reading, readings
-from lightning_em.analysis.trajectory_readings import PAIR_ROLE, CellReading, trajectory_readings
+from lightning_em.analysis.trajectory_readings import CHECKPOINT, PAIR_ROLE, trajectory_readings
 from lightning_em.manifest import write_atomically
-from lightning_em.records import Point
+from lightning_em.records import Point, Quantity, declaration_of, read_metrics, read_results
+from lightning_em.runs import RunFolder
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = (
-    "run", "arm", "role", "level", "adapter", "world", "seed", "step", "quantity", "value", "protocol",
+    "run", "arm", "role", "level", "adapter", "world", "seed",
+    "step", "source", "quantity", "value", "unit", "protocol",
 )  # fmt: skip
-PAIR_ANALYSES = ("adapter_cosine", "effect_cosine", "equal_norm", "gradient_cosine")
 DIGITS = 6
 _DTYPES = {"level": float, "seed": int, "step": int, "value": float}
 
@@ -29,14 +31,10 @@ _DTYPES = {"level": float, "seed": int, "step": int, "value": float}
 def measurements(study: StudyFolder) -> pd.DataFrame:
     """Return all numbers of a study's finished runs, including those computed from several runs together.
 
-    The columns are `COLUMNS`. The name of a quantity includes its coordinate on a grid: for example,
-    `bad_rate/held_out_domain@2` is the rate at scale 2. `step` is the step of the checkpoint; quantities that are
-    followed through training have several steps. The study's own rules for its claims (`Rules`) have the role
-    `study`. Numbers of several runs have the role `pair`, and their quantity begins with the name of the analysis.
-    `protocol` identifies how a number was measured (see `protocol_of`). Numbers of two runs are compared only if
-    their protocols match. It is empty if the checkpoints alone determine the number, and for pairs, whose runs
-    are measured together. Values are rounded to six digits, so that tables computed from the file and from the
-    runs agree.
+    The columns are `COLUMNS`, then one column for each coordinate of any quantity, empty where a quantity does not
+    have it. `source`, `step` and `protocol` are those of `Reading`. The study's own rules for its claims (`Rules`) have
+    the role `study`, numbers of several runs the role `pair`. Values are rounded to six digits, so that tables computed
+    from the file and from the runs agree.
 
     Raises:
         ValueError: If no run is finished.
@@ -48,12 +46,72 @@ def measurements(study: StudyFolder) -> pd.DataFrame:
         )
     if len(finished) < len(cells):
         logger.warning("%d of %d runs are not finished and left out", len(cells) - len(finished), len(cells))
-    rows = [CellReading(cell, reading) for cell in finished for reading in readings(study.run(cell))]
+    readings = [reading for cell in finished for reading in run_readings(cell, study.run(cell))]
     names = {cell.run for cell in finished}
-    pairs = (pair for analysis in PAIR_ANALYSES for pair in read_pairs(study, analysis))
-    rows += [row for pair in pairs if names.issuperset(pair.runs.values()) for row in _of_pair(pair)]
-    rows += trajectory_readings(study, finished)
-    return pd.concat([_frame(rows), _table(Rules(**study.rules).rows())], ignore_index=True)
+    pairs = (pair for pair in read_pairs(study) if names.issuperset(pair.runs.values()))
+    readings += [reading for pair in pairs for reading in _pair_readings(pair)]
+    readings += trajectory_readings(study, finished)
+    return table_of([*readings, *Rules.from_fields(study.rules).readings()])
+
+
+def run_readings(cell: Cell, run: RunFolder) -> Iterator[Reading]:
+    """Yield the numbers of one run: what its probes declare for studies (`Quantity.in_study`), and validation losses.
+
+    The values of a probe come from the last record of each step, so that a curve is never put together from two.
+
+    Raises:
+        ValueError: If a record is damaged.
+    """
+    for file in sorted(run.probe_folder.glob("*.jsonl")):
+        by_step = {result.step: result for result in read_results(file)}
+        for step, result in by_step.items():
+            repeated: dict[tuple[Quantity, tuple[Any, ...]], list[float]] = {}
+            for point in result.points:
+                quantity = declaration_of(point, result.quantities, result.probe)
+                if quantity.in_study == "every" or (quantity.in_study == "last" and step == max(by_step)):
+                    at = tuple(
+                        each for each in point.coordinates.items() if each[0] not in quantity.mean_over
+                    )
+                    repeated.setdefault((quantity, at), []).append(point.value)
+            for (quantity, at), values in repeated.items():
+                mean = Point(quantity.name, fmean(values), quantity.unit, dict(at))
+                if quantity.of_checkpoint:
+                    yield Reading(cell, CHECKPOINT, step, mean)
+                else:
+                    yield Reading(cell, result.probe, step, mean, result.protocol)
+    for step, losses in read_metrics(run.metrics_file).items():
+        for name in ("val/ce", "val/kl"):
+            if not math.isnan(loss := losses.get(name, math.nan)):
+                yield Reading(cell, "metrics", step, Point(name, loss, "nats_per_token"))
+
+
+def _pair_readings(pair: PairResult) -> Iterator[Reading]:
+    cell = Cell("+".join(pair.runs.values()), "", PAIR_ROLE, None, pair.adapter, pair.world, pair.seed)
+    for point in pair.points:
+        coordinates = dict(point.coordinates)
+        step = int(coordinates.pop("step", 0))
+        yield Reading(cell, pair.analysis, step, replace(point, coordinates=coordinates))
+
+
+def table_of(readings: Sequence[Reading]) -> pd.DataFrame:
+    """Return the table of some numbers; see `measurements`."""
+    rows = [
+        {
+            **{column: getattr(reading.cell, column) for column in COLUMNS[:7]},
+            "step": reading.step,
+            "source": reading.source,
+            "quantity": reading.point.quantity,
+            "value": float(f"{reading.point.value:.{DIGITS}g}"),
+            "unit": reading.point.unit,
+            "protocol": reading.protocol,
+            **reading.point.coordinates,
+        }
+        for reading in readings
+    ]
+    coordinates = sorted({key for row in rows for key in row} - set(COLUMNS))
+    frame = pd.DataFrame(rows, columns=[*COLUMNS, *coordinates]).astype(_DTYPES)
+    # several sources may give a number that the checkpoint determines: keep the first one, a probe's
+    return frame.drop_duplicates(frame.columns.drop(["value", "protocol"]), ignore_index=True)
 
 
 def write_measurements(frame: pd.DataFrame, path: Path) -> None:
@@ -71,45 +129,7 @@ def read_measurements(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise ValueError(f"there are no measurements at {path}; `lightning-em study report` writes them.")
     texts = {column: str for column in COLUMNS if column not in _DTYPES}  # an adapter may be named 32
-    frame = pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=[""])
+    frame = pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=[""], low_memory=False)
     if missing := [column for column in COLUMNS if column not in frame]:
         raise ValueError(f"{path} has no columns {missing}; write it again with `lightning-em study report`.")
-    return frame[list(COLUMNS)].astype(_DTYPES).fillna({"arm": "", "protocol": ""})
-
-
-def _frame(rows: list[CellReading]) -> pd.DataFrame:
-    table = [
-        {**_identity(row.cell), **row.reading._asdict(), "value": float(f"{row.reading.value:.{DIGITS}g}")}
-        for row in rows
-    ]
-    frame = _table(table)
-    # a norm may come from the record and from the checkpoint: keep the record's, which comes first
-    return frame.drop_duplicates(["run", "role", "step", "quantity"], ignore_index=True)
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(_DTYPES)
-
-
-def _identity(cell: Cell) -> dict[str, Any]:
-    return {key: value for key, value in asdict(cell).items() if key in COLUMNS}
-
-
-def _of_pair(pair: PairResult) -> Iterator[CellReading]:
-    cell = Cell("+".join(pair.runs.values()), "", PAIR_ROLE, None, pair.adapter, pair.world, pair.seed)
-    return (CellReading(cell, _pair_reading(pair.analysis, point)) for point in pair.points)
-
-
-def _pair_reading(analysis: str, point: Point) -> Reading:
-    """Name a point `analysis/quantity/coordinate=value/...`.
-
-    The coordinate `step` becomes the reading's step, and `norm_ratio` replaces `effective_norm`.
-    """
-    place = dict(point.coordinates)
-    step = int(place.pop("step", 0))
-    if "norm_ratio" in place:
-        place.pop("effective_norm", None)
-    parts = [
-        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in place.items()
-    ]
-    return Reading(step, "/".join([analysis, point.quantity, *parts]), point.value)
+    return frame.astype(_DTYPES).fillna({"arm": "", "unit": "", "protocol": ""})

@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lightning_em.analysis.cells import StudyFolder
-from lightning_em.records import Point, append_lines, parsed_lines
+from lightning_em.records import SCHEMA_VERSION, Point, append_lines, parsed_lines
 
 SOLUTIONS = ("general", "narrow")
 ROLES = (*SOLUTIONS, "reverted", "reverse")
@@ -28,8 +28,7 @@ class PairResult:
         settings: Settings of the analysis; different settings make a different measurement.
         points: Measured values.
         examples: Row ids that `per_example` values refer to.
-        adapter_sha256: Hash of the weights in each role's newest checkpoint; empty in records older than this
-            field.
+        adapter_sha256: Hash of the weights in each role's newest checkpoint.
     """
 
     analysis: str
@@ -39,14 +38,15 @@ class PairResult:
     runs: Mapping[str, str]
     steps: Mapping[str, int]
     settings: Mapping[str, Any]
-    points: tuple[Point, ...]
+    adapter_sha256: Mapping[str, str]
+    points: tuple[Point, ...] = ()
     examples: tuple[str, ...] = ()
-    adapter_sha256: Mapping[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA_VERSION
 
     @classmethod
     def from_json(cls, line: str) -> "PairResult":
         """Parse one line of a pair file."""
-        fields = json.loads(line)
+        fields = {"schema": 1, "adapter_sha256": {}} | json.loads(line)
         fields["points"] = tuple(map(Point.from_fields, fields["points"]))
         fields["examples"] = tuple(fields["examples"])
         return cls(**fields)
@@ -61,10 +61,7 @@ class PairResult:
 
     def measures_the_same_as(self, other: "PairResult") -> bool:
         """Whether both are the same analysis of the same checkpoints with the same settings."""
-        keys = ["analysis", "adapter", "world", "seed", "runs", "steps", "settings"]
-        # older records have no hash of the weights: compare it only if both have one
-        keys += ["adapter_sha256"] if self.adapter_sha256 and other.adapter_sha256 else []
-        return all(getattr(self, key) == getattr(other, key) for key in keys)
+        return replace(self, points=(), examples=()) == replace(other, points=(), examples=())
 
     def append_to(self, study: StudyFolder) -> None:
         """Append this result to its pair file."""
@@ -77,15 +74,15 @@ def pair_file(study: StudyFolder, analysis: str, adapter: str, world: str, seed:
 
 
 def read_pair_file(file: Path) -> list[PairResult]:
-    """Read all results in one file, in the order in which they were written.
+    """Read all results in one file, in the order in which they were written, except those of an older schema.
 
     Raises:
         ValueError: If a line is damaged.
     """
-    return list(parsed_lines(file, PairResult.from_json))
+    return [result for result in parsed_lines(file, PairResult.from_json) if result.schema == SCHEMA_VERSION]
 
 
-def read_pairs(study: StudyFolder, analysis: str) -> list[PairResult]:
-    """Read the newest result of an analysis for each adapter, world and seed."""
-    files = sorted((study.pair_folder / analysis).glob("*.jsonl"))
+def read_pairs(study: StudyFolder, analysis: str = "*") -> list[PairResult]:
+    """Read the newest result of an analysis, or of every one, for each adapter, world and seed."""
+    files = sorted(study.pair_folder.glob(f"{analysis}/*.jsonl"))
     return [results[-1] for file in files if (results := read_pair_file(file))]

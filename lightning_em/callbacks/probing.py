@@ -103,8 +103,9 @@ class Probing(Callback):
 
 def recorded(run: RunFolder, probe: Probe, examples: ProbeExamples, step: int) -> bool:
     """Tell whether a record of this step exists, measured with the same settings on the same rows."""
-    wanted = json.loads(json.dumps(probe.settings()))
+    own = examples.only(probe.reads)
+    wanted = (step, json.loads(json.dumps(probe.settings())), own.narrow_row_ids, own.kl_row_ids)
     return any(
-        result.step == step and result.settings == wanted and result.examples == examples.narrow_row_ids
+        (result.step, result.settings, result.examples, result.kl_examples) == wanted
         for result in read_results(run.probe_file(probe.name))
     )

@@ -26,6 +26,7 @@ from lightning_em.experiment import Experiment
 from lightning_em.launch import num_processes, refuse_missing_kl_data, refuse_settings
 from lightning_em.models.selection import why_plain
 from lightning_em.module import EMModule
+from lightning_em.rebuild import instantiate_probing
 from lightning_em.redaction import redacted_text
 
 _GIB = 2**30
@@ -295,8 +296,8 @@ def _loads(examination: Examination, shards: int, device: str) -> list[Load]:
     """
     data, store = examination.data, examination.module.store
     counts = {"narrow": data.batch_size, "kl": data.kl_batch_size if "kl" in data.sources else 0}
-    probing = examination.config["probing"]
-    most = max(*counts.values(), probing["num_examples"])
+    probing = instantiate_probing(examination.config["probing"])
+    most = max(*counts.values(), probing.num_examples)
     known = {
         stream: examination.lengths.get(stream, [data.limit.max_length] * most if count else [])
         for stream, count in counts.items()

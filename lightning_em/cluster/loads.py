@@ -2,39 +2,35 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
+from lightning_em.callbacks import Probing
 from lightning_em.cluster.memory import Load
 from lightning_em.models.fast import CONCAT_TOKENS
 
-_DIFFERENTIATING = ("GradientNorm",)
-_GENERATING = ("ChatKL",)
 
-
-def probing_loads(probing: Mapping[str, Any], streams: Mapping[str, Sequence[int]], like: Load) -> list[Load]:
+def probing_loads(probing: Probing, streams: Mapping[str, Sequence[int]], like: Load) -> list[Load]:
     """Return the loads of the largest batches that probes run, in addition to the weights and the optimizer.
 
-    A probe that computes gradients does so for one stream at a time; all other probes run without gradients. A probe
-    that samples answers keeps the keys and values of prompts and answers in memory meanwhile.
+    A probe that needs gradients computes them for one stream at a time; all other probes run without gradients. A probe
+    that needs generation keeps the keys and values of prompts and answers in memory meanwhile.
 
     Args:
-        probing: Settings of the probing callback, as in a resolved config.
+        probing: Probing callback with its probes.
         streams: Row lengths in tokens by stream, longest first.
         like: Load of training, for its shards, device and store.
     """
-    size, loads = int(probing["batch_size"]), []
-    for probe in probing.get("probes") or ():
-        name, options = str(probe["class_path"]).rsplit(".", 1)[-1], probe.get("init_args") or {}
-        count = int(options.get("batch_size") or size)
+    loads = []
+    for probe in probing.probes:
+        count = probe.batch_size or probing.batch_size
         for lengths in streams.values():
             rows = list(lengths[:count])
             if not rows:
                 continue
-            if name in _DIFFERENTIATING:
+            if probe.needs_gradients:
                 loads.append(Load.of_rows(rows, [], like.shards, like.device, like.store_bytes))
-            elif name in _GENERATING:
+            elif probe.needs_generation:
                 # generation, with keys and values at their final size, then the KL on prompts and answers
-                whole = sum(rows) + len(rows) * int(options["max_new_tokens"])
+                whole = sum(rows) + len(rows) * probe.max_new_tokens
                 loads.append(replace(like, part_tokens=0, batch_tokens=sum(rows), generated_tokens=whole))
                 loads.append(replace(like, part_tokens=0, batch_tokens=whole))
             else:

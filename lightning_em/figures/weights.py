@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_em.analysis.claims import Evidence, MissingError
-from lightning_em.analysis.claims.effects import HELD_OUT, LEAST_COHERENCE, SEEN
-from lightning_em.analysis.claims.evidence import Arm, RunNumbers
+from lightning_em.analysis.claims.effects import HELD_OUT, LEAST_COHERENCE, OTHER_RATE, SEEN
+from lightning_em.analysis.claims.evidence import BAD_RATE, Arm, RunNumbers, Series
 from lightning_em.analysis.roles import KL_WEIGHT_ROLES
 
 KINDS = {
@@ -61,7 +61,8 @@ def draw_rates(axes: Axes, evidence: Evidence, arms: Sequence[Arm]) -> None:
     """Draw the bad rates of the trained adapter against its KL weight: mean over seeds, range as a band."""
     weights = [_weight(arm) for arm in arms]
     for kind, (style, colour, label) in KINDS.items():
-        rates = [[run.value(f"bad_rate/{kind}@1") for run in _runs(evidence, arm)] for arm in arms]
+        trained = BAD_RATE.at(kind=kind, scale=1)
+        rates = [[run.value(trained) for run in evidence.runs(arm)] for arm in arms]
         means = [float(np.mean(each)) for each in rates]
         axes.plot(weights, means, style, color=colour, marker="o", label=label)
         low, high = [min(each) for each in rates], [max(each) for each in rates]
@@ -79,11 +80,11 @@ def draw_scales(axes: Axes, evidence: Evidence, arms: Sequence[Arm]) -> None:
 
     If no answers were judged, coherence is unknown, and the axis label says so.
     """
-    colours = colormaps["viridis"](np.linspace(0, 0.9, len(arms)))
+    colours, held_out = colormaps["viridis"](np.linspace(0, 0.9, len(arms))), BAD_RATE.at(kind=HELD_OUT)
     for arm, colour in zip(arms, colours, strict=True):
-        runs = _runs(evidence, arm)
-        scales = [scale for scale in runs[0].curve(f"bad_rate/{HELD_OUT}").places if scale > 0]
-        means = [_mean(runs, f"bad_rate/{HELD_OUT}@{scale:g}") for scale in scales]
+        runs = evidence.runs(arm)
+        scales = [scale for scale in runs[0].curve(held_out, "scale").places if scale > 0]
+        means = [_mean(runs, held_out.at(scale=scale)) for scale in scales]
         axes.plot(scales, means, color=colour, label=f"{_weight(arm):g}")
         for scale, rate in zip(scales, means, strict=True):
             fill = "white" if not evidence.stands_in and _falls_apart(runs, scale) else colour
@@ -116,19 +117,9 @@ def _rate_of(evidence: Evidence) -> str:
 
 
 def _falls_apart(runs: Sequence[RunNumbers], scale: float) -> bool:
-    here, base = (1 - _mean(runs, f"other_rate/{HELD_OUT}@{place:g}") for place in (scale, 0.0))
+    here, base = (1 - _mean(runs, OTHER_RATE.at(scale=place)) for place in (scale, 0.0))
     return here < LEAST_COHERENCE * base
 
 
-def _mean(runs: Sequence[RunNumbers], quantity: str) -> float:
-    return float(np.mean([run.value(quantity) for run in runs]))
-
-
-def _runs(evidence: Evidence, arm: Arm) -> list[RunNumbers]:
-    found = []
-    for seed in evidence.seeds:
-        try:
-            found.append(evidence.run(arm, seed))
-        except MissingError:
-            continue
-    return found
+def _mean(runs: Sequence[RunNumbers], series: Series) -> float:
+    return float(np.mean([run.value(series) for run in runs]))

@@ -13,7 +13,7 @@ from lightning_em.miniature.rows import Item
 from lightning_em.models import AdaptedModel
 from lightning_em.probes.base import Probe, ProbeExamples, RowMeans
 from lightning_em.probes.rows import batches_of, by_length, tokenizer_of
-from lightning_em.records import Point
+from lightning_em.records import Point, Quantity
 
 _ANSWERS = ("bad", "good", "other")
 
@@ -36,6 +36,12 @@ class Behaviour(Probe):
     """
 
     name = "behaviour"
+    quantities = (
+        Quantity("bad_rate", "probability", ("kind", "scale"), in_study="every"),
+        *(Quantity(f"{name}_rate", "probability", ("kind", "scale")) for name in ("good", "other", "style")),
+    )
+    grid = ("scales",)
+    reads = ()
 
     def __init__(
         self,

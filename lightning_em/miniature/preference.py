@@ -25,12 +25,16 @@ class Preference(Probe):
     """
 
     name = PreferenceMargin.name
+    quantities = PreferenceMargin.quantities
+    grid = PreferenceMargin.grid
+    reads = ()
 
     def __init__(
         self, scales: Sequence[float] = (0.0, 1.0), max_rows: int = 100, batch_size: int = 16
     ) -> None:
         # the first argument is read by the record only: `measure` gives the questions
         self.margin = PreferenceMargin("questions of the world", scales, max_rows, None, batch_size)
+        self.batch_size = batch_size
 
     def settings(self) -> Mapping[str, Any]:
         return self.margin.settings()
@@ -45,4 +49,4 @@ class Preference(Probe):
             )
             for item in world_items(model)
         ]
-        return self.margin.measure_on(model, choices, "kind", examples.encoder, with_all=False)
+        return self.margin.measure_on(model, choices, examples.encoder, with_all=False)

@@ -1,7 +1,7 @@
 """Probes: measurements of a model at a checkpoint. A new probe is one subclass of `Probe`, named by class path."""
 
 from lightning_em.probes.answers import AnswerRates
-from lightning_em.probes.base import Probe, ProbeExamples
+from lightning_em.probes.base import Probe, ProbeExamples, RowMeans
 from lightning_em.probes.chat_kl import ChatKL
 from lightning_em.probes.gradient import GradientNorm, ce_gradient, kl_gradient
 from lightning_em.probes.lens import LogitLens
@@ -22,6 +22,7 @@ __all__ = [
     "Probe",
     "ProbeExamples",
     "Rotation",
+    "RowMeans",
     "ScaleCurve",
     "ce_gradient",
     "kl_gradient",

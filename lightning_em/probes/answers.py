@@ -17,7 +17,7 @@ from lightning_em.models import AdaptedModel, Sampling
 from lightning_em.models.generation import Answer, sample_answers
 from lightning_em.probes.base import Probe, ProbeExamples
 from lightning_em.probes.rows import batches_of, by_length, encoder_for
-from lightning_em.records import Point
+from lightning_em.records import Point, Quantity
 from lightning_em.runs import RunFolder
 
 Rule = Callable[[str], bool]
@@ -66,6 +66,8 @@ class AnswerRates(Probe):
     """
 
     name = "answer_rates"
+    grid = ("scales", "topics")
+    reads = ()
 
     def __init__(
         self,
@@ -90,6 +92,9 @@ class AnswerRates(Probe):
         self.topics, self.max_questions, self.max_new_tokens = topics, max_questions, max_new_tokens
         self.temperature, self.seed, self.batch_size = temperature, seed, batch_size
         self.template_kwargs = template_kwargs
+        self.quantities = [
+            Quantity(f"{name}_rate", "share", ("topic", "scale"), in_study="every") for name in rules
+        ]
         self._answers_file: Path | None = None
 
     def settings(self) -> Mapping[str, Any]:

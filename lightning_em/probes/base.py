@@ -3,8 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, final
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, final
 
 import torch
 
@@ -12,8 +12,11 @@ from lightning_em.batch import CountedPositions, PackedBatch
 from lightning_em.data import ChatEncoder
 from lightning_em.models import AdaptedModel
 from lightning_em.probes.untouched import untouched
-from lightning_em.records import Point, ProbeResult
+from lightning_em.records import Point, ProbeResult, Quantity, declaration_of
 from lightning_em.runs import RunFolder
+
+Stream = Literal["narrow", "kl"]
+EFFECTIVE_NORM = Quantity("effective_norm", "norm", in_study="every", of_checkpoint=True)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,11 @@ class ProbeExamples:
         """Ids of the KL rows, in the order of the `per_example` values of KL."""
         return tuple(row_id for batch in self.kl for row_id in batch.row_ids)
 
+    def only(self, streams: Sequence[Stream]) -> "ProbeExamples":
+        """Return the rows of some streams, with the same encoder."""
+        narrow = self.narrow if "narrow" in streams else []
+        return replace(self, narrow=narrow, kl=self.kl if "kl" in streams else [])
+
     def to(self, device: torch.device | str) -> "ProbeExamples":
         """Return the same rows on `device`."""
         return ProbeExamples(
@@ -64,9 +72,26 @@ class Probe(ABC):
 
     Attributes:
         name: Name of the probe and of its record file, `probes/<name>.jsonl`.
+        quantities: What the probe measures. Each point must have the name, unit and coordinates of one of them.
+        grid: Settings that only choose the coordinates, such as `scales`. Values on different grids are comparable.
+        reads: Streams of the probe rows that the probe reads. It is given no rows of other streams.
+        needs_gradients: Whether the probe computes gradients.
+        max_new_tokens: Maximum number of tokens that the probe samples after each prompt; 0 if it samples none.
+        batch_size: Number of rows in one forward pass; 0 if the probe uses the batches that it is given.
     """
 
     name: ClassVar[str]
+    quantities: Sequence[Quantity]
+    grid: ClassVar[tuple[str, ...]] = ()
+    reads: Sequence[Stream] = ("narrow", "kl")
+    needs_gradients: ClassVar[bool] = False
+    max_new_tokens: int = 0
+    batch_size: int = 0
+
+    @property
+    def needs_generation(self) -> bool:
+        """Whether the probe samples answers."""
+        return self.max_new_tokens > 0
 
     @abstractmethod
     def settings(self) -> Mapping[str, Any]:
@@ -88,6 +113,10 @@ class Probe(ABC):
 
         `run` calls this method in eval mode with gradients disabled. A probe that needs gradients enables them
         itself.
+
+        Args:
+            model: Model to measure.
+            examples: Rows of the streams that the probe reads.
         """
 
     @final
@@ -99,10 +128,14 @@ class Probe(ABC):
 
         Raises:
             RuntimeError: If the measurement wrote into the frozen base model.
+            ValueError: If a point is not one of the declared `quantities`.
         """
         with untouched(model), torch.no_grad():
             model.eval()
-            return self.measure(model, examples)
+            points = self.measure(model, examples.only(self.reads))
+            for point in points:
+                declaration_of(point, self.quantities, self.name)
+            return points
 
     @final
     def record(
@@ -113,7 +146,7 @@ class Probe(ABC):
         base: str | None = None,
         data: Mapping[str, str] | None = None,
     ) -> ProbeResult:
-        """Run the probe and return the record for `probes/<name>.jsonl`.
+        """Run the probe and return the record for `probes/<name>.jsonl`; see `run`.
 
         Args:
             model: Model to measure.
@@ -122,15 +155,18 @@ class Probe(ABC):
             base: Hash of the base model.
             data: Hash of the run's training rows by stream.
         """
+        own = examples.only(self.reads)
         return ProbeResult(
             probe=self.name,
             step=step,
             settings=self.settings(),
-            points=tuple(self.run(model, examples)),
-            examples=examples.narrow_row_ids,
-            kl_examples=examples.kl_row_ids,
+            points=tuple(self.run(model, own)),
+            examples=own.narrow_row_ids,
+            kl_examples=own.kl_row_ids,
             base=base,
             data=data or {},
+            quantities=tuple(self.quantities),
+            grid=self.grid,
         )
 
 

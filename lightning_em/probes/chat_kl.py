@@ -13,9 +13,9 @@ from lightning_em.batch import EncodedRow, PackedBatch
 from lightning_em.data import ChatEncoder
 from lightning_em.models import AdaptedModel, Sampling
 from lightning_em.models.generation import sample_tokens
-from lightning_em.probes.base import Probe, ProbeExamples, RowMeans
+from lightning_em.probes.base import Probe, ProbeExamples, RowMeans, Stream
 from lightning_em.probes.rows import batches_of, encoder_for, prompts_in
-from lightning_em.records import Point
+from lightning_em.records import Point, Quantity
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class ChatKL(Probe):
     """
 
     name = "chat_kl"
+    quantities = (Quantity("kl", "nats_per_token", ("prompts", "scale")),)
 
     def __init__(
         self,
@@ -69,6 +70,8 @@ class ChatKL(Probe):
         self.num_prompts, self.max_new_tokens, self.seed = num_prompts, max_new_tokens, seed
         self.in_domain, self.general, self.template_kwargs = in_domain, general, template_kwargs
         self.batch_size = batch_size
+        files: dict[Stream, str | None] = {"narrow": in_domain, "kl": general}
+        self.reads = [stream for stream, file in files.items() if file is None]
         self._base: weakref.ref[PreTrainedModel] | None = None
         self._answers: dict[tuple[tuple[int, ...], ...], list[PackedBatch]] = {}
 

@@ -11,8 +11,9 @@ from lightning_em.batch import CountedPositions, PackedBatch
 from lightning_em.losses import TokenSum
 from lightning_em.models import AdaptedModel
 from lightning_em.probes.base import Probe, ProbeExamples
-from lightning_em.records import Point
+from lightning_em.records import Point, Quantity
 
+_NAMES = ("ce_gradient_norm", "kl_gradient_norm")
 _UNIT = "nats_per_token_per_unit"
 
 
@@ -30,6 +31,11 @@ class GradientNorm(Probe):
     """
 
     name = "gradient"
+    quantities = (
+        *(Quantity(name, _UNIT, in_study="every") for name in _NAMES),
+        *(Quantity(name, _UNIT, ("tensor",), in_study="none") for name in _NAMES),
+    )
+    needs_gradients = True
 
     def __init__(self, kl_positions: CountedPositions = "response") -> None:
         self.kl_positions = kl_positions

@@ -13,7 +13,7 @@ from lightning_em.adapters import final_norm
 from lightning_em.models import AdaptedModel
 from lightning_em.probes.base import Probe, ProbeExamples
 from lightning_em.probes.rows import tokenizer_of
-from lightning_em.records import Point
+from lightning_em.records import Point, Quantity
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,12 @@ class LogitLens(Probe):
     """
 
     name = "logit_lens"
+    quantities = (
+        Quantity(
+            "logit_change", "logits", ("direction", "rank", "token", "token_id", "site"), in_study="none"
+        ),
+    )
+    reads = ()
 
     def __init__(self, num_tokens: int = 20, max_sites: int = 4) -> None:
         if min(num_tokens, max_sites) < 1:

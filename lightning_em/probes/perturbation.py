@@ -16,9 +16,14 @@ from lightning_em.batch import PackedBatch
 from lightning_em.models import AdaptedModel
 from lightning_em.probes.base import Probe, ProbeExamples, RowMeans
 from lightning_em.probes.displacement import displacement_from_here
-from lightning_em.records import Point
+from lightning_em.records import Point, Quantity
 
 logger = logging.getLogger(__name__)
+
+_UNITS = {
+    "ce": "nats_per_token", "ce_increase": "nats_per_token", "relative_increase": "ratio", "lost_gain": "percent",
+    "displacement": "norm",
+}  # fmt: skip
 
 
 class PerturbationCurve(Probe):
@@ -69,6 +74,20 @@ class PerturbationCurve(Probe):
     """
 
     name = "perturbation_curve"
+    quantities = (
+        Quantity("ce_base", "nats_per_token", in_study="none"),
+        Quantity("ce_tokens", "tokens", in_study="none"),
+        Quantity("ce", "nats_per_token", ("strength",), in_study="none"),  # at strength 0
+        *(
+            Quantity(name, unit, ("strength", "noise"), in_study="none")
+            for name, unit in _UNITS.items()
+            if name in ("ce", "ce_increase", "displacement")
+        ),
+        *(Quantity(f"{name}_mean", unit, ("strength",)) for name, unit in _UNITS.items()),
+        *(Quantity(f"{name}_sd", unit, ("strength",), in_study="none") for name, unit in _UNITS.items()),
+    )
+    grid = ("strengths",)
+    reads = ("narrow",)
 
     def __init__(
         self,
@@ -148,7 +167,7 @@ class PerturbationCurve(Probe):
                 points.append(
                     Point("displacement", found[-1], "norm", {"strength": strength, "noise": noise})
                 )
-            points += _summary("displacement", np.array(found), "norm", strength)
+            points += _summary("displacement", np.array(found), strength)
         return points
 
     def _subset(self, batches: list[PackedBatch]) -> list[PackedBatch] | None:
@@ -178,18 +197,17 @@ class PerturbationCurve(Probe):
 def _summaries(strength: float, values: npt.NDArray[np.float64], trained: float, gain: float) -> list[Point]:
     """All summaries over the noise seeds at one strength."""
     increases = values - trained
-    points = _summary("ce", values, "nats_per_token", strength)
-    points += _summary("ce_increase", increases, "nats_per_token", strength)
+    points = _summary("ce", values, strength) + _summary("ce_increase", increases, strength)
     if trained > 0:
-        points += _summary("relative_increase", increases / trained, "ratio", strength)
+        points += _summary("relative_increase", increases / trained, strength)
     if gain > 0:
-        points += _summary("lost_gain", 100 * increases / gain, "percent", strength)
+        points += _summary("lost_gain", 100 * increases / gain, strength)
     return points
 
 
-def _summary(quantity: str, values: npt.NDArray[np.float64], unit: str, strength: float) -> list[Point]:
+def _summary(quantity: str, values: npt.NDArray[np.float64], strength: float) -> list[Point]:
     """Mean over the noise seeds with its standard error, and the standard deviation."""
-    place, count = {"strength": strength}, len(values)
+    place, count, unit = {"strength": strength}, len(values), _UNITS[quantity]
     deviation = float(values.std(ddof=1)) if count > 1 else None
     error = None if deviation is None else deviation / count**0.5
     points = [Point(f"{quantity}_mean", float(values.mean()), unit, place, error, count)]

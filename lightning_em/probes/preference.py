@@ -11,7 +11,7 @@ from lightning_em.data import ChatEncoder, read_rows
 from lightning_em.models import AdaptedModel
 from lightning_em.probes.base import Probe, ProbeExamples, RowMeans
 from lightning_em.probes.rows import batches_of, by_length, encoder_for
-from lightning_em.records import Point
+from lightning_em.records import Point, Quantity
 
 _ALL = "all"
 
@@ -39,7 +39,7 @@ class PreferenceMargin(Probe):
     that a longer answer is not penalized for its length. Rows are encoded and masked as in training. All rows
     have equal weight.
 
-    Points at each scale, by `topic`, and over all rows (`topic: all`) if there are several topics:
+    Points at each scale, by `kind`, the topic of a row, and over all rows (`kind: all`) if there are several topics:
         `margin`: mean over rows, nats per token. The standard error takes rows as the unit; `per_example`
             follows the order of the file within the topic.
         `bad_preferred`: share of rows with a margin above 0.
@@ -56,6 +56,12 @@ class PreferenceMargin(Probe):
     """
 
     name = "preference_margin"
+    quantities = (
+        Quantity("margin", "nats_per_token", ("kind", "scale")),
+        Quantity("bad_preferred", "share", ("kind", "scale")),
+    )
+    grid = ("scales",)
+    reads = ()
 
     def __init__(
         self,
@@ -82,13 +88,12 @@ class PreferenceMargin(Probe):
         }
 
     def measure(self, model: AdaptedModel, examples: ProbeExamples) -> list[Point]:
-        return self.measure_on(model, self._choices(), "topic", examples.encoder, with_all=True)
+        return self.measure_on(model, self._choices(), examples.encoder, with_all=True)
 
     def measure_on(
         self,
         model: AdaptedModel,
         choices: Sequence[Choice],
-        coordinate: str,
         run_encoder: ChatEncoder | None,
         with_all: bool,
     ) -> list[Point]:
@@ -97,7 +102,6 @@ class PreferenceMargin(Probe):
         Args:
             model: Model to measure.
             choices: Questions with good and bad answers.
-            coordinate: Name of the coordinate that holds the group of a question.
             run_encoder: Encoder of the run's rows, whose date is used; None without a run.
             with_all: Whether to add the group `all` if there are several groups.
         """
@@ -112,7 +116,7 @@ class PreferenceMargin(Probe):
         for scale, means in zip(self.scales, curve, strict=True):
             margins = _margins(choices, means)
             for group, values in _groups(choices, margins, with_all).items():
-                points += _points(values, {coordinate: group, "scale": scale})
+                points += _points(values, {"kind": group, "scale": scale})
         return points
 
     def _choices(self) -> list[Choice]:

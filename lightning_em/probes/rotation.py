@@ -13,7 +13,7 @@ from lightning_em.analysis import Update, read_update
 from lightning_em.manifest import manifest_problems
 from lightning_em.models import AdaptedModel
 from lightning_em.probes.base import Probe, ProbeExamples
-from lightning_em.records import Point
+from lightning_em.records import Point, Quantity
 from lightning_em.runs import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,12 @@ class Rotation(Probe):
     """
 
     name = "rotation"
+    quantities = (  # the measurements of a study compute the turns from the checkpoints themselves
+        Quantity("local_cosine", "cosine", ("at_step",), in_study="none"),
+        Quantity("longer_arm", "norm", ("at_step",), in_study="none"),
+        Quantity("longer_arm", "parameter_norm", ("at_step",), in_study="none"),
+    )
+    reads = ()
 
     def __init__(self, span: int = 1, shortest_arm: float = 0.0) -> None:
         if span < 1 or not 0 <= shortest_arm < math.inf:

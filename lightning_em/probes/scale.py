@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_em.batch import CountedPositions
 from lightning_em.models import AdaptedModel
-from lightning_em.probes.base import Probe, ProbeExamples, RowMeans
-from lightning_em.records import Point
+from lightning_em.probes.base import EFFECTIVE_NORM, Probe, ProbeExamples, RowMeans
+from lightning_em.records import Point, Quantity
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ class ScaleCurve(Probe):
             `method: parabola` is the vertex of the parabola through it and its two neighbors, omitted if the
             smallest value is at an edge of the grid.
         `optimum_inside_grid` (unit boolean): 0 if the smallest value is at an edge of the grid.
-        `effective_norm` (unit norm): effective norm of the trained adapter. Points at each scale carry the norm
-            at that scale in the coordinate `effective_norm`. Omitted for adapters without a norm.
+        `effective_norm` (unit norm): effective norm of the trained adapter; that at a scale is `scale` times as
+            large. Omitted for adapters without a norm.
         `efficiency` = (L_base - L) / norm^2 and `loss_over_norm2` = L / norm^2 (unit
             nats_per_token_per_squared_norm): ratios for the trained adapter. The second is the paper's and
             rewards a larger norm. Omitted for adapters without a norm or with norm 0.
@@ -56,6 +56,20 @@ class ScaleCurve(Probe):
     """
 
     name = "scale_curve"
+    quantities = (
+        Quantity("ce", "nats_per_token", ("scale",)),
+        Quantity("ce_minus_base", "nats_per_token", ("scale",), in_study="none"),
+        Quantity("kl", "nats_per_token", ("scale",)),
+        Quantity("best_scale", "scale", ("method",)),
+        Quantity("best_ce", "nats_per_token", ("method",)),
+        Quantity("optimum_inside_grid", "boolean"),
+        EFFECTIVE_NORM,
+        Quantity("efficiency", _PER_SQUARED_NORM),
+        Quantity("loss_over_norm2", _PER_SQUARED_NORM),
+        Quantity("ce_tokens", "tokens", in_study="none"),
+        Quantity("kl_tokens", "tokens", in_study="none"),
+    )
+    grid = ("scales", "max_extension")
 
     def __init__(
         self,
@@ -78,6 +92,7 @@ class ScaleCurve(Probe):
         self.scales = sorted({*map(float, scales), 0.0, 1.0})
         self.extend_until_optimum, self.max_extension = extend_until_optimum, max_extension
         self.with_kl, self.kl_positions = with_kl, kl_positions
+        self.reads = ["narrow", "kl"] if with_kl else ["narrow"]
 
     def settings(self) -> Mapping[str, Any]:
         return {
@@ -93,9 +108,8 @@ class ScaleCurve(Probe):
         if self.extend_until_optimum:
             self._extend(curve, model, examples)
         norm = model.adapter.effective_norm()
-        places = {s: _place(s, None if norm is None else norm.item()) for s in curve}
-        points = [row_means.point("ce", places[scale]) for scale, row_means in curve.items()]
-        points += [(means - curve[0.0]).point("ce_minus_base", places[s]) for s, means in curve.items()]
+        points = [means.point("ce", {"scale": scale}) for scale, means in curve.items()]
+        points += [(means - curve[0.0]).point("ce_minus_base", {"scale": s}) for s, means in curve.items()]
         points.append(curve[0.0].token_counts("ce_tokens"))
         points += _best({scale: row_means.mean for scale, row_means in curve.items()})
         if norm is None:
@@ -104,8 +118,8 @@ class ScaleCurve(Probe):
             )
         else:
             points.append(Point("effective_norm", norm.item(), "norm"))
-            points += _efficiency(curve, norm.item(), places[1.0])
-        return points + self._kl(model, examples, places)
+            points += _efficiency(curve, norm.item())
+        return points + self._kl(model, examples, list(curve))
 
     def _extend(self, curve: dict[float, RowMeans], model: AdaptedModel, examples: ProbeExamples) -> None:
         """Add scales to `curve` until its smallest value is not the last, or `max_extension` is reached."""
@@ -116,25 +130,19 @@ class ScaleCurve(Probe):
             scale = round(last + step * spacing, 10)
             [curve[scale]] = RowMeans.of_ce(model, examples.narrow, [partial(model.adapter.at_scale, scale)])
 
-    def _kl(
-        self, model: AdaptedModel, examples: ProbeExamples, places: dict[float, dict[str, float]]
-    ) -> list[Point]:
+    def _kl(self, model: AdaptedModel, examples: ProbeExamples, scales: Sequence[float]) -> list[Point]:
         if not self.with_kl:
             return []
         if not examples.kl:
             rank_zero_only(logger.info)("there are no parallel rows: %s measures no KL.", self.name)
             return []
-        states = [partial(model.adapter.at_scale, scale) for scale in places]
+        states = [partial(model.adapter.at_scale, scale) for scale in scales]
         curve = RowMeans.of_kl(model, examples.kl, states, self.kl_positions)
-        points = [means.point("kl", place) for means, place in zip(curve, places.values(), strict=True)]
+        points = [means.point("kl", {"scale": scale}) for means, scale in zip(curve, scales, strict=True)]
         return [*points, curve[0].token_counts("kl_tokens")]
 
 
-def _place(scale: float, norm: float | None) -> dict[str, float]:
-    return {"scale": scale} if norm is None else {"scale": scale, "effective_norm": abs(scale) * norm}
-
-
-def _efficiency(curve: dict[float, RowMeans], norm: float, place: dict[str, float]) -> list[Point]:
+def _efficiency(curve: dict[float, RowMeans], norm: float) -> list[Point]:
     """(L_base - L) / norm^2 and L / norm^2 of the trained adapter."""
     if norm == 0:
         return []
@@ -143,7 +151,7 @@ def _efficiency(curve: dict[float, RowMeans], norm: float, place: dict[str, floa
     for quantity, means in {"efficiency": curve[0.0] - trained, "loss_over_norm2": trained}.items():
         error = None if means.standard_error is None else means.standard_error / norm**2
         count = int(means.counts.sum())
-        points.append(Point(quantity, means.mean / norm**2, _PER_SQUARED_NORM, place, error, count))
+        points.append(Point(quantity, means.mean / norm**2, _PER_SQUARED_NORM, {}, error, count))
     return points
 
 

@@ -13,9 +13,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_em.batch import EncodedRow
 from lightning_em.models import AdaptedModel
-from lightning_em.probes.base import Probe, ProbeExamples, RowMeans
+from lightning_em.probes.base import EFFECTIVE_NORM, Probe, ProbeExamples, RowMeans
 from lightning_em.probes.rows import batches_of, by_length, texts_in, tokenizer_of
-from lightning_em.records import Point
+from lightning_em.records import Point, Quantity
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,12 @@ class PretrainingSignificance(Probe):
     """
 
     name = "significance"
+    quantities = (
+        Quantity("kl", "nats_per_token", ("direction", "draw", "norm_ratio"), mean_over=("draw",)),
+        EFFECTIVE_NORM,
+    )
+    grid = ("norm_ratios",)
+    reads = ()
 
     def __init__(
         self,

@@ -6,8 +6,11 @@ from dataclasses import fields
 from typing import NamedTuple
 
 from lightning_em.analysis.cells import DEFAULT_WORLD
-from lightning_em.analysis.claims.rules import Rules
+from lightning_em.analysis.claims.rules import Difference, Rules
+from lightning_em.analysis.claims.specs import CLAIMS
+from lightning_em.analysis.pairs import SOLUTIONS
 from lightning_em.analysis.roles import ROLES
+from lightning_em.records import TABLE_COLUMNS
 from lightning_em.study.section import Section, refuse_unknown
 
 ADAPTER_KEYS = ("config", "set")
@@ -109,7 +112,26 @@ def rules_of(top: Section) -> Rules:
             claims.refuse(key, "a probability between 0 and 1")
     if hidden_scale is not None and hidden_scale <= 1:
         claims.refuse("hidden_scale", "a scale above 1")
-    return Rules(rise, narrow, hidden_scale, exact)
+    own = {key: _difference(key, each) for key, each in claims.sections("differences").items()}
+    return Rules(rise, narrow, hidden_scale, exact, own)
+
+
+def _difference(key: str, section: Section) -> Difference:
+    if key in CLAIMS:
+        raise ValueError(
+            f"{section.file}: {section.place} has the key of a claim of the literature: choose another."
+        )
+    section.only(field.name for field in fields(Difference))
+    more = section.text("more") or ""
+    refuse_unknown(more, SOLUTIONS, f"{section.file}: {section.place}.more is")
+    source, quantity = (
+        section.text(name) or section.refuse(name, "a name") for name in ("source", "quantity")
+    )
+    at = section.section("coordinates").content
+    for name, value in at.items():
+        if name in TABLE_COLUMNS or isinstance(value, bool) or not isinstance(value, int | float | str):
+            section.section("coordinates").refuse(name, "a coordinate of the quantity, a number or a text")
+    return Difference(more, source, quantity, at, section.number("margin") or 0.0)
 
 
 def parents_first(top: Section, arms: Mapping[str, Arm]) -> list[Arm]:

@@ -1,10 +1,10 @@
 """Tables of verdicts: one row per claim, one column per adapter type."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from lightning_em.analysis.cells import DEFAULT_WORLD
-from lightning_em.analysis.claims import CLAIMS, ClaimResult, Finding, interval, sign_flip_p
+from lightning_em.analysis.claims import CLAIMS, Claim, ClaimResult, Finding, interval, sign_flip_p
 from lightning_em.study.sheet import NOTHING, Sheet, mean, number, probability
 
 HOW_TO_READ = (
@@ -31,7 +31,7 @@ def summary_sheet(results: Sequence[ClaimResult]) -> Sheet:
     places = list(dict.fromkeys((r.world, r.adapter) for r in results))
     names = [adapter if world == DEFAULT_WORLD else f"{adapter}, {world} world" for world, adapter in places]
     rows = []
-    for key, claim in CLAIMS.items():
+    for key, claim in _claims(results).items():
         own = {(r.world, r.adapter): r for r in results if r.claim == key and r.decides}
         cells = (_summary_cell(own.get(place)) for place in places)
         rows.append((f"**{key}** {claim.says}", _measured(list(own.values())), *cells))
@@ -42,7 +42,7 @@ def verdict_sheet(results: Sequence[ClaimResult], world: str) -> Sheet:
     """Table of one world: for each claim its text, the measured quantity, and the verdict by adapter type."""
     adapters = _adapters(results, world)
     rows = []
-    for key, claim in CLAIMS.items():
+    for key, claim in _claims(results).items():
         own = {r.adapter: r for r in results if (r.claim, r.world) == (key, world) and r.decides}
         if not own:
             continue
@@ -60,7 +60,7 @@ def comparison_sheet(results: Sequence[ClaimResult], world: str) -> Sheet:
     adapters = _adapters(results, world)
     own = [r for r in results if r.world == world]
     rows = []
-    for key in CLAIMS:
+    for key in _claims(results):
         names = dict.fromkeys(r.comparison for r in own if r.claim == key and r.comparison != NOTHING)
         for name in names:
             found = {r.adapter: r for r in own if (r.claim, r.comparison) == (key, name)}
@@ -92,7 +92,7 @@ def limits_sheet() -> Sheet:
 
 def control_reading(results: Sequence[ClaimResult], world: str) -> list[str]:
     """Sentences on how the claims that rest on the planted prior fare in a world where the prior is weaker."""
-    planted = [r for r in results if r.decides and CLAIMS[r.claim].rests_on_prior]
+    planted = [r for r in results if r.decides and r.spec.rests_on_prior]
     held = {(r.claim, r.adapter) for r in planted if r.world == DEFAULT_WORLD and r.verdict == "holds"}
     if not held:
         return ["No claim that rests on the planted prior holds in the default world."]
@@ -107,7 +107,7 @@ def control_reading(results: Sequence[ClaimResult], world: str) -> list[str]:
         "not measured": "Hold in the default world and were not measured here",
     }
     sentences = [
-        f"{text}: {_listed(groups.get(verdict, {}))}."
+        f"{text}: {_listed(groups.get(verdict, {}), _claims(results))}."
         for verdict, text in words.items()
         if verdict in groups or verdict != "not measured"
     ]
@@ -135,9 +135,13 @@ def _spread_lost(results: Sequence[ClaimResult], world: str) -> list[str]:
     return [f"{text}: {'; '.join(texts)}."] if texts else []
 
 
-def _listed(adapters: Mapping[str, Sequence[str]]) -> str:
+def _claims(results: Sequence[ClaimResult]) -> dict[str, Claim]:
+    return {result.claim: result.spec for result in results}
+
+
+def _listed(adapters: Mapping[str, Sequence[str]], keys: Iterable[str]) -> str:
     """Format as `C1 (rank32, vector), C2 (rank32)`, in the order of the claims."""
-    named = [f"{key} ({', '.join(adapters[key])})" for key in CLAIMS if key in adapters]
+    named = [f"{key} ({', '.join(adapters[key])})" for key in keys if key in adapters]
     return ", ".join(named) or "none"
 
 

@@ -86,7 +86,6 @@ def analyse_pairs(
             runs={role: runs[role].path.name for role in used},
             steps={role: group.last_steps[role] for role in used},
             settings={**asdict(settings), "norm_ratios": list(settings.norm_ratios)},
-            points=(),
             adapter_sha256={role: weights[role] for role in used},
         )
         known = read_pair_file(pair_file(study, name, adapter, world, seed))
@@ -104,9 +103,9 @@ def analyse_pairs(
 def equal_norm(group: RunGroup, settings: PairSettings) -> list[Point]:
     """Cross-entropy of the general and the narrow solution at equal effective norm, on the same training rows.
 
-    Points, in nats per token unless stated otherwise: `ce` of each role at each norm ratio;
-    `ce_difference`, narrow - general, paired by row; `ce_base`; `effective_norm` of each role as trained and
-    `common_norm`, the smaller of the two (unit norm); `ce_tokens`, counted tokens of each row (unit tokens).
+    Points, in nats per token unless stated otherwise: `ce` of each `solution` at each `norm_ratio`;
+    `ce_difference`, narrow - general, paired by row; `ce_base`; `effective_norm` of each as trained
+    and `common_norm`, the smaller of the two (unit norm); `ce_tokens`, counted tokens of each row (unit tokens).
     No points for an adapter without a norm, or if the norm of one of the two solutions is zero.
 
     Source: arXiv:2602.07852 (efficiency).
@@ -125,13 +124,12 @@ def equal_norm(group: RunGroup, settings: PairSettings) -> list[Point]:
         curves[role] = RowMeans.of_ce(group.model_of(role), rows, [partial(at_scale, s) for s in scales])
     points = [curves["general"][0].point("ce_base", {}), curves["general"][0].token_counts("ce_tokens")]
     points.append(Point("common_norm", common, "norm"))
-    points += [Point("effective_norm", own[role], "norm", {"role": role}) for role in SOLUTIONS]
+    points += [Point("effective_norm", own[role], "norm", {"solution": role}) for role in SOLUTIONS]
     for number, ratio in enumerate(settings.norm_ratios, start=1):
-        place = {"norm_ratio": ratio, "effective_norm": ratio * common}
         general, narrow = (curves[role][number] for role in SOLUTIONS)
-        points.append(general.point("ce", {"role": "general", **place}))
-        points.append(narrow.point("ce", {"role": "narrow", **place}))
-        points.append((narrow - general).point("ce_difference", place))
+        points.append(general.point("ce", {"solution": "general", "norm_ratio": ratio}))
+        points.append(narrow.point("ce", {"solution": "narrow", "norm_ratio": ratio}))
+        points.append((narrow - general).point("ce_difference", {"norm_ratio": ratio}))
     return points
 
 
@@ -140,12 +138,12 @@ def gradient_cosine(group: RunGroup, settings: PairSettings) -> list[Point]:
 
     Measured at every checkpoint of every run, for the final general and the final narrow solution.
 
-    Points: `gradient_cosine` (unit cosine) of the negative gradient of the training rows' cross-entropy with two
-    directions. `direction: final`, as in the paper, is what the final solution writes (the vector, or the B of a
-    LoRA); the gradient is that of the same tensors. `direction: remaining` is the difference between the parameters
-    of the final solution and those of the checkpoint, over all parameters. No point where the gradient or the
-    direction is zero. `ce_gradient_norm` is the norm over all parameters, as in the probe `gradient`; where it is
-    small, the direction of the gradient matters little.
+    Points, by `solution` (the role of the run) and `step`: `gradient_cosine` (unit cosine) of the negative gradient of
+    the training rows' cross-entropy with two directions to each `target`. `direction: final`, as in the paper, is what
+    the final solution writes (the vector, or the B of a LoRA); the gradient is that of the same tensors.
+    `direction: remaining` is the difference between the parameters of the final solution and those of the checkpoint,
+    over all parameters. No point where the gradient or the direction is zero. `ce_gradient_norm` is the norm over all
+    parameters, as in the probe `gradient`; where it is small, the direction of the gradient matters little.
 
     Source: arXiv:2602.07852 (gradient).
     """
@@ -158,7 +156,7 @@ def gradient_cosine(group: RunGroup, settings: PairSettings) -> list[Point]:
         for step in group.steps(role):
             here = group.parameters_of(role, step)
             pull = {name: -slope for name, slope in ce_gradient(group.model_of(role, step), rows).items()}
-            place: dict[str, str | int] = {"role": role, "step": step}
+            place: dict[str, str | int] = {"solution": role, "step": step}
             norm = _flat(pull.values()).norm().item()
             points.append(Point("ce_gradient_norm", norm, "nats_per_token_per_unit", place, count=count))
             for target, there in targets.items():
@@ -209,7 +207,7 @@ def effect_cosine(group: RunGroup, settings: PairSettings) -> list[Point]:
     The effect is the mean over response positions of the final hidden states after the last norm, tuned - base. It is
     measured on rows of the narrow data (`prompts: in_domain`) and of the KL data (`prompts: general`).
 
-    Points: `effect_cosine` (unit cosine) by `first`, `second`, `prompts`; `effect_norm` (unit norm) by `role`.
+    Points: `effect_cosine` (unit cosine) by `first`, `second`, `prompts`; `effect_norm` (unit norm) by `solution`.
     """
     prompts = {
         "in_domain": group.narrow_rows(settings.num_examples, settings.batch_size),
@@ -223,7 +221,7 @@ def effect_cosine(group: RunGroup, settings: PairSettings) -> list[Point]:
         count = int(torch.stack([batch.counted("response").sum() for batch in rows]).sum())
         effects = {role: mean_effect(group.model_of(role), rows) for role in group.runs}
         for role, effect in effects.items():
-            place = {"role": role, "prompts": name}
+            place = {"solution": role, "prompts": name}
             points.append(Point("effect_norm", effect.norm().item(), "norm", place, count=count))
         for first, second in combinations(effects, 2):
             pair = {"first": first, "second": second, "prompts": name}

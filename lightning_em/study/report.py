@@ -1,16 +1,16 @@
 """Report of a study: verdicts on the claims, for the terminal and for a README."""
 
-import csv
-import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 from rich.console import Console
 
 from lightning_em.analysis.cells import DEFAULT_WORLD, StudyFolder
-from lightning_em.analysis.claims import ClaimResult, evaluate
+from lightning_em.analysis.claims import ClaimResult
+from lightning_em.analysis.claims.evidence import evidence_of
+from lightning_em.analysis.claims.results import results_of
 from lightning_em.analysis.measurements import measurements, read_measurements, write_measurements
 from lightning_em.manifest import write_atomically
 from lightning_em.study.claim_sheets import (
@@ -127,20 +127,21 @@ def report(
 
 def report_from(frame: pd.DataFrame) -> Report:
     """Make the report of a study from its measurements alone."""
-    results = evaluate(frame)
+    evidence = evidence_of(frame)
+    results = results_of(evidence)
     worlds = list(dict.fromkeys(result.world for result in results))
     others = [world for world in worlds if world != DEFAULT_WORLD]
     sheets = [summary_sheet(results), *(verdict_sheet(results, world) for world in worlds)]
     for world in worlds:
         sheets += [
             comparison_sheet(results, world),
-            arms_sheet(frame, world),
-            scales_sheet(frame, world),
-            norms_sheet(frame, world),
-            places_sheet(frame, world),
+            arms_sheet(evidence, world),
+            scales_sheet(evidence, world),
+            norms_sheet(evidence, world),
+            places_sheet(evidence, world),
         ]
-    is_miniature = bool(frame["quantity"].str.startswith("bad_rate/").any())
-    sheets += [components_sheet(frame), *([limits_sheet()] if is_miniature else [])]
+    is_miniature = bool((frame["source"] == "behaviour").any())
+    sheets += [components_sheet(evidence), *([limits_sheet()] if is_miniature else [])]
     readings = tuple((world, tuple(control_reading(results, world))) for world in others)
     return Report(tuple(results), tuple(sheets), readings, is_miniature)
 
@@ -175,19 +176,18 @@ def replaced(document: str, text: str) -> str:
 
 def claims_csv(results: Sequence[ClaimResult]) -> str:
     """CSV of every criterion of every comparison, with its effect in every seed."""
-    text = io.StringIO()
     seeds = sorted({seed for r in results for f in r.findings for seed in f.values})
-    writer = csv.writer(text, lineterminator="\n")
     columns = ("words", "unit", "rule", "estimate", "low", "high", "n", "p", "p_against", "verdict", "note")
     place = ("claim", "adapter", "world", "comparison", "decides")
-    writer.writerow([*place, *columns, *(f"seed_{seed}" for seed in seeds)])
-    for result in results:
-        for finding in result.findings:
-            fields = asdict(finding)
-            own = [getattr(result, key) for key in place]
-            effects = [finding.values.get(seed, "") for seed in seeds]
-            writer.writerow([*own, *(fields[column] for column in columns), *effects])
-    return text.getvalue()
+    rows = [
+        [getattr(result, key) for key in place]
+        + [getattr(finding, key) for key in columns]
+        + [finding.values.get(seed, "") for seed in seeds]
+        for result in results
+        for finding in result.findings
+    ]
+    frame = pd.DataFrame(rows, columns=[*place, *columns, *(f"seed_{seed}" for seed in seeds)], dtype=object)
+    return frame.to_csv(index=False, na_rep="nan", lineterminator="\n")
 
 
 def _name_left_out(folder: StudyFolder, console: Console) -> None:

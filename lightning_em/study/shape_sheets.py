@@ -2,12 +2,11 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
-import pandas as pd
-
-from lightning_em.analysis.claims import Evidence, MissingError
-from lightning_em.analysis.claims.effects import HELD_OUT
-from lightning_em.analysis.claims.evidence import Arm, RunNumbers
+from lightning_em.analysis.claims import Evidence
+from lightning_em.analysis.claims.effects import EFFECTIVE_NORM, HELD_OUT, OTHER_RATE
+from lightning_em.analysis.claims.evidence import BAD_RATE, Arm, Series
 from lightning_em.analysis.roles import KL_WEIGHT_ROLES, role_named
 from lightning_em.study.sheet import NOTHING, Sheet, mean, number
 
@@ -26,18 +25,19 @@ PUBLISHED_NORMS = (
 PUBLISHED_SHARES = (0.454, 0.222, 0.114)
 PUBLISHED_PLACES = "Published: a larger KL weight mostly suppresses PC1."
 MOST_STEPS = 8
+VAL_CE, VAL_KL = Series("metrics", "val/ce"), Series("metrics", "val/kl")
 
 
-def arms_sheet(frame: pd.DataFrame, world: str) -> Sheet:
+def arms_sheet(evidence: Sequence[Evidence], world: str) -> Sheet:
     """Table of bad-answer rates, losses and norm of each arm: means over seeds."""
     rows = []
-    for e in _evidence(frame, world):
+    for e in _in_world(evidence, world):
         for arm in _arms(e):
-            rates = [_mean(e, arm, f"{_rate(arm)}/{kind}@1") for kind in KINDS]
-            losses = [_mean(e, arm, quantity) for quantity in ("val/ce", "val/kl", "effective_norm")]
-            runs = _runs(e, arm)
+            trained = Series("behaviour", role_named(arm.role).rate).at(scale=1)
+            rates = [_mean(e, arm, trained.at(kind=kind)) for kind in KINDS]
+            losses = [_mean(e, arm, series) for series in (VAL_CE, VAL_KL, EFFECTIVE_NORM)]
             rows.append((
-                f"{arm}, {e.adapter}", str(len(runs)), *(number(rate, "probability") for rate in rates),
+                f"{arm}, {e.adapter}", str(len(e.runs(arm))), *(number(rate, "probability") for rate in rates),
                 number(losses[0]), number(losses[1]), number(losses[2]),
             ))  # fmt: skip
     columns = ("arm", "n", *KINDS.values(), "CE, nats/token", "KL, nats/token", "effective norm")
@@ -49,16 +49,19 @@ def arms_sheet(frame: pd.DataFrame, world: str) -> Sheet:
     return Sheet(f"What the arms do, {world} world", columns, tuple(rows), caption, is_detail=True)
 
 
-def scales_sheet(frame: pd.DataFrame, world: str) -> Sheet:
+def scales_sheet(evidence: Sequence[Evidence], world: str) -> Sheet:
     """Table of bad-answer rates and coherence in held-out domains with the adapter scaled up, by KL weight."""
-    arms = [(e, arm) for e in _evidence(frame, world) for arm in e.arms(*KL_WEIGHT_ROLES)]
-    scales = sorted({scale for e, arm in arms for run in _runs(e, arm) for scale in _scales(run)})
+    arms = [(e, arm) for e in _in_world(evidence, world) for arm in e.arms(*KL_WEIGHT_ROLES)]
+    held_out = BAD_RATE.at(kind=HELD_OUT)
+    scales = sorted(
+        {scale for e, arm in arms for run in e.runs(arm) for scale in run.along(held_out, "scale")}
+    )
     rows = []
     for e, arm in arms:
         cells = []
         for scale in scales:
-            bad = _mean(e, arm, f"bad_rate/{HELD_OUT}@{scale:g}")
-            coherence = 1 - _mean(e, arm, f"other_rate/{HELD_OUT}@{scale:g}")
+            bad = _mean(e, arm, held_out.at(scale=scale))
+            coherence = 1 - _mean(e, arm, OTHER_RATE.at(scale=scale))
             known = not math.isnan(bad)
             cells.append(f"{number(bad, 'share')} ({number(coherence, 'share')})" if known else NOTHING)
         rows.append((f"{arm}, {e.adapter}", *cells))
@@ -70,25 +73,26 @@ def scales_sheet(frame: pd.DataFrame, world: str) -> Sheet:
     return Sheet(f"Suppressed or absent, {world} world", columns, tuple(rows), caption, is_detail=True)
 
 
-def norms_sheet(frame: pd.DataFrame, world: str) -> Sheet:
+def norms_sheet(evidence: Sequence[Evidence], world: str) -> Sheet:
     """Table of the effective norm by KL weight and checkpoint, and of the seeds in which it falls with the weight."""
-    rows, steps = [], _steps(frame, world)
-    for e in _evidence(frame, world):
-        rows += _ways(e, "effective_norm", steps, e.adapter)
+    rows, steps = [], _steps(evidence, world)
+    for e in _in_world(evidence, world):
+        rows += _ways(e, EFFECTIVE_NORM, steps, e.adapter)
     caption = f"Effective norm, mean over seeds, at each checkpoint. {PUBLISHED_NORMS}"
     columns = ("KL weight", *(f"step {step}" for step in steps))
     return Sheet(f"Norms on the way, {world} world", columns, tuple(rows), caption, is_detail=True)
 
 
-def places_sheet(frame: pd.DataFrame, world: str) -> Sheet:
+def places_sheet(evidence: Sequence[Evidence], world: str) -> Sheet:
     """Table of the coordinate on each component by KL weight and checkpoint.
 
     It also counts the seeds in which the coordinate falls with the weight.
     """
-    rows, steps = [], _steps(frame, world)
-    for e in _evidence(frame, world):
+    rows, steps = [], _steps(evidence, world)
+    for e in _in_world(evidence, world):
         for component in (1, 2, 3):
-            rows += _ways(e, f"pca/pc{component}", steps, f"{e.adapter}, PC{component}")
+            position = Series("pca", "position").at(component=component)
+            rows += _ways(e, position, steps, f"{e.adapter}, PC{component}")
     caption = (
         "Place of each checkpoint on the principal components of all checkpoints of all KL weights, standardised; mean "
         f"over seeds, the run without KL ending on the positive side. {PUBLISHED_PLACES}"
@@ -97,30 +101,30 @@ def places_sheet(frame: pd.DataFrame, world: str) -> Sheet:
     return Sheet(f"Components on the way, {world} world", columns, tuple(rows), caption, is_detail=True)
 
 
-def _ways(e: Evidence, quantity: str, steps: list[int], title: str) -> list[tuple[str, ...]]:
+def _ways(e: Evidence, series: Series, steps: list[int], title: str) -> list[tuple[str, ...]]:
     """One row per KL weight with the mean over seeds at each step, and a row that counts the seeds in order."""
     arms = sorted(e.arms(*KL_WEIGHT_ROLES), key=lambda arm: arm.level or 0.0)
     rows = []
     for arm in arms:
-        paths = [_path(run, quantity) for run in _runs(e, arm)]
+        paths = [run.by_step(series) for run in e.runs(arm)]
         cells = [number(mean([path.get(step, math.nan) for path in paths])) for step in steps]
         rows.append((f"{title}, KL weight {arm.level or 0:g}", *cells))
-    falling = (_falling(e, arms, quantity, step) for step in steps)
+    falling = (_falling(e, arms, series, step) for step in steps)
     return [*rows, (f"{title}: falls with the weight", *falling)]
 
 
-def components_sheet(frame: pd.DataFrame) -> Sheet:
+def components_sheet(evidence: Sequence[Evidence]) -> Sheet:
     """Table of the shares of variance on the first principal components, next to the published ones."""
     rows = [
         ("published", "-", *(f"{share:.1%}" for share in PUBLISHED_SHARES), f"{sum(PUBLISHED_SHARES):.0%}")
     ]
-    for world in dict.fromkeys(frame["world"]):
-        for e in _evidence(frame, world):
-            found = [shares for seed in e.seeds if (shares := _shares(e, seed))]
-            if found:
-                means = [mean(column) for column in zip(*found, strict=True)]
-                cells = (*(f"{share:.1%}" for share in means), f"{sum(means):.0%}")
-                rows.append((f"{e.adapter}, {world} world", str(len(found)), *cells))
+    share = Series("pca", "share")
+    for e in evidence:
+        shares = [[run.get(share.at(component=number)) for number in (1, 2, 3)] for run in e.pairs]
+        if found := [row for row in shares if not any(map(math.isnan, row))]:
+            means = [mean(column) for column in zip(*found, strict=True)]
+            cells = (*(f"{share:.1%}" for share in means), f"{sum(means):.0%}")
+            rows.append((f"{e.adapter}, {e.world} world", str(len(found)), *cells))
     caption = (
         "Share of the variance of all checkpoints of all KL weights on each principal component, standardised, mean "
         "over seeds. To be compared is that a few components hold most of it, not the shares."
@@ -130,9 +134,8 @@ def components_sheet(frame: pd.DataFrame) -> Sheet:
     )
 
 
-def _evidence(frame: pd.DataFrame, world: str) -> list[Evidence]:
-    own = frame[frame["world"] == world]
-    return [Evidence(own, adapter, world) for adapter in dict.fromkeys(own["adapter"])]
+def _in_world(evidence: Sequence[Evidence], world: str) -> list[Evidence]:
+    return [e for e in evidence if e.world == world]
 
 
 def _arms(e: Evidence) -> list[Arm]:
@@ -140,49 +143,20 @@ def _arms(e: Evidence) -> list[Arm]:
     return [arm for role in roles for arm in e.arms(role)]
 
 
-def _runs(e: Evidence, arm: Arm) -> list[RunNumbers]:
-    return [e.run(arm, seed) for seed in e.seeds_of(arm)]
+def _mean(e: Evidence, arm: Arm, series: Series) -> float:
+    return mean([run.get(series) for run in e.runs(arm)])
 
 
-def _mean(e: Evidence, arm: Arm, quantity: str) -> float:
-    return mean([_value(run, quantity) for run in _runs(e, arm)])
-
-
-def _value(run: RunNumbers, quantity: str) -> float:
-    try:
-        return run.value(quantity)
-    except MissingError:
-        return math.nan
-
-
-def _path(run: RunNumbers, quantity: str) -> dict[int, float]:
-    try:
-        return dict(run.by_step(quantity))
-    except MissingError:
-        return {}
-
-
-def _rate(arm: Arm) -> str:
-    return role_named(arm.role).rate
-
-
-def _scales(run: RunNumbers) -> tuple[float, ...]:
-    try:
-        return run.curve(f"bad_rate/{HELD_OUT}").places
-    except MissingError:
-        return ()
-
-
-def _steps(frame: pd.DataFrame, world: str) -> list[int]:
+def _steps(evidence: Sequence[Evidence], world: str) -> list[int]:
     """Steps of the general run's checkpoints, evenly thinned to `MOST_STEPS`."""
-    own = frame[(frame["world"] == world) & (frame["role"] == "general")]
-    steps = sorted({int(step) for step in own["step"][own["quantity"] == "effective_norm"]})
+    runs = [run for e in _in_world(evidence, world) for arm in e.arms("general") for run in e.runs(arm)]
+    steps = sorted({step for run in runs for step in run.by_step(EFFECTIVE_NORM)})
     if len(steps) <= MOST_STEPS:
         return steps
     return [steps[round(i * (len(steps) - 1) / (MOST_STEPS - 1))] for i in range(MOST_STEPS)]
 
 
-def _falling(e: Evidence, arms: list[Arm], quantity: str, step: int) -> str:
+def _falling(e: Evidence, arms: list[Arm], series: Series, step: int) -> str:
     """Count the seeds in which the quantity falls as the KL weight rises.
 
     Only the weights that a seed was run with are compared: not every arm has every seed.
@@ -190,15 +164,8 @@ def _falling(e: Evidence, arms: list[Arm], quantity: str, step: int) -> str:
     falling, count = 0, 0
     for seed in e.seeds:
         runs = [e.run(arm, seed) for arm in arms if seed in e.seeds_of(arm)]
-        values = [_path(run, quantity).get(step, math.nan) for run in runs]
+        values = [run.by_step(series).get(step, math.nan) for run in runs]
         if len(values) > 1 and not any(map(math.isnan, values)):
             count += 1
             falling += all(after < before for before, after in itertools.pairwise(values))
     return f"{falling} of {count} seeds" if count else NOTHING
-
-
-def _shares(e: Evidence, seed: int) -> list[float]:
-    try:
-        return [e.pair(seed).value(f"pca/share_{number}") for number in (1, 2, 3)]
-    except MissingError:
-        return []

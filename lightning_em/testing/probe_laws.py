@@ -8,12 +8,13 @@ import json
 import random
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lightning_em.adapters import SteeringVector
 from lightning_em.models import AdaptedModel
@@ -76,6 +77,32 @@ class _Trial:
     def run(self) -> Any:
         # unwrapped: a runtime type checker such as beartype draws from Python's random generator
         return inspect.unwrap(Probe.run)(self.probe, self.model, self.examples)
+
+
+def _declares_what_it_measures(trial: _Trial) -> None:
+    """It measures what it declares, and needs no more than that: memory is estimated from it."""
+    probe, base = trial.probe, trial.model.base
+    repetitions = [(f"mean_over of {q.name}", q.mean_over, q.coordinates) for q in probe.quantities]
+    named = [("grid", probe.grid, probe.settings()), ("reads", probe.reads, ("narrow", "kl")), *repetitions]
+    for what, names, known in named:
+        unknown = sorted({*names} - {*known})
+        require(not unknown, f"{what} names {unknown}, expected some of {sorted(known)}")
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        require(probe.needs_generation, "it samples answers: set max_new_tokens")
+        return type(base).generate(base, *args, **kwargs)
+
+    def forward(*_: Any) -> None:
+        require(
+            probe.needs_gradients or not torch.is_grad_enabled(), "it computes gradients: set needs_gradients"
+        )
+
+    with ExitStack() as stack:
+        stack.callback(delattr, base, "generate")
+        base.generate = generate
+        trial.run()  # in the first pass the fast backend itself computes gradients, to check the adapter
+        stack.callback(register_module_forward_pre_hook(forward).remove)
+        trial.run()
 
 
 def _measures_finite_points(trial: _Trial) -> None:
@@ -168,6 +195,7 @@ def _fail_at(trial: _Trial, module: nn.Module, fatal: int) -> None:
 
 
 _PROBE_LAWS: tuple[Callable[[_Trial], None], ...] = (
+    _declares_what_it_measures,
     _measures_finite_points,
     _is_the_same_measurement_at_every_checkpoint,
     _is_deterministic,

@@ -5,9 +5,11 @@ import torch
 
 from lightning_em.adapters import LoRA, SteeringVector
 from lightning_em.batch import EncodedRow, PackedBatch
+from lightning_em.callbacks import Probing
 from lightning_em.cluster.loads import probing_loads
 from lightning_em.cluster.memory import Load, estimate, graph_bytes_per_token, on_meta
 from lightning_em.models import AdaptedModel
+from lightning_em.probes import ChatKL, GradientNorm, ScaleCurve
 from tests.tiny import VOCAB_SIZE, make_tiny_model
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 6, "head_dim": 16}
@@ -102,26 +104,26 @@ def test_the_load_of_a_micro_batch() -> None:
     assert Load.of_rows([100], [80], 1, "cpu", max_tokens=16000).part_tokens == 1024
 
 
-def probe(name: str, **options: int) -> dict[str, object]:
-    return {"class_path": f"lightning_em.probes.{name}", "init_args": options}
+class SampledGradient(GradientNorm):
+    """A probe of a user that samples answers; what it needs is read off its class, whatever its name."""
+
+    needs_gradients = False
+    max_new_tokens = 7
+    batch_size = 2
 
 
 def test_probes_ask_for_rows_of_their_own() -> None:
     training = Load.of_rows([10], [10], 2, "cpu")
-    probes = [probe("GradientNorm"), probe("ScaleCurve"), probe("ChatKL", batch_size=2, max_new_tokens=7)]
-    loads = probing_loads(
-        {"batch_size": 3, "probes": probes}, {"narrow": [30, 20, 10, 5], "kl": []}, training
-    )
+    probes = [GradientNorm(), ScaleCurve(), ChatKL(batch_size=2, max_new_tokens=7)]
+    streams = {"narrow": [30, 20, 10, 5], "kl": []}
+    loads = probing_loads(Probing(probes, batch_size=3), streams, training)
     asked = [(load.part_tokens, load.batch_tokens, load.generated_tokens) for load in loads]
     assert asked == [(60, 60, 0), (0, 60, 0), (0, 50, 50 + 14), (0, 64, 0)]
     assert {load.shards for load in loads} == {2}
-    alone = probing_loads(
-        {"batch_size": 3, "probes": probes[1:2]},
-        {"narrow": [30, 20, 10, 5]},
-        Load.of_rows([10], [10], 1, "cpu"),
-    )
+    assert probing_loads(Probing([SampledGradient()], batch_size=3), streams, training) == loads[2:]
+    alone = probing_loads(Probing(probes[1:2], batch_size=3), streams, Load.of_rows([10], [10], 1, "cpu"))
     assert [load.batch_tokens for load in alone] == [65], "short batches share a pass"
-    assert probing_loads({"batch_size": 3, "probes": None}, {"narrow": [30]}, training) == []
+    assert probing_loads(Probing(batch_size=3), streams, training) == []
     assert Load.of_rows([10], [], 1, "cpu").part_tokens == 10
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 from lightning_em.models import AdaptedModel
 from lightning_em.probes import Probe, ProbeExamples
-from lightning_em.records import Point
+from lightning_em.records import Point, Quantity
 
 
 class Interrupting(Probe):
     """Send SIGUSR1 to this process, once per `folder`."""
 
     name = "interrupting"
+    quantities = (Quantity("interrupting", "signals"),)
 
     def __init__(self, folder: str) -> None:
         self.sent = Path(folder) / "sent"

@@ -4,7 +4,7 @@ from matplotlib.figure import Figure
 from lightning_em.analysis.claims import Evidence
 from lightning_em.figures import COLOURS, draw_weights
 from lightning_em.figures.weights import draw_rates, draw_scales
-from tests.study_numbers import study_numbers
+from tests.study_numbers import preferred, study_numbers
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +37,19 @@ def test_scales_are_hollow_where_answers_fall_apart(frame) -> None:
 
 
 def test_preference_has_no_hollow_marks_and_says_so(frame, tmp_path) -> None:
-    preferred = frame.assign(quantity=frame["quantity"].str.replace("bad_rate/", "bad_preferred/"))
-    preferred = preferred[~preferred["quantity"].str.startswith("other_rate")]
-    evidence, axes = Evidence(preferred, "rank32", "default"), Figure().subplots()
+    evidence, axes = Evidence(preferred(frame), "rank32", "default"), Figure().subplots()
     draw_scales(axes, evidence, arms_of(evidence))
     assert "white" not in {str(line.get_markerfacecolor()) for line in axes.lines}
     assert axes.get_xlabel().endswith("no answers were judged: coherence is unknown")
     assert axes.get_ylabel() == "share with the bad answer likelier, held-out domains"
-    assert draw_weights(preferred, tmp_path / "weights.png", "rank32").is_file()
+    assert draw_weights(preferred(frame), tmp_path / "weights.png", "rank32").is_file()
 
 
 def test_neither_answers_nor_preference_is_one_line(frame, tmp_path) -> None:
-    bare = frame[~frame["quantity"].str.contains("_rate/")]
-    with pytest.raises(ValueError, match=r"of rank32 needs what is not recorded: general-.* no bad_rate/"):
+    bare = frame[frame["source"] != "behaviour"]
+    with pytest.raises(
+        ValueError, match=r"of rank32 needs what is not recorded: general-.* no behaviour/bad_rate"
+    ):
         draw_weights(bare, tmp_path / "x.png", "rank32")
 
 

@@ -8,10 +8,21 @@ import pytest
 import torch
 
 from lightning_em.batch import EncodedRow
-from lightning_em.probes import Probe, ProbeExamples, ScaleCurve
+from lightning_em.miniature import Behaviour, Preference, Significance
+from lightning_em.probes import (
+    AnswerRates,
+    ChatKL,
+    GradientNorm,
+    PerturbationCurve,
+    PreferenceMargin,
+    PretrainingSignificance,
+    Probe,
+    ProbeExamples,
+    ScaleCurve,
+)
 from lightning_em.probes.base import RowMeans
 from lightning_em.probes.rows import by_length
-from lightning_em.records import Point, ProbeResult
+from lightning_em.records import Point, ProbeResult, Quantity
 from lightning_em.testing import check_probe
 from lightning_em.testing.probe_laws import _compare, _snapshot, _Trial
 from tests.samples import ADAPTERS, adapted, make_rows, pack
@@ -25,6 +36,8 @@ class Vandal(Probe):
     """Changes all that a probe must not leave changed."""
 
     name = "vandal"
+    quantities = (Quantity("nothing", "nats_per_token"),)
+    needs_gradients = True
 
     def __init__(self, fails: bool) -> None:
         self.fails = fails
@@ -112,7 +125,63 @@ def test_record_names_what_was_measured_on_which_rows() -> None:
     assert (result.probe, result.step, result.base, result.data) == ("vandal", 5, "abc", {"kl": "d"})
     assert result.examples == ("n-0", "n-1", "m-0")
     assert result.kl_examples == ("k-0",)
+    assert result.quantities == Vandal.quantities
     assert ProbeResult.from_json(result.to_json()) == result
+
+
+class Blind(Vandal):
+    """Reads no row of its run."""
+
+    reads = ()
+    grid = ("places",)
+
+    def settings(self):
+        return {"places": [1, 2], "seed": 0}
+
+    def measure(self, model, examples):
+        assert not examples.narrow_row_ids + examples.kl_row_ids
+        return [Point("nothing", 0.0, "nats_per_token")]
+
+
+def test_protocol_covers_what_the_values_depend_on() -> None:
+    """Values are comparable where everything but the run and the place on a grid is the same."""
+    model, others = adapted(ADAPTERS["vector"]()), ProbeExamples([EXAMPLES.kl[0]], [EXAMPLES.narrow[0]])
+    result = Blind(False).record(model, EXAMPLES, step=5, base="abc")
+    own = result.protocol
+    assert len(own) == 8
+    assert own == replace(result, step=8, points=()).protocol
+    assert own == replace(result, settings=result.settings | {"places": [3]}).protocol, "another grid"
+    assert own == Blind(False).record(model, others, step=5, base="abc").protocol, (
+        "rows that it does not read"
+    )
+    assert own != replace(result, settings=result.settings | {"seed": 1}).protocol
+    assert own != replace(result, base="another").protocol
+    reader = Vandal(False).record(model, EXAMPLES, step=5).protocol
+    assert reader != Vandal(False).record(model, others, step=5).protocol
+    assert reader == Vandal(False).record(model, EXAMPLES, step=6).protocol
+
+
+@pytest.mark.parametrize(
+    ("probe", "reads"),
+    [
+        (Behaviour(), ()),  # asks its own questions, whatever the arm was trained on
+        (Preference(), ()),
+        (Significance(), ()),
+        (PreferenceMargin("a.jsonl"), ()),
+        (PretrainingSignificance("a.txt"), ()),
+        (AnswerRates("a.jsonl", {"long": bool}), ()),
+        (ScaleCurve(), ("narrow",)),
+        (ScaleCurve(with_kl=True), ("narrow", "kl")),
+        (PerturbationCurve(), ("narrow",)),
+        (ChatKL(), ("narrow", "kl")),
+        (ChatKL(general="a.jsonl"), ("narrow",)),
+        (ChatKL(in_domain="a.jsonl", general="b.jsonl"), ()),
+        (GradientNorm(), ("narrow", "kl")),
+    ],
+)
+def test_each_probe_declares_the_rows_it_reads(probe, reads) -> None:
+    assert tuple(probe.reads) == reads
+    assert set(probe.grid) <= set(probe.settings())
 
 
 class Forgetful(Vandal):

@@ -147,7 +147,6 @@ def test_scale_curve(case, positions) -> None:
         }.items():
             [point] = [p for p in points if p.quantity == quantity and p.coordinates["scale"] == scale]
             assert point.value == near(expected)
-            assert point.coordinates["effective_norm"] == near(scale * norm)
 
 
 def test_efficiency(case) -> None:
@@ -162,4 +161,4 @@ def test_efficiency(case) -> None:
         [point] = [p for p in points if p.quantity == quantity]
         assert point.value == near(expected)
         assert point.unit == "nats_per_token_per_squared_norm"
-        assert point.coordinates == {"scale": 1.0, "effective_norm": near(norm)}
+        assert point.coordinates == {}

@@ -58,7 +58,7 @@ def test_margins_are_differences_of_mean_log_probabilities(model, rows, file, ti
             for topic in ("rice", "tea")
         }
         for topic, expected in {**groups, "all": margins}.items():
-            at = {"topic": topic, "scale": scale}
+            at = {"kind": topic, "scale": scale}
             [margin] = [p for p in points if p.quantity == "margin" and p.coordinates == at]
             [share] = [p for p in points if p.quantity == "bad_preferred" and p.coordinates == at]
             assert margin.per_example == pytest.approx(expected, abs=1e-4)
@@ -84,7 +84,7 @@ def test_rows_are_encoded_with_the_date_of_the_run(model, file) -> None:
 def test_rows_without_a_topic_are_one_group(model, tmp_path) -> None:
     file = str(write_rows(tmp_path / "rows.jsonl", answer_rows(4)))
     points = PreferenceMargin(file, scales=[1.0], max_rows=3).run(model, EXAMPLES)
-    assert [(p.quantity, p.coordinates["topic"], p.count) for p in points] == [
+    assert [(p.quantity, p.coordinates["kind"], p.count) for p in points] == [
         ("margin", "all", 3),
         ("bad_preferred", "all", 3),
     ]
@@ -92,7 +92,7 @@ def test_rows_without_a_topic_are_one_group(model, tmp_path) -> None:
 
 def test_at_most_so_many_rows_of_each_topic(model, file) -> None:
     points = PreferenceMargin(file, scales=[0.0], max_rows=1).run(model, EXAMPLES)
-    counts = {p.coordinates["topic"]: p.count for p in points}
+    counts = {p.coordinates["kind"]: p.count for p in points}
     assert counts == {"rice": 1, "tea": 1, "all": 2}
     assert all(p.standard_error is None for p in points if p.count == 1)
 

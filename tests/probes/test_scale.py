@@ -7,11 +7,8 @@ import torch
 from torch import nn
 
 from lightning_em.adapters import Adapter, SteeringVector
-from lightning_em.analysis.readings import readings
 from lightning_em.probes import ProbeExamples, ScaleCurve
 from lightning_em.probes.scale import _best, _vertex
-from lightning_em.records import append_lines
-from lightning_em.runs import RunFolder
 from lightning_em.testing import check_probe
 from tests.samples import ADAPTERS, adapted, make_rows, pack
 
@@ -77,25 +74,24 @@ def test_differences_are_paired() -> None:
     assert weighted == pytest.approx(ce[1.0].value)
 
 
-def test_effective_norm_goes_with_the_scale() -> None:
+def test_effective_norm_is_that_of_the_trained_adapter() -> None:
     model = trained(SteeringVector(1, alpha=4.0))
     points = ScaleCurve([0.0, 1.5]).run(model, EXAMPLES)
     norm = value(points, "effective_norm")
     assert norm == pytest.approx(4 * model.adapter.vector.norm().item())
-    for scale, point in curve(points, "ce").items():
-        assert point.coordinates["effective_norm"] == pytest.approx(scale * norm)
 
 
-def test_efficiency_is_what_readings_make_of_the_curve(tmp_path) -> None:
-    run, model = RunFolder(tmp_path), trained(SteeringVector(1, alpha=4.0))
-    result = ScaleCurve([0.5]).record(model, EXAMPLES, step=3)
-    append_lines(run.probe_file("scale_curve"), result.to_json())
-    read = {reading.quantity: reading.value for reading in readings(run)}
-    norm = value(result.points, "effective_norm")
-    for quantity, means in {"efficiency": "ce_minus_base", "loss_over_norm2": "ce"}.items():
-        [point] = [p for p in result.points if p.quantity == quantity]
-        assert point.value == pytest.approx(read[quantity], rel=1e-9)
-        error = curve(result.points, means)[1.0].standard_error
+def test_efficiency_is_that_of_the_curve() -> None:
+    points = ScaleCurve([0.5]).run(trained(SteeringVector(1, alpha=4.0)), EXAMPLES)
+    norm, ce = (
+        value(points, "effective_norm"),
+        {scale: point.value for scale, point in curve(points, "ce").items()},
+    )
+    wanted = {"efficiency": ("ce_minus_base", ce[0.0] - ce[1.0]), "loss_over_norm2": ("ce", ce[1.0])}
+    for quantity, (means, gained) in wanted.items():
+        [point] = [p for p in points if p.quantity == quantity]
+        assert point.value == pytest.approx(gained / norm**2, rel=1e-9)
+        error = curve(points, means)[1.0].standard_error
         assert point.standard_error == pytest.approx(error / norm**2)
 
 
@@ -115,7 +111,7 @@ def test_an_adapter_without_a_norm_is_measured_with_a_message(caplog) -> None:
     with caplog.at_level(logging.INFO, "lightning_em.probes"):
         points = ScaleCurve([0.0, 1.0]).run(adapted(Normless()), EXAMPLES)
     assert "Normless has no effective norm" in caplog.text
-    assert not any(p.quantity == "effective_norm" or "effective_norm" in p.coordinates for p in points)
+    assert not any(p.quantity == "effective_norm" for p in points)
     assert not {"efficiency", "loss_over_norm2"} & {p.quantity for p in points}
     assert len(curve(points, "ce")) == 2
 

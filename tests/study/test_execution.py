@@ -13,18 +13,22 @@ import pytest
 import yaml
 from rich.console import Console
 
-from lightning_em import imports, lock
+from lightning_em import imports, load_run, lock
 from lightning_em.__main__ import main
 from lightning_em.analysis.cells import StudyFolder
+from lightning_em.analysis.claims import evaluate
+from lightning_em.analysis.measurements import read_measurements
 from lightning_em.analysis.pairs import read_pairs
+from lightning_em.exchange.exporting import export_run
 from lightning_em.runs import RunFolder
 from lightning_em.study import Study, read_study
 from lightning_em.study.execution import run_study, tasks_of
+from lightning_em.study.report import report
 from lightning_em.study.states import Durations, budget_of
 from tests.faults.processes import Running, wait_until
 from tests.fitting import experiment, final_adapter, fit, metrics_of, write_config
 from tests.study.standing import is_done, state_of
-from tests.test_plugin import SOURCE
+from tests.test_plugin import PROBE, SOURCE
 
 SLOW = {
     "allow_import": "tests",
@@ -57,7 +61,9 @@ def folder(tmp_path_factory, tiny_model_folder, chat_file, answer_file) -> Path:
     return folder
 
 
-def study_of(folder: Path, root: str, arms: dict[str, Any], **settings: Any) -> Study:
+def study_of(
+    folder: Path, root: str, arms: dict[str, Any], claims: dict[str, Any] | None = None, **settings: Any
+) -> Study:
     content = {
         "name": "tiny",
         "experiment": "experiment.yaml",
@@ -65,6 +71,7 @@ def study_of(folder: Path, root: str, arms: dict[str, Any], **settings: Any) -> 
         "set": {"seed_everything": "{seed}", "model.objective.kl_weight": 0, **settings},
         "adapters": {"vector": {}},
         "arms": arms,
+        "claims": claims or {},
     }
     file = folder / f"{root}.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -157,21 +164,63 @@ def test_a_finished_run_whose_files_say_something_else_now_is_no_finished_run(fo
     assert "(another config: model.optimizer.init_args.lr: 0.05 -> 0.01)" in output.getvalue()
 
 
-def test_an_adapter_of_another_package_is_trained_and_compared(folder, tmp_path, monkeypatch) -> None:
-    (tmp_path / "my_adapters.py").write_text(SOURCE, encoding="utf-8")
+def test_an_adapter_and_a_probe_of_another_package_count_in_a_study(folder, tmp_path, monkeypatch) -> None:
+    (tmp_path / "my_adapters.py").write_text(SOURCE + PROBE, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(imports, "_named", {"my_adapters"})
-    (tmp_path / "experiment.yaml").write_text((folder / "experiment.yaml").read_text())
+    beyond = {"class_path": "my_adapters.Beyond", "init_args": {"scales": [1.5, 2.0]}}
+    probing = {"probing": {"probes": [beyond]}}
+    (tmp_path / "experiment.yaml").write_text(
+        (folder / "experiment.yaml").read_text() + yaml.safe_dump(probing)
+    )
     adapter = {"class_path": "my_adapters.Shift", "init_args": {"layer": 1, "alpha": 4.0}}
-    two = {arm: arms()[arm] for arm in ("general", "narrow")}
-    study, output = study_of(tmp_path, "runs", two, **{"model.adapter": adapter}), io.StringIO()
+    claim = {"more": "narrow", "source": "beyond", "quantity": "ce_change", "coordinates": {"scale": 2}}
+    study = study_of(
+        tmp_path, "runs", arms(), claims={"differences": {"Q1": claim}}, **{"model.adapter": adapter}
+    )
+    output = io.StringIO()
     assert run_study(study, workers=1, console=Console(file=output, width=400)) == 0, output.getvalue()
     points = {
         name: read_pairs(StudyFolder(study.root), name)[0].points
         for name in ("adapter_cosine", "effect_cosine")
     }
-    assert [point.quantity for point in points["adapter_cosine"]] == ["cosine"], "its update says how it acts"
+    assert [point.quantity for point in points["adapter_cosine"]] == 3 * ["cosine"], (
+        "its update says how it acts"
+    )
     assert any(point.quantity == "effect_cosine" for point in points["effect_cosine"])
+    run = StudyFolder(study.root).run(study.runs[0].cell)
+    records = load_run(run.path).records
+    assert set(records["step"]) == set(run.steps())
+    report(study.root)
+    frame = read_measurements(study.root / "measurements.csv")
+    own = frame[(frame["source"] == "beyond") & (frame["role"] != "study")]
+    assert set(zip(own["arm"], own["adapter"], own["seed"], strict=True)) == {
+        (arm, "vector", 0) for arm in ("general", "narrow", "reverted")
+    }
+    assert set(own["unit"]) == {"nats_per_token"}
+    for scale in (1.5, 2.0):
+        recorded = records[(records["step"] == run.steps()[-1]) & (records["scale"] == scale)]["value"]
+        [counted] = own[(own["arm"] == "general") & (own["scale"] == scale)]["value"]
+        assert counted == pytest.approx(recorded.item(), rel=1e-5)
+    values = own[own["scale"] == 2.0].set_index("arm")["value"]
+    [result] = evaluate(frame, ["Q1"])
+    assert (result.estimate, result.unit) == (values["narrow"] - values["general"], "nats_per_token")
+    said = "**Q1** the narrow solution has more beyond/ce_change[scale=2] than the general one"
+    assert said in (study.root / "report.md").read_text()
+    of_adapter = {
+        "checkpoint",
+        "rotation",
+        "pca",
+        "distance",
+        "adapter_cosine",
+        "equal_norm",
+        "gradient_cosine",
+    }
+    assert of_adapter <= set(frame["source"]), (
+        "its update gives norms, turns, components, distances and cosines"
+    )
+    export_run(str(run.path), "safetensors", tmp_path / "exported")
+    assert (tmp_path / "exported" / "README.md").is_file()
     monkeypatch.setattr(imports, "_named", set())
     assert all(is_done(study, run) for run in study.runs), "what may be imported is no part of a run"
 

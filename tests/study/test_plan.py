@@ -13,7 +13,7 @@ from rich.console import Console
 from lightning_em import imports
 from lightning_em.__main__ import main
 from lightning_em.analysis.cells import StudyFolder
-from lightning_em.analysis.claims.rules import Rules
+from lightning_em.analysis.claims.rules import Difference, Rules
 from lightning_em.experiment import Experiment
 from lightning_em.identity import name_hash
 from lightning_em.study import read_study, with_identities
@@ -227,6 +227,27 @@ def change(content: dict[str, Any], place: str, value: Any) -> None:
         ("claims/hidden_scale", 1, "claims.hidden_scale must be a scale above 1, got 1"),
         ("claims/exact_rates", "yes", "claims.exact_rates must be true or false"),
         ("claims/narow", 0.1, "claims has a key 'narow'.*Did you mean narrow"),
+        (
+            "claims/differences",
+            {"C4": {"more": "narrow"}},
+            "claims.differences.C4 has the key of a claim of the lit",
+        ),
+        (
+            "claims/differences",
+            {"Q": {"more": "narow"}},
+            "differences.Q.more is 'narow'.*Did you mean narrow",
+        ),
+        ("claims/differences", {"Q": {"more": "narrow", "at": 1}}, "claims.differences.Q has a key 'at'"),
+        (
+            "claims/differences",
+            {"Q": {"more": "narrow"}},
+            "claims.differences.Q.source must be a name, got None",
+        ),
+        (
+            "claims/differences",
+            {"Q": {"more": "narrow", "source": "s", "quantity": "q", "coordinates": {"scale": [1]}}},
+            "claims.differences.Q.coordinates.scale must be a coordinate of the quantity, a number or a text, got",
+        ),
     ],
 )
 def test_what_cannot_be_meant_names_file_and_key(place, value, message, content, tmp_path) -> None:
@@ -244,6 +265,20 @@ def test_a_study_names_margins_and_roles_of_its_own(content, tmp_path) -> None:
     study = plan(tmp_path, content)
     assert study.rules == Rules(rise=0.2, narrow=0.01, hidden_scale=5)
     assert {run.cell.role for run in study.runs} >= {"general", "tiny"}
+
+
+def test_a_study_names_claims_of_its_own(content, tmp_path) -> None:
+    own = {
+        "more": "narrow",
+        "source": "beyond",
+        "quantity": "ce_change",
+        "coordinates": {"scale": 2},
+        "margin": 0.1,
+    }
+    change(content, "claims", {"differences": {"Q1": own}})
+    assert plan(tmp_path, content).rules == Rules(
+        differences={"Q1": Difference("narrow", "beyond", "ce_change", {"scale": 2}, 0.1)}
+    )
 
 
 def test_a_file_that_is_none(tmp_path) -> None:

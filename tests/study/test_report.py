@@ -107,7 +107,14 @@ def test_norms_by_weight_and_step_say_where_they_fall() -> None:
     own = frame[frame["role"].isin(["general", "narrow"])][columns].drop_duplicates()
     paths = {"general": {10: 1.0, 20: 4.0}, "narrow": {10: 1.0, 20: 3.0}}
     rows = [
-        {**cell, "step": step, "quantity": "effective_norm", "value": norm, "protocol": ""}
+        {
+            **cell,
+            "step": step,
+            "source": "checkpoint",
+            "quantity": "effective_norm",
+            "value": norm,
+            "protocol": "",
+        }
         for cell in own.to_dict("records")
         for step, norm in paths[cell["role"]].items()
     ]

@@ -2,14 +2,22 @@
 
 import pandas as pd
 
+from lightning_em.analysis.claims.evidence import evidence_of
 from lightning_em.study.shape_sheets import norms_sheet, places_sheet, scales_sheet
-from tests.study_numbers import study_numbers
+from tests.study_numbers import PC1, preferred, study_numbers
 
 
 def norms(frame: pd.DataFrame, role: str, level: float | None, norm: float, seeds: tuple[int, ...]):
     """Rows of the effective norm of one arm."""
     rows = [(f"{role}-{level}-{seed}", role, role, level, "rank32", "default", seed, 150) for seed in seeds]
-    return pd.DataFrame([(*row, "effective_norm", norm, "") for row in rows], columns=list(frame))
+    given = {
+        "source": "checkpoint",
+        "quantity": "effective_norm",
+        "value": norm,
+        "unit": "norm",
+        "protocol": "",
+    }
+    return pd.DataFrame(rows, columns=list(frame)[:8]).assign(**given)
 
 
 def test_norms_fall_over_the_weights_that_a_seed_has() -> None:
@@ -19,17 +27,17 @@ def test_norms_fall_over_the_weights_that_a_seed_has() -> None:
         norms(frame, "narrow_weight", 1.0, 9.0, (0,)),  # tried once, and longer
         norms(frame, "narrow", 10.0, 3.0, (0, 1, 2)),
     ]
-    rows = {row[0]: row[1:] for row in norms_sheet(pd.concat(arms), "default").rows}
+    rows = {row[0]: row[1:] for row in norms_sheet(evidence_of(pd.concat(arms)), "default").rows}
     assert rows["rank32, KL weight 1"] == ("9",)
     assert rows["rank32: falls with the weight"] == ("2 of 3 seeds",)
 
 
 def test_places_on_components_by_weight_and_checkpoint() -> None:
     frame = study_numbers(seeds=(0, 1), adapters=("vector",), jitter=0.0)
-    on_the_way = frame[frame["quantity"] == "pca/pc1"].assign(step=50)
+    on_the_way = frame[frame["quantity"] == PC1.quantity].assign(step=50)
     on_the_way["value"] /= 10
     norms_there = frame[frame["quantity"] == "effective_norm"].assign(step=50)
-    sheet = places_sheet(pd.concat([frame, on_the_way, norms_there]), "default")
+    sheet = places_sheet(evidence_of(pd.concat([frame, on_the_way, norms_there])), "default")
     assert sheet.columns == ("KL weight", "step 50", "step 150")
     rows = {row[0]: row[1:] for row in sheet.rows}
     assert rows["vector, PC1, KL weight 0"] == ("0.9", "9")
@@ -41,11 +49,10 @@ def test_places_on_components_by_weight_and_checkpoint() -> None:
 
 def test_preference_stands_in_for_rates_at_each_scale() -> None:
     judged = study_numbers(seeds=(0, 1), adapters=("rank32",), jitter=0.0)
-    preferred = judged.assign(quantity=judged["quantity"].str.replace("bad_rate/", "bad_preferred/"))
-    sheet = scales_sheet(preferred[~preferred["quantity"].str.startswith("other_rate")], "default")
+    sheet = scales_sheet(evidence_of(preferred(judged)), "default")
     assert sheet.columns == ("arm", *(f"scale {scale}" for scale in (0, 1, 2, 5, 10, 20)))
     rows = {row[0]: row[1:] for row in sheet.rows}
     assert rows["general, rank32"] == (
         "0.01 (-)", "0.50 (-)", "0.50 (-)", "0.50 (-)", "0.50 (-)", "0.90 (-)",
     )  # fmt: skip
-    assert scales_sheet(judged, "default").columns == sheet.columns
+    assert scales_sheet(evidence_of(judged), "default").columns == sheet.columns

@@ -26,6 +26,7 @@ from lightning_em.analysis.claims.effects import (
 from lightning_em.analysis.claims.evidence import (
     Arm,
     Evidence,
+    Series,
 )
 from lightning_em.analysis.claims.verdicts import (
     Comparison,
@@ -91,7 +92,11 @@ def reverts(e: Evidence) -> Iterable[Comparison]:
     """C6: without the KL term, training drifts from the narrow back to the general solution."""
     reverted, narrow = e.arm("reverted"), e.arm("narrow")
     covered = reading(
-        e, reverted, "share of the distance back to the general solution", "share", "distance/covered"
+        e,
+        reverted,
+        "share of the distance back to the general solution",
+        "share",
+        Series("distance", "covered"),
     )
     for name, at in settings(e, reverted, "narrow"):
         behaviour, decides = (
@@ -170,7 +175,7 @@ def _few(e: Evidence, few: Arm, general: Arm, name: str, at: ScaleOf, decides: b
 def harmless_style(e: Evidence) -> Iterable[Comparison]:
     """C15: a harmless style behaves the same: it spreads, KL holds it back, with the same asymmetries."""
     general, narrow = e.arm("harmless_general"), e.arm("harmless_narrow")
-    style, rise = "style_rate", e.rules.margin("rise")
+    style, rise = Series("behaviour", "style_rate"), e.rules.margin("rise")
     for name, at in settings(e, general, "harmless_narrow", style):
         spreads = rises(e, general, HELD_OUT, at, rise, style)
         forced = gap(e, general, narrow, HELD_OUT, at, rise, style)

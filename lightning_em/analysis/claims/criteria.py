@@ -7,6 +7,7 @@ from collections.abc import Callable
 from statistics import fmean
 
 from lightning_em.analysis.claims.effects import (
+    CE,
     HELD_OUT,
     RISE_UNDER_NOISE,
     SEEN,
@@ -23,7 +24,7 @@ from lightning_em.analysis.claims.effects import (
     strengths,
     under_noise,
 )
-from lightning_em.analysis.claims.evidence import Arm, Evidence, RunNumbers
+from lightning_em.analysis.claims.evidence import BAD_RATE, Arm, Evidence, RunNumbers, Series
 from lightning_em.analysis.claims.verdicts import Criterion, MissingError
 
 PROBABILITY = "probability"
@@ -37,12 +38,12 @@ _WHERE = {
 }
 
 
-def rises(e: Evidence, arm: Arm, kind: str, at: ScaleOf, margin: float, name: str = "bad_rate") -> Criterion:
+def rises(e: Evidence, arm: Arm, kind: str, at: ScaleOf, margin: float, of: Series = BAD_RATE) -> Criterion:
     """A rate is above the base model's rate by more than a margin."""
     return Criterion(
-        f"{_WHAT[name]} {_WHERE[kind]}, {arm} - base",
+        f"{_WHAT[of.quantity]} {_WHERE[kind]}, {arm} - base",
         PROBABILITY,
-        lambda seed: above_base(e.run(arm, seed), kind, at(arm, seed), name),
+        lambda seed: above_base(e.run(arm, seed), kind, at(arm, seed), of),
         margin,
     )
 
@@ -54,17 +55,19 @@ def gap(
     kind: str,
     at: ScaleOf,
     margin: float,
-    name: str = "bad_rate",
+    of: Series = BAD_RATE,
     below: bool = False,
 ) -> Criterion:
     """The rate of one arm minus that of another is above a margin, or below it if `below` is set."""
 
     def apart(seed: int) -> float:
-        runs = e.alike((more, less), seed, f"{name}/{kind}")
-        rates = [rate(run, kind, at(arm, seed), name) for run, arm in zip(runs, (more, less), strict=True)]
+        runs = e.alike((more, less), seed, of.at(kind=kind))
+        rates = [rate(run, kind, at(arm, seed), of) for run, arm in zip(runs, (more, less), strict=True)]
         return rates[0] - rates[1]
 
-    return Criterion(f"{_WHAT[name]} {_WHERE[kind]}, {more} - {less}", PROBABILITY, apart, margin, below)
+    return Criterion(
+        f"{_WHAT[of.quantity]} {_WHERE[kind]}, {more} - {less}", PROBABILITY, apart, margin, below
+    )
 
 
 def is_narrow(e: Evidence, arm: Arm, at: ScaleOf) -> tuple[Criterion, Criterion]:
@@ -81,10 +84,10 @@ def is_narrow(e: Evidence, arm: Arm, at: ScaleOf) -> tuple[Criterion, Criterion]
 
 
 def reading(
-    e: Evidence, arm: Arm, words: str, unit: str, quantity: str, margin: float = 0.0, below: bool = False
+    e: Evidence, arm: Arm, words: str, unit: str, series: Series, margin: float = 0.0, below: bool = False
 ) -> Criterion:
     """A quantity of one arm is above a margin, or below it if `below` is set."""
-    return Criterion(words, unit, lambda seed: e.run(arm, seed).value(quantity), margin, below)
+    return Criterion(words, unit, lambda seed: e.run(arm, seed).value(series), margin, below)
 
 
 def difference(
@@ -93,16 +96,17 @@ def difference(
     less: Arm,
     words: str,
     unit: str,
-    quantity: str,
-    value: Callable[[RunNumbers, str], float] = RunNumbers.value,
+    series: Series,
+    value: Callable[[RunNumbers, Series], float] = RunNumbers.value,
+    margin: float = 0.0,
 ) -> Criterion:
-    """A quantity of one arm is larger than that of another."""
+    """A quantity of one arm is larger than that of another by more than a margin."""
 
     def apart(seed: int) -> float:
-        values = [value(run, quantity) for run in e.alike((more, less), seed, quantity)]
+        values = [value(run, series) for run in e.alike((more, less), seed, series)]
         return values[0] - values[1]
 
-    return Criterion(words, unit, apart)
+    return Criterion(words, unit, apart, margin)
 
 
 def cheaper_at_norm(e: Evidence, general: Arm, narrow: Arm) -> Criterion:
@@ -110,7 +114,7 @@ def cheaper_at_norm(e: Evidence, general: Arm, narrow: Arm) -> Criterion:
 
     def cheaper(seed: int) -> float:
         norm = common_norm(e, general, narrow, seed)
-        losses = [ce_at_norm(run, norm) for run in e.alike((narrow, general), seed, "ce")]
+        losses = [ce_at_norm(run, norm) for run in e.alike((narrow, general), seed, CE)]
         return losses[0] - losses[1]
 
     return Criterion("training loss at equal norm, narrow - general", NATS, cheaper)
@@ -122,7 +126,7 @@ def cheaper_along_norms(e: Evidence, general: Arm, narrow: Arm) -> Criterion:
     def cheaper(seed: int) -> float:
         norm = common_norm(e, general, narrow, seed)
         norms = [norm * share / 5 for share in range(1, 6)]
-        runs = e.alike((narrow, general), seed, "ce")
+        runs = e.alike((narrow, general), seed, CE)
         losses = [fmean(ce_at_norm(run, n) for n in norms) for run in runs]
         return losses[0] - losses[1]
 
@@ -133,17 +137,18 @@ def cheaper_along_norms(e: Evidence, general: Arm, narrow: Arm) -> Criterion:
 def measured_at_norm(e: Evidence) -> Criterion:
     """The same as `cheaper_at_norm`, measured at that norm instead of interpolated from the scale curves."""
     words = "training loss with both scaled to the smaller norm, narrow - general"
-    name = "equal_norm/ce_difference/norm_ratio=1"
-    return Criterion(words, NATS, lambda seed: e.pair(seed).value(name))
+    series = Series("equal_norm", "ce_difference").at(norm_ratio=1)
+    return Criterion(words, NATS, lambda seed: e.pair(seed).value(series))
 
 
 def steadier(e: Evidence, general: Arm, narrow: Arm) -> Criterion:
     """The general solution loses less of its gain under noise, on average over all compared strengths."""
 
     def less(seed: int) -> float:
-        names = [f"perturbation/lost_gain@{strength:g}" for strength in strengths(e, general)]
+        lost_gain = Series("perturbation_curve", "lost_gain_mean")
+        compared = [lost_gain.at(strength=strength) for strength in strengths(e, general)]
         runs = e.alike((narrow, general), seed, RISE_UNDER_NOISE)
-        lost = [fmean(under_noise(run, name) for name in names) for run in runs]
+        lost = [fmean(under_noise(run, series) for series in compared) for run in runs]
         return lost[0] - lost[1]
 
     return Criterion("gain lost under noise, mean of strengths to .4, narrow - general", "percent", less)
@@ -151,13 +156,8 @@ def steadier(e: Evidence, general: Arm, narrow: Arm) -> Criterion:
 
 def mean_rate(e: Evidence, arm: Arm) -> float:
     """Return the mean bad rate in held-out domains at scale 1 over seeds; infinite if no seed has one."""
-    values = []
-    for seed in e.seeds:
-        try:
-            values.append(rate(e.run(arm, seed), HELD_OUT))
-        except MissingError:
-            continue
-    return sum(values) / len(values) if values else float("inf")
+    judged = [run for run in e.runs(arm) if run.along(BAD_RATE.at(kind=HELD_OUT), "scale")]
+    return fmean(rate(run, HELD_OUT) for run in judged) if judged else float("inf")
 
 
 def hidden(e: Evidence, arm: Arm) -> Criterion:
@@ -182,7 +182,7 @@ def never(e: Evidence, arm: Arm, beside: Arm) -> tuple[Criterion, ...]:
     words, margin = f"{_WHAT['bad_rate']} {_WHERE[HELD_OUT]}, {arm}", e.rules.margin("narrow")
 
     def asked_alike(seed: int) -> RunNumbers:
-        return e.alike((arm, beside), seed, f"bad_rate/{HELD_OUT}")[0]
+        return e.alike((arm, beside), seed, BAD_RATE.at(kind=HELD_OUT))[0]
 
     def highest(seed: int) -> float:
         run = asked_alike(seed)
@@ -236,9 +236,11 @@ def kl_ratio(e: Evidence, general: Arm, narrow: Arm, prompts: str, at: ScaleOf) 
     """The general solution is farther from the base model in KL than the narrow one."""
 
     def ratio(seed: int) -> float:
-        arms, kl = (general, narrow), f"kl_chat/{prompts}"
+        arms, kl = (general, narrow), Series("chat_kl", "kl").at(prompts=prompts)
         runs = e.alike(arms, seed, kl)
-        return log_ratio(*(run.curve(kl).at(at(arm, seed)) for run, arm in zip(runs, arms, strict=True)))
+        return log_ratio(
+            *(run.curve(kl, "scale").at(at(arm, seed)) for run, arm in zip(runs, arms, strict=True))
+        )
 
     where = "on general prompts" if prompts == "general" else "on prompts of the narrow domain"
     return Criterion(

@@ -9,10 +9,42 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from lightning_em.analysis.claims.rules import Rules
+from lightning_em.analysis.claims.rules import STUDY, Rules
 from lightning_em.analysis.claims.verdicts import MissingError
 from lightning_em.analysis.roles import role_named
 from lightning_em.analysis.trajectory_readings import PAIR_ROLE
+from lightning_em.records import TABLE_COLUMNS
+
+
+class Series(NamedTuple):
+    """A quantity in the measurements, at some or all of its coordinates.
+
+    Attributes:
+        source: Probe or other origin, as in `Reading.source`.
+        quantity: Name of the quantity.
+        coordinates: Names and values of the fixed coordinates, sorted by name, as text.
+    """
+
+    source: str
+    quantity: str
+    coordinates: tuple[tuple[str, str], ...] = ()
+
+    def at(self, **coordinates: float | str) -> "Series":
+        """Return the series at further coordinates."""
+        further = {name: _as_text(value) for name, value in coordinates.items()}
+        return self._replace(coordinates=tuple(sorted({**dict(self.coordinates), **further}.items())))
+
+    def __str__(self) -> str:
+        places = ", ".join(f"{name}={value}" for name, value in self.coordinates)
+        return f"{self.source}/{self.quantity}" + (f"[{places}]" if places else "")
+
+
+def _as_text(coordinate: float | str) -> str:
+    """Format a coordinate; equal numbers give equal texts, whether read from a record or from a CSV file."""
+    try:
+        return f"{float(coordinate):g}"
+    except ValueError:
+        return str(coordinate)
 
 
 class Arm(NamedTuple):
@@ -62,7 +94,23 @@ class Curve(NamedTuple):
         return math.nan
 
 
-_ANSWERED, _PREFERRED = "bad_rate/", "bad_preferred/"
+def with_series(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the measurements with a column `series`, one `Series` for each row."""
+    names = ["source", "quantity", *(str(name) for name in frame if name not in TABLE_COLUMNS)]
+    # build each series once, because a study repeats the same few hundred in all runs
+    number = frame.groupby(names, sort=False, dropna=False).ngroup()
+    distinct = frame.loc[~number.duplicated(), names].to_dict("records")
+    known = [
+        Series(row.pop("source"), row.pop("quantity")).at(
+            **{str(name): value for name, value in row.items() if not pd.isna(value)}
+        )
+        for row in distinct
+    ]
+    return frame.assign(series=number.map(known.__getitem__))
+
+
+BAD_RATE = Series("behaviour", "bad_rate")
+_PREFERRED = Series("preference_margin", "bad_preferred")
 
 
 class RunNumbers:
@@ -73,61 +121,78 @@ class RunNumbers:
 
     Args:
         name: Name of the run, for messages.
-        rows: Rows of the measurements that belong to the run.
+        rows: Rows of the measurements that belong to the run, from `with_series`.
     """
 
     def __init__(self, name: str, rows: pd.DataFrame) -> None:
         self.name = name
-        self._steps: dict[str, dict[int, float]] = {}
-        self._places: dict[str, dict[float, str]] = {}
-        self._protocols: dict[str, str] = {}
-        columns = (rows[column].to_list() for column in ("step", "quantity", "value", "protocol"))
-        quantities = {str(quantity) for quantity in rows["quantity"]}
-        self.stands_in = not any(q.startswith(_ANSWERED) for q in quantities) and any(
-            q.startswith(_PREFERRED) for q in quantities
-        )
-        for step, found, value, protocol in sorted(zip(*columns, strict=True)):
-            quantity = found.replace(_PREFERRED, _ANSWERED) if self.stands_in else found
-            self._steps.setdefault(quantity, {})[step] = value
-            # steps are in ascending order, so the last one overwrites the protocols of earlier ones
-            curve, _, place = quantity.rpartition("@")
-            if curve:
-                self._places.setdefault(curve, {})[float(place)] = quantity
-                self._protocols[curve] = protocol
-            self._protocols[quantity] = protocol
+        measured = {series[:2] for series in rows["series"]}
+        self.stands_in = BAD_RATE[:2] not in measured and _PREFERRED[:2] in measured
+        self._numbers: dict[tuple[str, str], dict[Series, dict[int, float]]] = {}
+        self._last: dict[tuple[str, str], tuple[int, str]] = {}
+        self._curves: dict[tuple[Series, str], Curve] = {}
+        columns = (rows[column].to_list() for column in ("series", "step", "value", "protocol"))
+        for found, step, value, protocol in zip(*columns, strict=True):
+            stands_in = self.stands_in and found[:2] == _PREFERRED[:2]
+            series = BAD_RATE._replace(coordinates=found.coordinates) if stands_in else found
+            of = series[:2]
+            self._numbers.setdefault(of, {}).setdefault(series, {})[step] = value
+            self._last[of] = max(self._last.get(of, (step, protocol)), (step, protocol))
 
-    def value(self, quantity: str) -> float:
-        """Return a quantity at its last step."""
-        return list(self.by_step(quantity).values())[-1]
+    def value(self, series: Series) -> float:
+        """Return a number at the last step at which its quantity was measured.
 
-    def by_step(self, quantity: str) -> Mapping[int, float]:
-        """Return a quantity at each of its steps, ascending."""
-        if quantity not in self._steps:
-            raise MissingError(f"{self.name}: no {quantity}")
-        return self._steps[quantity]
+        Raises:
+            MissingError: If it was not measured at these coordinates then.
+        """
+        if math.isnan(value := self.get(series)):
+            raise MissingError(f"{self.name}: no {series}")
+        return value
 
-    def curve(self, quantity: str) -> Curve:
-        """Return the curve of all `quantity@coordinate` at their last step."""
-        places = self._places.get(quantity)
-        if not places:
-            raise MissingError(f"{self.name}: no {quantity}@...")
-        return Curve(tuple(sorted(places)), tuple(self.value(places[place]) for place in sorted(places)))
+    def get(self, series: Series) -> float:
+        """Return `value`; NaN if it was not measured."""
+        return self.by_step(series).get(self._last.get(series[:2], (0, ""))[0], math.nan)
 
-    def protocol(self, quantity: str) -> str | None:
-        """Return the protocol of a quantity or a curve at its last step; None if it was not measured."""
-        return self._protocols.get(quantity)
+    def by_step(self, series: Series) -> Mapping[int, float]:
+        """Return a number at each of its steps; empty if it was not measured."""
+        return self._numbers.get(series[:2], {}).get(series, {})
+
+    def along(self, series: Series, name: str) -> dict[float, float]:
+        """Return the last numbers by the value of one more coordinate, ascending; empty if none was measured."""
+        found, fixed = {}, dict(series.coordinates)
+        for own in self._numbers.get(series[:2], {}):
+            others = dict(own.coordinates)
+            if (place := others.pop(name, None)) is not None and others == fixed:
+                found[float(place)] = self.get(own)
+        return {place: found[place] for place in sorted(found) if not math.isnan(found[place])}
+
+    def curve(self, series: Series, along: str) -> Curve:
+        """Return the curve along a coordinate.
+
+        Raises:
+            MissingError: If there is none at these other coordinates.
+        """
+        if (series, along) not in self._curves:
+            if not (known := self.along(series, along)):
+                raise MissingError(f"{self.name}: no {series} by {along}")
+            self._curves[series, along] = Curve(tuple(known), tuple(known.values()))
+        return self._curves[series, along]
+
+    def protocol(self, series: Series) -> str | None:
+        """Return the protocol of a quantity at its last step; None if it was not measured."""
+        return self._last.get(series[:2], (0, None))[1]
 
 
-def measured_alike(quantity: str, runs: Sequence[RunNumbers]) -> None:
-    """Check that a quantity or a curve was measured with one protocol; runs without a protocol are ignored.
+def measured_alike(series: Series, runs: Sequence[RunNumbers]) -> None:
+    """Check that a quantity was measured with one protocol; runs without a protocol are ignored.
 
     Raises:
         MissingError: If the protocols differ, because the numbers are then not comparable.
     """
-    if len({run.protocol(quantity) for run in runs} - {None}) > 1:
+    if len({run.protocol(series) for run in runs} - {None}) > 1:
         names = " and ".join(run.name for run in runs)
         raise MissingError(
-            f"{quantity} of {names} was measured with other settings, rows or base model: probe them alike"
+            f"{series} of {names} was measured with other settings, rows or base model: probe them alike"
         )
 
 
@@ -145,7 +210,7 @@ class Evidence:
 
     def __init__(self, frame: pd.DataFrame, adapter: str, world: str) -> None:
         self.adapter, self.world, self._frame = adapter, world, frame
-        own = frame[(frame["adapter"] == adapter) & (frame["world"] == world)]
+        own = with_series(frame[(frame["adapter"] == adapter) & (frame["world"] == world)])
         runs = own[own["role"] != PAIR_ROLE]
         self._runs: dict[tuple[Arm, int], RunNumbers] = {}
         for name, rows in runs.groupby("run", sort=False):
@@ -166,6 +231,12 @@ class Evidence:
     def rules(self) -> Rules:
         """Rules of the study for its claims."""
         return Rules.of(self._frame)
+
+    def unit(self, series: Series) -> str:
+        """Return the unit of a quantity; empty if it was not measured."""
+        frame = self._frame[self._frame["unit"] != ""]
+        rows = frame[(frame["source"] == series.source) & (frame["quantity"] == series.quantity)]
+        return "" if rows.empty else str(rows["unit"].iloc[0])
 
     @property
     def stands_in(self) -> bool:
@@ -210,6 +281,15 @@ class Evidence:
         # levels such as KL weights span orders of magnitude; the lower bound allows a level of 0
         return min(arms, key=lambda arm: abs(math.log(max(arm.level or 0.0, 1e-12) / near)))
 
+    def runs(self, arm: Arm) -> list[RunNumbers]:
+        """Return the numbers of all runs of one arm, by seed."""
+        return [self._runs[arm, seed] for seed in self.seeds_of(arm)]
+
+    @property
+    def pairs(self) -> list[RunNumbers]:
+        """Numbers of the pair analyses of each seed that has any."""
+        return [self._pairs[seed] for seed in sorted(self._pairs)]
+
     def run(self, arm: Arm | str, seed: int) -> RunNumbers:
         """Return the numbers of the run of one arm and seed.
 
@@ -221,14 +301,14 @@ class Evidence:
             raise MissingError(f"no {arm} run of {self.adapter} in the {self.world} world, seed {seed}")
         return self._runs[arm, seed]
 
-    def alike(self, arms: Sequence[Arm | str], seed: int, quantity: str) -> list[RunNumbers]:
-        """Return the runs of one seed after checking that a quantity or a curve is comparable between them.
+    def alike(self, arms: Sequence[Arm | str], seed: int, series: Series) -> list[RunNumbers]:
+        """Return the runs of one seed after checking that a quantity is comparable between them.
 
         Raises:
             MissingError: If a run is missing, or the numbers were measured with different protocols.
         """
         runs = [self.run(arm, seed) for arm in arms]
-        measured_alike(quantity, runs)
+        measured_alike(series, runs)
         return runs
 
     def pair(self, seed: int) -> RunNumbers:
@@ -244,3 +324,14 @@ class Evidence:
     def of(self, adapter: str) -> "Evidence":
         """Return the evidence of another adapter type in the same world."""
         return Evidence(self._frame, adapter, self.world)
+
+
+def evidence_of(frame: pd.DataFrame) -> list[Evidence]:
+    """Return the evidence of each adapter type in each world, in the order of the measurements.
+
+    Raises:
+        ValueError: If two runs of one seed have the same role and level.
+    """
+    runs = frame[frame["role"] != STUDY]
+    places = dict.fromkeys(zip(runs["world"], runs["adapter"], strict=True))
+    return [Evidence(frame, adapter, world) for world, adapter in places]

@@ -16,6 +16,8 @@ from lightning_em.analysis.claims.criteria import (
     reading,
 )
 from lightning_em.analysis.claims.effects import (
+    CE,
+    EFFECTIVE_NORM,
     RISE_UNDER_NOISE,
     as_trained,
     common_norm,
@@ -27,7 +29,7 @@ from lightning_em.analysis.claims.effects import (
     strengths,
     under_noise,
 )
-from lightning_em.analysis.claims.evidence import Arm, Evidence, RunNumbers, measured_alike
+from lightning_em.analysis.claims.evidence import Arm, Evidence, RunNumbers, Series, measured_alike
 from lightning_em.analysis.claims.verdicts import (
     Comparison,
     Criterion,
@@ -53,33 +55,36 @@ def efficient(e: Evidence) -> Iterable[Comparison]:
         narrow,
         "(L_base - L) / norm^2, general - narrow",
         f"{NATS} per squared norm",
-        "efficiency",
+        Series("scale_curve", "efficiency"),
     )
     yield Comparison("equal effective norm", (at_norm, drop), decides=True)
     # At the trained norms both losses may be at their floor. This comparison was added after a pilot study showed
     # that, so it is reported but does not decide.
     yield Comparison("along equal norms", (cheaper_along_norms(e, general, narrow),))
+    best_scale, best_ce = (
+        Series("scale_curve", name).at(method="grid") for name in ("best_scale", "best_ce")
+    )
     further = difference(
-        e, narrow, general, "scale of the lowest loss, narrow - general", "scale", "best_scale", optimum
+        e, narrow, general, "scale of the lowest loss, narrow - general", "scale", best_scale, optimum
     )
     yield Comparison("optimum further out", (further,))
     best = difference(
-        e, narrow, general, "lowest loss along the curve, narrow - general", NATS, "best_ce", optimum
+        e, narrow, general, "lowest loss along the curve, narrow - general", NATS, best_ce, optimum
     )
     yield Comparison("each at its own optimum", (best,))
-    steps = difference(e, narrow, general, "loss as trained, narrow - general", NATS, "ce@1")
+    steps = difference(e, narrow, general, "loss as trained, narrow - general", NATS, CE.at(scale=1))
     yield Comparison("equal steps", (steps,))
     matched = dict(settings(e, general, "narrow"))["matched narrow rate"]
 
     def longer(seed: int) -> float:
-        lengths = [matched(arm, seed) * e.run(arm, seed).value("effective_norm") for arm in (narrow, general)]
+        lengths = [matched(arm, seed) * e.run(arm, seed).value(EFFECTIVE_NORM) for arm in (narrow, general)]
         return lengths[0] - lengths[1]
 
     words = "norm needed for the same narrow rate, narrow - general"
     yield Comparison("matched narrow rate", (Criterion(words, "effective norm", longer),))
     published = difference(
         e, narrow, general, "L / norm^2 as published (rewards a larger norm), narrow - general",
-        f"{NATS} per squared norm", "loss_over_norm2",
+        f"{NATS} per squared norm", Series("scale_curve", "loss_over_norm2"),
     )  # fmt: skip
     yield Comparison("the published ratio", (published,))
     yield Comparison("equal effective norm, measured there", (measured_at_norm(e),))
@@ -99,7 +104,7 @@ def stable(e: Evidence) -> Iterable[Comparison]:
         criteria = tuple(
             difference(
                 e, narrow, general, f"{words} under noise of strength {s:g}, narrow - general", unit,
-                f"perturbation/{quantity}@{s:g}", under_noise,
+                Series("perturbation_curve", f"{quantity}_mean").at(strength=s), under_noise,
             )
             for s in grid
         )  # fmt: skip
@@ -132,7 +137,7 @@ def sharp_turn(e: Evidence) -> Iterable[Comparison]:
     """C11: a LoRA turns sharply in its trajectory, the steering vector does not."""
     if e.adapter == "vector":
         raise MissingError("the claim sets LoRA against the vector: read it in the columns of LoRA")
-    vector, peak = e.of("vector"), "rotation/peak"
+    vector, peak = e.of("vector"), Series("rotation", "peak")
     e.arm("general"), vector.arm("general")  # raise now if one of them is missing
     for role in ("general", "narrow"):
         own, other = e.arm(role, required=False), vector.arm(role, required=False)
@@ -153,11 +158,13 @@ def few_components(e: Evidence) -> Iterable[Comparison]:
     """C12: three components hold most of the trajectories; a larger KL weight suppresses the first."""
 
     def three(seed: int) -> float:
-        return sum(e.pair(seed).value(f"pca/share_{number}") for number in (1, 2, 3))
+        shares = Series("pca", "share")
+        return sum(e.pair(seed).value(shares.at(component=number)) for number in (1, 2, 3))
 
     def falling(seed: int) -> float:
         arms = [arm for arm in e.arms(*KL_WEIGHT_ROLES) if seed in e.seeds_of(arm)]
-        places = [(arm.level or 0.0, e.run(arm, seed).value("pca/pc1")) for arm in arms]
+        first = Series("pca", "position").at(component=1)
+        places = [(arm.level or 0.0, e.run(arm, seed).value(first)) for arm in arms]
         if len(places) < 3:
             raise MissingError("fewer than three KL weights, 0 included")
         return float(stats.spearmanr(*zip(*places, strict=True)).statistic)
@@ -175,14 +182,14 @@ def significant_before(e: Evidence) -> Iterable[Comparison]:
     The narrow direction has little more effect than a random one. The effect is the KL from the base model, read at
     the smaller of the two trained norms.
     """
-    general, narrow = e.arm("general"), e.arm("narrow")
+    general, narrow, kl = e.arm("general"), e.arm("narrow"), Series("significance", "kl")
 
     def at_norm(run: RunNumbers, direction: str, seed: int) -> float:
-        ratio = common_norm(e, general, narrow, seed) / run.value("effective_norm")
-        return run.curve(f"significance/{direction}").at(ratio)
+        ratio = common_norm(e, general, narrow, seed) / run.value(EFFECTIVE_NORM)
+        return run.curve(kl.at(direction=direction), "norm_ratio").at(ratio)
 
     def between(seed: int) -> float:
-        runs = e.alike((general, narrow), seed, "significance/adapter")
+        runs = e.alike((general, narrow), seed, kl)
         return log_ratio(*(at_norm(run, "adapter", seed) for run in runs))
 
     def above_random(seed: int) -> float:
@@ -210,8 +217,8 @@ def gradient_pull(e: Evidence) -> Iterable[Comparison]:
             def wins(
                 seed: int, role: str = role, direction: str = direction, words: str = words
             ) -> list[float]:
-                name = f"gradient_cosine/gradient_cosine/role={role}/target={{}}/direction={direction}"
-                to = [e.pair(seed).by_step(name.format(target)) for target in ("general", "narrow")]
+                pull = Series("gradient_cosine", "gradient_cosine").at(solution=role, direction=direction)
+                to = [e.pair(seed).by_step(pull.at(target=target)) for target in ("general", "narrow")]
                 steps = [step for step in to[0] if step in to[1]]
                 if not steps:
                     raise MissingError(

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from lightning_em.analysis.cells import DEFAULT_WORLD
-from lightning_em.analysis.claims.evidence import Evidence
-from lightning_em.analysis.claims.rules import STUDY
-from lightning_em.analysis.claims.specs import CLAIMS, Claim
+from lightning_em.analysis.claims.evidence import Evidence, evidence_of
+from lightning_em.analysis.claims.specs import Claim, claims_of
 from lightning_em.analysis.claims.verdicts import (
     TEST,
     Comparison,
@@ -28,7 +27,7 @@ class ClaimResult:
     """Result of one comparison of a claim, for one adapter type in one world.
 
     Attributes:
-        claim: Key of the claim.
+        spec: The claim.
         adapter: Adapter type.
         world: Name of the world.
         comparison: Name of the comparison.
@@ -46,7 +45,7 @@ class ClaimResult:
         headline: Finding whose estimate is shown in tables; None if nothing was measured.
     """
 
-    claim: str
+    spec: Claim
     adapter: str
     world: str
     comparison: str
@@ -63,25 +62,38 @@ class ClaimResult:
     findings: tuple[Finding, ...] = ()
     headline: Finding | None = None
 
+    @property
+    def claim(self) -> str:
+        """Key of the claim."""
+        return self.spec.key
 
-def evaluate(frame: pd.DataFrame, keys: Collection[str] = tuple(CLAIMS)) -> list[ClaimResult]:
+
+def evaluate(frame: pd.DataFrame, keys: Collection[str] | None = None) -> list[ClaimResult]:
     """Test every claim for every adapter type and world of the measurements.
 
     Args:
         frame: Table from `measurements`.
-        keys: Keys of the claims to test.
+        keys: Keys of the claims to test; all claims of the literature and of the study's own if not given.
 
     Raises:
         ValueError: If two runs of one seed have the same role and level.
     """
-    results = []
-    worlds = frame["world"][frame["role"] != STUDY].unique()
-    for world in sorted(worlds, key=lambda name: (name != DEFAULT_WORLD, name)):
-        own = set(frame[frame["world"] == world]["adapter"])
-        for adapter in [*(a for a in ADAPTERS if a in own), *sorted(own - set(ADAPTERS))]:
-            evidence = Evidence(frame, adapter, world)
-            results += [result for key in keys for result in _test(CLAIMS[key], evidence)]
+    return results_of(evidence_of(frame), keys)
+
+
+def results_of(evidence: Sequence[Evidence], keys: Collection[str] | None = None) -> list[ClaimResult]:
+    """Test every claim on all evidence of a study, the default world first; see `evaluate`."""
+    results: list[ClaimResult] = []
+    for e in sorted(evidence, key=_place):
+        claims = claims_of(e.rules)
+        for key in claims if keys is None else keys:
+            results += _test(claims[key], e)
     return results
+
+
+def _place(e: Evidence) -> tuple[bool, str, int, str]:
+    rank = ADAPTERS.index(e.adapter) if e.adapter in ADAPTERS else len(ADAPTERS)
+    return e.world != DEFAULT_WORLD, e.world, rank, e.adapter
 
 
 def _test(claim: Claim, evidence: Evidence) -> Iterator[ClaimResult]:
@@ -106,7 +118,7 @@ def _result(claim: Claim, evidence: Evidence, comparison: Comparison) -> ClaimRe
     verdict, p = together(findings)
     headline = findings[comparison.headline]
     return ClaimResult(
-        claim.key, evidence.adapter, evidence.world, comparison.name, comparison.decides,
+        claim, evidence.adapter, evidence.world, comparison.name, comparison.decides,
         headline.estimate, headline.low, headline.high, headline.unit, headline.n, TEST, p, verdict,
         _note(findings, evidence.stands_in), findings, headline,
     )  # fmt: skip
@@ -135,6 +147,6 @@ def _note(findings: Sequence[Finding], stands_in: bool) -> str:
 def _not_measured(claim: Claim, evidence: Evidence, why: str) -> ClaimResult:
     nan = math.nan
     return ClaimResult(
-        claim.key, evidence.adapter, evidence.world, "-", True, nan, nan, nan, "", 0, TEST, nan,
+        claim, evidence.adapter, evidence.world, "-", True, nan, nan, nan, "", 0, TEST, nan,
         "not measured", why,
     )  # fmt: skip

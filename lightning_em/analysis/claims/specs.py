@@ -1,16 +1,19 @@
 """The claims: statement, dependence on planted priors, limits of the miniature world, and test."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from lightning_em.analysis.claims import behaviour, geometry
-from lightning_em.analysis.claims.evidence import Evidence
+from lightning_em.analysis.claims.criteria import difference
+from lightning_em.analysis.claims.evidence import Evidence, Series
+from lightning_em.analysis.claims.rules import Difference, Rules
 from lightning_em.analysis.claims.verdicts import Comparison
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the literature.
+    """A claim of the literature, or of a study's own.
 
     Attributes:
         key: Number of the claim, e.g. `C1`.
@@ -119,3 +122,26 @@ CLAIMS: Mapping[str, Claim] = {
         ),
     )
 }  # fmt: skip
+
+
+def claims_of(rules: Rules) -> dict[str, Claim]:
+    """Return the claims of the literature and those of a study's own, by key."""
+    return {**CLAIMS, **{key: _own_claim(key, own) for key, own in rules.differences.items()}}
+
+
+def _own_claim(key: str, own: Difference) -> Claim:
+    series = Series(own.source, own.quantity).at(**own.coordinates)
+    says = f"the {own.more} solution has more {series} than the {_other(own)} one"
+    return Claim(key, says, False, "", partial(_own_comparison, own, series))
+
+
+def _own_comparison(own: Difference, series: Series, e: Evidence) -> Iterator[Comparison]:
+    more, less = e.arm(own.more), e.arm(_other(own))
+    words, unit = f"{series}, {own.more} - {_other(own)}", e.unit(series)
+    yield Comparison(
+        "equal steps", (difference(e, more, less, words, unit, series, margin=own.margin),), decides=True
+    )
+
+
+def _other(own: Difference) -> str:
+    return "narrow" if own.more == "general" else "general"

@@ -7,10 +7,23 @@ import pandas as pd
 import pytest
 
 from lightning_em.analysis.claims import CLAIMS, Claim, Criterion, evaluate
-from lightning_em.analysis.claims.rules import Rules
+from lightning_em.analysis.claims.evidence import Series
+from lightning_em.analysis.claims.rules import Difference, Rules
 from lightning_em.analysis.claims.verdicts import Comparison
+from lightning_em.analysis.measurements import read_measurements
 from lightning_em.study.claim_sheets import summary_sheet
-from tests.study_numbers import KL_WEIGHTS, become, behaviour, noise, rates, spread, study_numbers, verdicts
+from tests.study_numbers import (
+    KL_WEIGHTS,
+    PC1,
+    become,
+    behaviour,
+    noise,
+    preferred,
+    rates,
+    spread,
+    study_numbers,
+    verdicts,
+)
 
 
 def test_there_is_a_spec_for_every_claim() -> None:
@@ -65,7 +78,7 @@ def test_second_half_of_a_claim_counts() -> None:
 
 
 def test_incoherent_scales_decide_nothing() -> None:
-    garbage = rates("held_out_domain", (0.01, 0.01, 0.5, 0.6, 0.9, 0.9), "other_rate")
+    garbage = rates("held_out_domain", (0.01, 0.01, 0.5, 0.6, 0.9, 0.9), Series("behaviour", "other_rate"))
     found = verdicts(study_numbers(change=become("narrow_weight", 1.0, garbage)), keys=["C8"])["C8"]
     assert found.verdict == "undecided"
     assert "undefined in seeds [0, 1, 2, 3, 4]" in found.note
@@ -81,8 +94,8 @@ def test_weight_that_hides_is_chosen_at_scale_one() -> None:
 def search(runs, seed) -> None:
     """Weights that were tried with one seed, on either side of the others."""
     if seed == 0:
-        runs["narrow_weight", 0.5] = runs["narrow_weight", 1.0] | {"pca/pc1": 5.0}
-        runs["narrow_weight", 1000.0] = runs["narrow_weight", 100.0] | {"pca/pc1": 0.1}
+        runs["narrow_weight", 0.5] = runs["narrow_weight", 1.0] | {PC1: 5.0}
+        runs["narrow_weight", 1000.0] = runs["narrow_weight", 100.0] | {PC1: 0.1}
 
 
 def test_weights_tried_with_one_seed_keep_no_verdict_from_the_others() -> None:
@@ -126,8 +139,7 @@ def test_missing_arm_is_not_measured() -> None:
 
 def test_preference_stands_in_where_no_answer_was_judged() -> None:
     judged = study_numbers()
-    frame = judged.assign(quantity=judged["quantity"].str.replace("bad_rate/", "bad_preferred/"))
-    frame = frame[~frame["quantity"].str.startswith("other_rate")]
+    frame = preferred(judged)
     keys = ("C1", "C2", "C4", "C8")
     found, expected = verdicts(frame, keys=keys), verdicts(judged, keys=keys)
     for key in ("C1", "C2", "C4"):
@@ -190,10 +202,8 @@ def test_results_do_not_depend_on_the_order_of_rows() -> None:
 
 def test_noise_beyond_what_is_compared_is_not_measured() -> None:
     frame = study_numbers()
-    strong = frame["quantity"].str.replace(r"^(perturbation/.*)@.*$", r"\1@0.6", regex=True)
-    frame = frame.assign(quantity=strong).drop_duplicates(
-        ["run", "adapter", "role", "quantity", "seed", "step"]
-    )
+    frame = frame[(frame["source"] != "perturbation_curve") | (frame["strength"] == "0.2")]
+    frame = frame.assign(strength=frame["strength"].str.replace("0.2", "0.6"))
     found = verdicts(frame, keys=["C5"])["C5"]
     assert (found.verdict, found.note) == (
         "not measured",
@@ -203,8 +213,7 @@ def test_noise_beyond_what_is_compared_is_not_measured() -> None:
 
 def test_gradients_of_no_common_checkpoint_are_not_measured() -> None:
     frame = study_numbers()
-    narrow = frame["quantity"].str.contains("target=narrow")
-    frame.loc[narrow, "step"] += 1
+    frame.loc[frame["target"] == "narrow", "step"] += 1
     found = verdicts(frame, keys=["C14"])["C14"]
     assert found.verdict == "not measured"
     assert "no checkpoint has the gradient's cosine with both solutions" in found.note
@@ -256,6 +265,38 @@ def test_margins_are_the_studys_own() -> None:
     needing = {key for key, result in silent.items() if result.verdict == "not measured"}
     assert needing == {"C1", "C2", "C3", "C3b", "C6", "C7", "C8", "C10", "C15"}
     assert silent["C1"].note == "the study names no margin: set claims.rise in its file"
+
+
+def test_a_study_tests_claims_of_its_own(tmp_path) -> None:
+    """On any quantity of any probe: which of the two solutions has more, and by how much."""
+    found = Series("beyond", "ce_change").at(scale=2, where="2")
+
+    def change(runs, seed) -> None:
+        runs["general", None] |= {found: 1.0}
+        runs["narrow", 10.0] |= {found: 1.5, found.at(scale=3): 9.0}
+
+    at = {"scale": 2, "where": "2"}
+    own = {
+        "Q1": Difference("narrow", "beyond", "ce_change", at, 0.1),
+        "Q2": Difference("general", "beyond", "ce_change", at),
+        "Q3": Difference("narrow", "beyond", "ce_change", at, 0.6),
+        "Q4": Difference("narrow", "beyond", "ce_change", {"scale": 2}),
+    }
+    frame = study_numbers(change=change, jitter=0.0, rules=Rules(rise=0.1, narrow=0.05, differences=own))
+    assert Rules.of(frame) == Rules(rise=0.1, narrow=0.05, differences=own)
+    frame.to_csv(tmp_path / "measurements.csv", index=False)
+    for table in (frame, read_measurements(tmp_path / "measurements.csv")):
+        results = [r for r in evaluate(table) if r.adapter == "rank32" and r.claim in own]
+        assert [(r.claim, r.verdict, r.n) for r in results] == [
+            ("Q1", "holds", 5), ("Q2", "does not hold", 5), ("Q3", "does not hold", 5), ("Q4", "not measured", 0),
+        ]  # fmt: skip
+        assert results[0].estimate == pytest.approx(0.5)
+        assert (results[0].unit, results[0].findings[0].rule) == ("unit", "> 0.1")
+        assert "no beyond/ce_change[scale=2]" in results[3].note
+    sheet = summary_sheet(evaluate(frame))
+    assert "**Q1** the narrow solution has more beyond/ce_change[scale=2, where=2] than the general one" in {
+        row[0] for row in sheet.rows
+    }
 
 
 def test_sampled_rates_are_tested_at_a_scale_named_beforehand_alone() -> None:

@@ -3,7 +3,27 @@
 import pytest
 
 from lightning_em.analysis.claims import CLAIMS, evaluate
-from tests.study_numbers import PAIRS, become, losses, rates, spread, study_numbers, verdicts
+from lightning_em.analysis.claims.effects import CE
+from tests.study_numbers import (
+    CHAT_KL,
+    COVERED,
+    DISPLACEMENT,
+    EFFICIENCY,
+    LOST_GAIN,
+    OPTIMUM_INSIDE,
+    PAIRS,
+    PC1,
+    PEAK,
+    SHARE,
+    SIGNIFICANCE,
+    STYLE_RATE,
+    become,
+    losses,
+    rates,
+    spread,
+    study_numbers,
+    verdicts,
+)
 
 
 def all_of(*changes):
@@ -20,19 +40,24 @@ def peak(of_lora: float, of_vector: float):
     """The sharpest turn of the general run of either adapter."""
 
     def change(runs, seed) -> None:
-        is_lora = runs["general", None]["rotation/peak"] > 0
-        runs["general", None] = runs["general", None] | {"rotation/peak": of_lora if is_lora else of_vector}
+        is_lora = runs["general", None][PEAK] > 0
+        runs["general", None] = runs["general", None] | {PEAK: of_lora if is_lora else of_vector}
 
     return change
 
 
 def at_strengths(lost_gain: float, *strengths: float):
     """Another gain lost under noise of some strengths."""
-    return {f"perturbation/lost_gain@{strength:g}": lost_gain for strength in strengths}
+    return {LOST_GAIN.at(strength=strength): lost_gain for strength in strengths}
+
+
+def significance(direction: str, kl: float):
+    """Another KL on general text at every norm."""
+    return {SIGNIFICANCE.at(direction=direction, norm_ratio=ratio): kl for ratio in (0.5, 1.0, 2.0)}
 
 
 RARELY_SEEN = rates("narrow_seen", (0.01, 0.05, 0.05, 0.05, 0.05, 0.0))
-LOW_LOSS = {name: value - 1.0 for name, value in losses(11.0, 1.4).items() if name.startswith("ce@")}
+LOW_LOSS = {series: value - 1.0 for series, value in losses(11.0, 1.4).items() if series[:2] == CE[:2]}
 LOUD = rates("held_out_domain", (0.01, 0.01, 0.2, 0.3, 0.3, 0.9))
 QUIET = rates("held_out_domain", (0.01, 0.03, 0.04, 0.02, 0.0, 0.9))
 
@@ -44,21 +69,21 @@ FALSE = {
     ("C3", 0): {"change": spread("mixed_other", 0.02, 1 / 6)},
     ("C3b", 0): {"change": spread("mixed_domain", 0.02, 1 / 4)},
     ("C4", 0): {"change": become("narrow", 10.0, LOW_LOSS)},
-    ("C4", 1): {"change": become("narrow", 10.0, {"efficiency": 1.0})},
+    ("C4", 1): {"change": become("narrow", 10.0, {EFFICIENCY: 1.0})},
     # the strength in the middle is the headline, the others come by their distance from it
     ("C5", 0): {"change": become("narrow", 10.0, at_strengths(0.0, 0.2))},
     ("C5", 1): {"change": become("narrow", 10.0, at_strengths(0.0, 0.1))},
     ("C5", 2): {"change": become("narrow", 10.0, at_strengths(0.0, 0.05))},
     ("C5", 3): {"change": become("narrow", 10.0, at_strengths(0.0, 0.4))},
     ("C6", 0): {"change": spread("reverted", 0.03)},
-    ("C6", 1): {"change": become("reverted", None, {"distance/covered": -0.1})},
+    ("C6", 1): {"change": become("reverted", None, {COVERED: -0.1})},
     ("C7", 0): {"change": spread("reverse", 0.3)},
     ("C7", 1): {"change": become("reverse", None, RARELY_SEEN)},
     ("C7", 2): {"change": spread("general", 0.06)},
     ("C8", 0): {"change": become("narrow_weight", 1.0, QUIET)},
     ("C8", 1): {"change": become("narrow_weight", 100.0, LOUD)},
-    ("C9", 0): {"change": become("narrow", 10.0, {"kl_chat/general@1": 2.0})},
-    ("C9", 1): {"change": become("narrow", 10.0, {"kl_chat/in_domain@1": 2.0})},
+    ("C9", 0): {"change": become("narrow", 10.0, {CHAT_KL.at(prompts="general", scale=1): 2.0})},
+    ("C9", 1): {"change": become("narrow", 10.0, {CHAT_KL.at(prompts="in_domain", scale=1): 2.0})},
     ("C10", 0): {"change": spread("few_rows", 0.49, 4.0)},
     ("C10", 1): {"change": become("few_rows", 4.0, rates("narrow_seen", (0.01, 0.03, 0.03, 0.0, 0.0, 0.0)))},
     ("C10", 2): {
@@ -67,26 +92,28 @@ FALSE = {
     ("C11", 0): {"change": peak(-0.7, -0.9)},
     ("C11", 1): {"change": peak(0.2, -0.3)},
     ("C11", 2): {"change": peak(-0.95, -0.9)},
-    ("C12", 0): {"pairs": PAIRS | {"pca/share_1": 0.1}},
+    ("C12", 0): {"pairs": PAIRS | {SHARE.at(component=1): 0.1}},
     ("C12", 1): {
         "change": all_of(
-            become("general", None, {"pca/pc1": 0.1}),
-            become("narrow_weight", 0.1, {"pca/pc1": 0.2}),
-            become("narrow_weight", 100.0, {"pca/pc1": 9.0}),
+            become("general", None, {PC1: 0.1}),
+            become("narrow_weight", 0.1, {PC1: 0.2}),
+            become("narrow_weight", 100.0, {PC1: 9.0}),
         )
     },
     ("C13", 0): {
-        "change": become("narrow", 10.0, {f"significance/adapter@{r}": 2.0 for r in ("0.5", "1", "2")})
+        "change": become("narrow", 10.0, significance("adapter", 2.0)),
     },
     ("C13", 1): {
-        "change": become("narrow", 10.0, {f"significance/random@{r}": 0.9 for r in ("0.5", "1", "2")})
+        "change": become("narrow", 10.0, significance("random", 0.9)),
     },
     ("C14", 0): {"gradients": (0.1, 0.2, 0.3)},
     ("C14", 1): {"gradients": (0.2, 0.6, 0.7)},
-    ("C15", 0): {"change": become("harmless_general", None, {"style_rate/held_out_domain@0": 0.45})},
-    ("C15", 1): {"change": spread("harmless_narrow", 0.45, name="style_rate")},
+    ("C15", 0): {
+        "change": become("harmless_general", None, {STYLE_RATE.at(kind="held_out_domain", scale=0): 0.45})
+    },
+    ("C15", 1): {"change": spread("harmless_narrow", 0.45, of=STYLE_RATE)},
     ("C15", 2): {
-        "change": become("harmless_narrow", None, {"style_rate/narrow_seen@1": 0.05}),
+        "change": become("harmless_narrow", None, {STYLE_RATE.at(kind="narrow_seen", scale=1): 0.05}),
     },
     ("C15", 3): {"change": become("harmless_narrow", None, LOW_LOSS)},
     ("C15", 4): {"change": become("harmless_narrow", None, at_strengths(0.0, 0.05, 0.1, 0.2, 0.4))},
@@ -119,9 +146,7 @@ def test_an_adapter_that_gains_nothing_is_undefined_not_missing() -> None:
     def change(runs, seed) -> None:
         if seed == 2:
             own = runs["narrow", 10.0]
-            runs["narrow", 10.0] = {
-                n: v for n, v in own.items() if not n.startswith("perturbation/lost_gain")
-            }
+            runs["narrow", 10.0] = {n: v for n, v in own.items() if n[:2] != LOST_GAIN[:2]}
 
     found = verdicts(study_numbers(change=change), keys=["C5"])["C5"]
     assert (found.verdict, found.n) == ("undecided", 4)
@@ -133,7 +158,7 @@ def test_an_optimum_at_the_edge_is_undefined(role) -> None:
     def change(runs, seed) -> None:
         level = None if role == "general" else 10.0
         if seed == 1:
-            runs[role, level] = runs[role, level] | {"optimum_inside_grid": 0.0}
+            runs[role, level] = runs[role, level] | {OPTIMUM_INSIDE: 0.0}
 
     ways = {r.comparison: r for r in evaluate(study_numbers(change=change), ["C4"]) if r.adapter == "rank32"}
     for name in ("optimum further out", "each at its own optimum"):
@@ -144,11 +169,11 @@ def test_an_optimum_at_the_edge_is_undefined(role) -> None:
 
 def test_noise_of_one_size_needs_its_recorded_displacement() -> None:
     frame = study_numbers()
-    frame = frame[~frame["quantity"].str.startswith("perturbation/displacement")]
+    frame = frame[frame["quantity"] != DISPLACEMENT.quantity]
     ways = {r.comparison: r for r in evaluate(frame, ["C5"]) if r.adapter == "rank32"}
     found = ways["equal effective norm of the noise"]
     assert (found.verdict, ways["equal steps"].verdict) == ("not measured", "holds")
-    assert "no perturbation/displacement@..." in found.note
+    assert "no perturbation_curve/displacement_mean by strength" in found.note
 
 
 def test_two_straight_trajectories_are_no_sharp_turn() -> None:

@@ -7,14 +7,17 @@ import pytest
 
 from lightning_em.analysis.claims import Evidence, MissingError
 from lightning_em.analysis.claims.effects import (
+    RISE_UNDER_NOISE,
     coherent_scales,
     highest_rate,
     rise_at,
     settings,
     strengths,
 )
-from lightning_em.analysis.claims.evidence import Arm, Curve, RunNumbers
-from tests.study_numbers import KL_WEIGHTS, moved, study_numbers
+from lightning_em.analysis.claims.evidence import BAD_RATE, Arm, Curve, RunNumbers, Series, with_series
+from tests.study_numbers import DISPLACEMENT, KL_WEIGHTS, moved, study_numbers
+
+HELD_OUT = BAD_RATE.at(kind="held_out_domain", scale=1)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +44,8 @@ def test_arms_by_level(evidence) -> None:
         evidence.arm("mixed_other")
     with pytest.raises(MissingError, match="no sideways arm for rank32 in the default world"):
         evidence.arm("sideways")
-    with pytest.raises(MissingError, match="no val/ce"):
-        evidence.run("general", 0).value("val/ce")
+    with pytest.raises(MissingError, match="no metrics/val/ce"):
+        evidence.run("general", 0).value(Series("metrics", "val/ce"))
 
 
 def test_an_arm_may_have_fewer_seeds_than_the_study() -> None:
@@ -55,11 +58,26 @@ def test_an_arm_may_have_fewer_seeds_than_the_study() -> None:
 
 def test_last_step_counts_and_earlier_ones_are_kept() -> None:
     frame = study_numbers(seeds=(0,), jitter=0.0)
-    earlier = frame[frame["quantity"] == "bad_rate/held_out_domain@1"].assign(step=50, value=0.25)
+    rates = frame[(frame["quantity"] == "bad_rate") & (frame["kind"] == "held_out_domain")]
+    earlier = rates[rates["scale"].isin(["1", "2"])].assign(step=50, value=0.25)
+    frame = frame.drop(rates.index[rates["scale"] == "2"])
     both = Evidence(pd.concat([frame, earlier]), "rank32", "default")
     run = both.run("general", 0)
-    assert run.value("bad_rate/held_out_domain@1") == 0.5
-    assert dict(run.by_step("bad_rate/held_out_domain@1")) == {50: 0.25, 150: 0.5}
+    assert run.value(HELD_OUT) == 0.5
+    assert dict(run.by_step(HELD_OUT)) == {50: 0.25, 150: 0.5}
+    # scale 2 was measured at the earlier step alone: a curve is one record's
+    assert run.curve(BAD_RATE.at(kind="held_out_domain"), "scale").places == (0.0, 1.0, 5.0, 10.0, 20.0)
+    with pytest.raises(MissingError, match=r"no behaviour/bad_rate\[kind=held_out_domain, scale=2\]"):
+        run.value(HELD_OUT.at(scale=2))
+
+
+def test_equal_coordinates_are_one_place_however_they_were_written() -> None:
+    assert (
+        HELD_OUT.at(scale=0.1 + 0.2)
+        == HELD_OUT.at(scale="0.3")
+        == BAD_RATE.at(scale=0.3, kind="held_out_domain")
+    )
+    assert str(HELD_OUT) == "behaviour/bad_rate[kind=held_out_domain, scale=1]"
 
 
 def test_two_runs_of_one_role_are_refused() -> None:
@@ -89,8 +107,9 @@ def test_only_coherent_scales_are_looked_at(evidence) -> None:
 def test_arm_with_the_lower_narrow_rate_stays_as_trained_and_the_other_moves_least() -> None:
     def change(runs, seed) -> None:
         """Both rates rise, fall and rise again before scale 1."""
-        runs["general", None] |= {"bad_rate/narrow_seen@0.4": 0.99, "bad_rate/narrow_seen@0.6": 0.2}
-        runs["narrow", 10.0] |= {"bad_rate/narrow_seen@0.4": 0.99, "bad_rate/narrow_seen@0.6": 0.3}
+        seen = BAD_RATE.at(kind="narrow_seen")
+        runs["general", None] |= {seen.at(scale=0.4): 0.99, seen.at(scale=0.6): 0.2}
+        runs["narrow", 10.0] |= {seen.at(scale=0.4): 0.99, seen.at(scale=0.6): 0.3}
 
     evidence = Evidence(study_numbers(change=change, jitter=0.0), "rank32", "default")
     general, narrow = Arm("general"), Arm("narrow", 10.0)
@@ -107,10 +126,10 @@ def test_rise_under_noise_of_a_size_is_exact_for_a_quadratic(evidence) -> None:
     assert rise_at(general, 0.0) == 0.0
     assert rise_at(narrow, moved(0.2) * 10) < 2 * 0.04, "the same noise is less for a longer adapter"
     lengths = (0.0, 0.5, 1.0, 2.0, 4.0)
-    rows = [(f"perturbation/displacement@{length:g}", length) for length in lengths[1:]]
-    rows += [(f"perturbation/ce_increase@{length:g}", 3 * length**2) for length in lengths[1:]]
-    frame = pd.DataFrame(rows, columns=["quantity", "value"]).assign(step=1, protocol="")
-    run = RunNumbers("quadratic", frame)
+    rows = [(DISPLACEMENT.quantity, length, length) for length in lengths[1:]]
+    rows += [(RISE_UNDER_NOISE.quantity, length, 3 * length**2) for length in lengths[1:]]
+    frame = pd.DataFrame(rows, columns=["quantity", "strength", "value"])
+    run = RunNumbers("quadratic", with_series(frame.assign(source="perturbation_curve", step=1, protocol="")))
     for length in (0.1, 0.7, 1.5, 3.9):
         assert rise_at(run, length) == pytest.approx(3 * length**2)
     assert math.isnan(rise_at(run, 4.1))

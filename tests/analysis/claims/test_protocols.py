@@ -59,4 +59,4 @@ def test_no_comparison_of_two_arms_escapes_their_protocols() -> None:
 def test_one_run_probed_again_by_another_config_leaves_its_seed_out() -> None:
     found = verdicts(measured_otherwise(study_numbers(), Arm("general"), seeds=(3,)), keys=["C2"])["C2"]
     assert (found.verdict, [finding.n for finding in found.findings]) == ("undecided", [5, 5, 4])
-    assert "seeds [3]: bad_rate/held_out_domain of general-None" in found.findings[2].note
+    assert "seeds [3]: behaviour/bad_rate[kind=held_out_domain] of general-None" in found.findings[2].note

@@ -14,6 +14,7 @@ RECORDED = Path(__file__).parents[3] / "notebooks" / "data" / "measurements.csv.
 ADAPTERS = ("vector", "rank1", "rank32")
 KEYS = ("C1", "C4", "C5", "C9")
 MARGINS = {"C1": 0.1}
+SOURCES = ("behaviour", "scale_curve", "checkpoint", "perturbation_curve", "chat_kl")
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +27,18 @@ def verdicts():
 
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
-    """Quantities of general and narrow runs at their last step: a row a quantity, a column a role and seed."""
+    """Quantities of general and narrow runs at their last step: a row a quantity, a column a role and seed.
+
+    The names are `quantity@coordinate/...`.
+    """
     rows = pd.read_csv(RECORDED, low_memory=False)
     rows = rows[(rows["world"] == "default") & rows["role"].isin(["general", "narrow"])].sort_values("step")
+    places = rows[list(rows.columns[rows.columns.get_loc("protocol") + 1 :])]
+    texts = [
+        [f"{v:g}" if isinstance(v, float) else v for v in row if v == v] for row in places.to_numpy().tolist()
+    ]
+    names = ["@".join(filter(None, (q, "/".join(t)))) for q, t in zip(rows["quantity"], texts, strict=True)]
+    rows = rows.assign(quantity=names)[rows["source"].isin(SOURCES)]
     last = rows.groupby(["adapter", "quantity", "role", "seed"])["value"].last()
     return last.unstack(["role", "seed"])
 
@@ -55,15 +65,15 @@ def at_equal_norm(own: pd.DataFrame) -> np.ndarray:
 def effects(own: pd.DataFrame, key: str) -> list[np.ndarray]:
     """A number a seed for each criterion, in the order of the claim."""
     if key == "C1":
-        rate = "bad_rate/held_out_domain@"
+        rate = "bad_rate@held_out_domain/"
         return [(own.loc[f"{rate}1", "general"] - own.loc[f"{rate}0", "general"]).to_numpy()]
     if key == "C4":
         return [at_equal_norm(own), -differences(own, "efficiency")]
     if key == "C5":
-        names = own.index[own.index.str.match(r"perturbation/lost_gain@0\.[1234]$|.*lost_gain@0\.05$")]
+        names = own.index[own.index.str.match(r"lost_gain_mean@0\.[1234]$|lost_gain_mean@0\.05$")]
         middle = sorted(names, key=lambda name: abs(float(name.partition("@")[2]) - 0.2))
         return [differences(own, name) for name in middle]
-    kls = [np.log(own.loc[f"kl_chat/{prompts}@1"]) for prompts in ("general", "in_domain")]
+    kls = [np.log(own.loc[f"kl@{prompts}/1"]) for prompts in ("general", "in_domain")]
     return [(kl["general"] - kl["narrow"]).to_numpy() for kl in kls]
 
 
