@@ -5,9 +5,9 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 
-LIGHTNING_VERBS = ("fit", "validate", "test", "predict")
+LIGHTNING_SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
-VERBS = {
+SUBCOMMANDS = {
     "fit": "train an adapter; running it again continues an unfinished run",
     "validate": "CE and KL on held-out rows, for a run's checkpoint",
     "test": "the same on the test rows",
@@ -30,9 +30,9 @@ HELP = """usage: lightning-em VERB [options]
 
 Train narrow and general fine-tuning solutions of a chat model, and measure why they differ.
 
-{verbs}
+{subcommands}
 
-Every verb has its own --help. Start with:
+Every subcommand has its own --help. Start with:
   lightning-em demo
   lightning-em fit --config configs/experiment/smollm2_style_narrow_lora.yaml
 """
@@ -42,19 +42,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
     args = list(sys.argv[1:] if arguments is None else arguments)
     if not args or args[0] in ("-h", "--help", "help"):
-        listing = "\n".join(f"  {name:<10} {text}" for name, text in VERBS.items())
-        sys.stdout.write(HELP.format(verbs=listing))
+        listing = "\n".join(f"  {name:<10} {text}" for name, text in SUBCOMMANDS.items())
+        sys.stdout.write(HELP.format(subcommands=listing))
         return 0 if args else 2
     if args[0] == "--version":
         from lightning_em import __version__
 
         sys.stdout.write(f"lightning_em {__version__}\n")
         return 0
-    if args[0] not in VERBS:
+    if args[0] not in SUBCOMMANDS:
         return _unknown(args[0])
     debug = "--debug" in args
     args = [
-        "--allow_zero_adapter=true" if w == "--allow_zero_adapter" and args[0] in LIGHTNING_VERBS else w
+        "--allow_zero_adapter=true" if w == "--allow_zero_adapter" and args[0] in LIGHTNING_SUBCOMMANDS else w
         for w in args
         if w != "--debug"
     ]
@@ -72,15 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: list[str]) -> int:
-    if args[0] in LIGHTNING_VERBS:
+    if args[0] in LIGHTNING_SUBCOMMANDS:
         if not {"-h", "--help"} & set(args):
             _before_heavy_imports(args)
         from lightning_em import cli
 
         return cli.main(args)
-    from lightning_em import imports, verbs
+    from lightning_em import imports, subcommands
 
-    return verbs.main(imports.take(args))
+    return subcommands.main(imports.take(args))
 
 
 def _before_heavy_imports(args: list[str]) -> None:
@@ -89,15 +89,15 @@ def _before_heavy_imports(args: list[str]) -> None:
     Refuses invalid trainer settings, a missing GPU, a folder that is in use and data files that have changed. A fit in
     a Slurm job also installs its handler for the requeue signal, which may arrive during the imports.
     """
-    from lightning_em import launch, lock, slurm
+    from lightning_em import lock, preflight, slurm
     from lightning_em.runs import RunFolder
 
     if args[0] == "fit":
         slurm.note_requeue_signal()
-    trainer = launch.settings_of(args, "trainer")
-    launch.refuse_settings(trainer)
-    launch.refuse_missing_gpu(trainer, args)
-    folder = launch.run_path(args) if args[0] == "fit" else None
+    trainer = preflight.settings_of(args, "trainer")
+    preflight.refuse_settings(trainer)
+    preflight.refuse_missing_gpu(trainer, args)
+    folder = preflight.run_path(args) if args[0] == "fit" else None
     if folder is not None and lock.is_first_rank():
         lock.refuse_if_held(folder)
         run = RunFolder(folder)
@@ -125,12 +125,14 @@ def _explained(error: BaseException) -> tuple[int | None, str]:
     return (2, str(error)) if isinstance(error, ValueError | OSError | ArgumentError) else (None, "")
 
 
-def _unknown(verb: str) -> int:
+def _unknown(subcommand: str) -> int:
     import difflib
 
-    near = difflib.get_close_matches(verb, VERBS, n=1)
+    near = difflib.get_close_matches(subcommand, SUBCOMMANDS, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    sys.stderr.write(f"lightning-em: there is no verb {verb!r}; verbs are {', '.join(VERBS)}.{hint}\n")
+    sys.stderr.write(
+        f"lightning-em: there is no subcommand {subcommand!r}; subcommands are {', '.join(SUBCOMMANDS)}.{hint}\n"
+    )
     return 2
 
 

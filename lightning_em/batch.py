@@ -184,7 +184,7 @@ def token_batches(batches: Iterable[PackedBatch], max_tokens: int) -> Iterator[l
         yield group
 
 
-class WindowCounts(NamedTuple):
+class StepCounts(NamedTuple):
     """Counted tokens of one optimizer step over all its micro-batches and all ranks.
 
     `kl_all` counts every position of the KL rows; `kl_response` counts the positions that predict a response token.
@@ -202,12 +202,12 @@ class TrainBatch:
     Attributes:
         ce: Rows of the narrow data.
         kl: Rows of the KL data; None without a KL stream.
-        window: Counted tokens of the whole optimizer step that this micro-batch belongs to.
+        step_counts: Counted tokens of the whole optimizer step that this micro-batch belongs to.
     """
 
     ce: PackedBatch
     kl: PackedBatch | None
-    window: WindowCounts
+    step_counts: StepCounts
 
     def to(self, device: torch.device | str) -> "TrainBatch":
         """Return the same batch on `device`."""

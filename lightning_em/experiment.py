@@ -22,7 +22,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import distributed
 
-from lightning_em import imports, launch, lock, runs, slurm
+from lightning_em import imports, lock, preflight, runs, slurm
 from lightning_em.callbacks import (
     Health,
     LoadingCheck,
@@ -37,7 +37,7 @@ from lightning_em.checkpoints import FolderCheckpointIO
 from lightning_em.data import EMDataModule
 from lightning_em.errors import ConfigError, explain_misconfiguration
 from lightning_em.identity import identity_of, run_folder
-from lightning_em.logs import console_log, hush
+from lightning_em.logs import console_log, filter_expected_messages
 from lightning_em.manifest import remove_leftovers, write_atomically
 from lightning_em.module import EMModule
 from lightning_em.parsing import ExperimentParser, Made, Subcommand
@@ -76,7 +76,7 @@ class Experiment:
     def __init__(self, args: Sequence[str], subcommand: Subcommand = "fit") -> None:
         names, rest = imports.split(args)
         imports.restrict([*imports.allowed(), *names])
-        hush()
+        filter_expected_messages()
         self.args, self.subcommand = list(args), subcommand
         self._parser = ExperimentParser(subcommand, rest)
         self.config = self._parser.resolved
@@ -155,7 +155,7 @@ class Experiment:
                 another run.
         """
         self._refuse_settings()
-        launch.refuse_missing_kl_data(self.config)
+        preflight.refuse_missing_kl_data(self.config)
         slurm.note_requeue_signal()
         with contextlib.ExitStack() as held:
             held.enter_context(self._in_this_process())
@@ -265,8 +265,8 @@ class Experiment:
         return probe_run(str(self.folder.path), probes, num_examples, batch_size, allow_zero_adapter)
 
     def _refuse_settings(self) -> None:
-        launch.refuse_settings(self.config["trainer"])
-        launch.refuse_task_count(self.config["trainer"])
+        preflight.refuse_settings(self.config["trainer"])
+        preflight.refuse_task_count(self.config["trainer"])
 
     def _fit(self) -> None:
         resume = self.config["run"]["resume"]

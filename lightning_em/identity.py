@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_em import sources
-from lightning_em.launch import num_processes, refuse_control_characters
+from lightning_em.preflight import num_processes, refuse_control_characters
 from lightning_em.redaction import redacted
 from lightning_em.runs import RunFolder, sha256_once, start_of
 

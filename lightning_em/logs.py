@@ -46,7 +46,7 @@ def log_to_stderr(level: int = logging.INFO) -> None:
     logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
 
 
-def hush() -> None:
+def filter_expected_messages() -> None:
     """Filter out expected warnings and third-party messages."""
     transformers.utils.logging.disable_progress_bar()
     for text in EXPECTED_WARNINGS:

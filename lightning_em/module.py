@@ -144,7 +144,7 @@ class EMModule(LightningModule):
         self.sampling = sampling
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._adapter = (adapter,)  # a tuple hides it from nn.Module; it is registered once, inside `model`
-        self._window = torch.zeros(2, dtype=torch.float64)
+        self._step_sums = torch.zeros(2, dtype=torch.float64)
         self._rng_to_restore: dict[str, Any] | None = None
 
     def configure_model(self, loaded: PreTrainedModel | None = None) -> None:
@@ -182,20 +182,20 @@ class EMModule(LightningModule):
                 "data module KL data, or set model.objective.kl_weight to 0."
             )
         kl_rows = batch.kl if weight > 0 else None
-        weights = self.objective.weights(batch.window, weight)
+        weights = self.objective.weights(batch.step_counts, weight)
         loss = self.model.step_loss(batch.ce, kl_rows, weights, self.objective.kl_positions)
-        terms = self.objective.terms(loss.ce, loss.kl, batch.window)
+        terms = self.objective.terms(loss.ce, loss.kl, batch.step_counts)
         kl_share = terms.ce.new_full((), math.nan) if terms.kl is None else terms.kl
-        self._window = self._window.to(self.device) + torch.stack([terms.ce, kl_share]).double()
+        self._step_sums = self._step_sums.to(self.device) + torch.stack([terms.ce, kl_share]).double()
         # The contributions are already divided by the counts of the whole optimizer step. Lightning also divides by the
         # number of micro-batches, and DDP by the number of ranks; undo both.
         return loss.total * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the losses of the whole optimizer step, over all micro-batches and ranks."""
-        window = self.trainer.strategy.reduce(self._window, reduce_op="sum")
-        self._window = torch.zeros_like(self._window)
-        ce, kl = window.tolist()
+        step_sums = self.trainer.strategy.reduce(self._step_sums, reduce_op="sum")
+        self._step_sums = torch.zeros_like(self._step_sums)
+        ce, kl = step_sums.tolist()
         weight = self.objective.weight_at(self.global_step, self.model.vocab_size)
         metrics = {"train/ce": ce, "train/kl_weight": weight, "train/lr": optimizer.param_groups[0]["lr"]}
         if weight > 0:

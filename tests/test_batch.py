@@ -6,8 +6,8 @@ import torch
 from lightning_em.batch import (
     EncodedRow,
     PackedBatch,
+    StepCounts,
     TrainBatch,
-    WindowCounts,
     concat,
     single_rows,
     token_batches,
@@ -93,9 +93,9 @@ def test_a_batch_without_tokens_is_refused(rows) -> None:
 
 
 def test_a_train_batch_moves_with_both_streams() -> None:
-    batch = TrainBatch(pack(ROWS), pack(ROWS), WindowCounts(1, 2, 3)).to("meta")
+    batch = TrainBatch(pack(ROWS), pack(ROWS), StepCounts(1, 2, 3)).to("meta")
     assert batch.ce.input_ids.device.type == batch.kl.input_ids.device.type == "meta"
-    assert TrainBatch(pack(ROWS), None, WindowCounts(1, 0, 0)).to("meta").kl is None
+    assert TrainBatch(pack(ROWS), None, StepCounts(1, 0, 0)).to("meta").kl is None
 
 
 def test_selected_rows_are_those_rows_in_that_order() -> None:

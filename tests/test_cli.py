@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from lightning_em.__main__ import VERBS, main
+from lightning_em.__main__ import SUBCOMMANDS, main
 from lightning_em.experiment import slurm_environment
 from lightning_em.identity import name_hash, what_a_run_is
 from lightning_em.runs import changed_fields
@@ -95,7 +95,7 @@ def test_help_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    assert all(verb in done.stdout for verb in VERBS)
+    assert all(name in done.stdout for name in SUBCOMMANDS)
 
 
 def test_an_unknown_verb_names_the_nearest(capsys) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from lightning_em import launch
+from lightning_em import preflight
 from lightning_em.__main__ import main
 from lightning_em.config_args import load_yaml, ordered
 from lightning_em.experiment import Experiment
@@ -66,8 +66,8 @@ def test_order_of_options_does_not_change_the_config(config):
     assert (adapter["class_path"], adapter["init_args"]["rank"]) == (LORA, 2)
     assert backward.config["model"]["objective"]["kl_weight"] == 5
     for args in (forward.args, backward.args):
-        assert launch.settings_of(args, "trainer")["max_steps"] == 9
-        assert launch.settings_of(args, "trainer")["max_epochs"] == 7
+        assert preflight.settings_of(args, "trainer")["max_steps"] == 9
+        assert preflight.settings_of(args, "trainer")["max_epochs"] == 7
 
 
 def repeat(file, text: str) -> None:

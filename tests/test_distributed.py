@@ -199,7 +199,7 @@ def test_probes_of_two_processes_give_the_numbers_of_one(strategy, one_process, 
     assert_equal_probes(one, two, relative=1e-4)
 
 
-@pytest.mark.parametrize("cut_at", [2, 6])  # within an epoch, and behind a short last window
+@pytest.mark.parametrize("cut_at", [2, 6])  # within an epoch, and behind a short last step
 def test_one_process_goes_on_where_two_with_shards_stopped(
     cut_at, config_of, one_process, two_processes
 ) -> None:

@@ -256,7 +256,7 @@ def test_a_missing_extra_is_named(monkeypatch, capsys) -> None:
     def verb(words: list[str]) -> int:
         raise ModuleNotFoundError("No module named 'types_PyYAML'", name="types_PyYAML")
 
-    monkeypatch.setattr("lightning_em.verbs.main", verb)
+    monkeypatch.setattr("lightning_em.subcommands.main", verb)
     assert "pip install 'lightning-em[dev]'" in told(capsys, "runs")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_em.batch import TrainBatch, WindowCounts
+from lightning_em.batch import StepCounts, TrainBatch
 from lightning_em.callbacks import Probing
 from lightning_em.data import DEFAULT_TEMPLATE_DATE
 from lightning_em.identity import name_hash
@@ -35,7 +35,7 @@ from tests.samples import ADAPTERS, make_rows, pack
 
 CE_ROWS, KL_ROWS = make_rows(11, 7, 12, seed=1), make_rows(9, 13, seed=2)
 # Of a step that these rows are part of.
-WINDOW, KL_WEIGHT = WindowCounts(ce=31, kl_response=17, kl_all=66), 3.7
+COUNTS, KL_WEIGHT = StepCounts(ce=31, kl_response=17, kl_all=66), 3.7
 
 
 def trained_module(folder: Path, adapter: str, dtype: str, kl_positions: str, **settings) -> EMModule:
@@ -57,7 +57,7 @@ def step(module: EMModule) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and gradient of one training step."""
     ce, kl = pack(CE_ROWS, "ce"), pack(KL_ROWS, "kl")
     parameters = list(module.model.adapter.trainable().values())
-    loss = module.training_step(TrainBatch(ce, kl, WINDOW), 0)
+    loss = module.training_step(TrainBatch(ce, kl, COUNTS), 0)
     gradients = torch.autograd.grad(loss, parameters)
     return loss.detach().double(), torch.cat([g.flatten().double() for g in gradients])
 
@@ -69,8 +69,8 @@ def exact_step(module: EMModule, kl_positions: str) -> tuple[torch.Tensor, torch
     with adapter.at_scale(1.0):
         for row in CE_ROWS:
             logits = oracle.row_logits(base, row)
-            total = total + oracle.cross_entropy(logits, row) / WINDOW.ce
-        count = WINDOW.kl_all if kl_positions == "all" else WINDOW.kl_response
+            total = total + oracle.cross_entropy(logits, row) / COUNTS.ce
+        count = COUNTS.kl_all if kl_positions == "all" else COUNTS.kl_response
         for row in KL_ROWS:
             with torch.no_grad(), adapter.at_scale(0.0):
                 reference = oracle.row_logits(base, row)

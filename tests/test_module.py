@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from lightning_em import progress
 from lightning_em.__main__ import main
 from lightning_em.adapters import LoRA, SteeringVector
-from lightning_em.batch import EncodedRow, PackedBatch, TrainBatch, WindowCounts
+from lightning_em.batch import EncodedRow, PackedBatch, StepCounts, TrainBatch
 from lightning_em.cluster.doctor import check
 from lightning_em.losses import Objective, OnAt
 from lightning_em.models import AdaptedModel, BaseModel, Sampling, sample_answers
@@ -227,7 +227,7 @@ def test_a_batch_without_kl_rows_is_refused_by_the_module_itself(tiny_model_fold
     made.configure_model()
     monkeypatch.setattr(EMModule, "global_step", 1)
     with pytest.raises(ValueError, match=r"weight 2 at step 1, but the batch has no KL rows"):
-        made.training_step(TrainBatch(row, None, WindowCounts(3, 0, 0)), 0)
+        made.training_step(TrainBatch(row, None, StepCounts(3, 0, 0)), 0)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tests.tiny import chat_rows, write_rows
 
 @pytest.fixture(scope="module", params=["vector", "lora"])
 def finished(request, tmp_path_factory, tiny_model_folder, chat_file, answer_file) -> tuple[Path, RunFolder]:
-    """A config and its uninterrupted run, with a checkpoint at every step; accumulation and a short last window."""
+    """A config and its uninterrupted run, with a checkpoint at every step; accumulation and a short last step."""
     folder = tmp_path_factory.mktemp(request.param)
     config = experiment(
         tiny_model_folder(),
@@ -35,7 +35,7 @@ def test_a_resumed_run_is_bit_identical(finished) -> None:
     """From each kind of step; `make faults` and tests/data/test_resume.py have every one."""
     config, whole = finished
     assert whole.steps() == list(range(1, 11))
-    # The first, the last full window of an epoch, its short one, the first of the next epoch, the last but one.
+    # The first, the last full step of an epoch, its short one, the first of the next epoch, the last but one.
     for step in (1, 4, 5, 6, 9):
         cut = cut_after(whole, step, config.parent / f"cut-{step}")
         fit(config, cut.path.name)

@@ -13,7 +13,7 @@ from lightning_em.batch import PackedBatch
 from lightning_em.models import BaseModel, Sampling, sample_answers
 from lightning_em.rebuild import rebuild_run
 from lightning_em.sampling import sample
-from lightning_em.verbs.sample import show_side_by_side
+from lightning_em.subcommands.sample import show_side_by_side
 from tests.fitting import LORA, experiment, fit, write_config
 from tests.test_errors import told
 from tests.tiny import write_answer_rows, write_rows

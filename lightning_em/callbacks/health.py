@@ -76,7 +76,7 @@ class Health(Callback):
             self._is_first = False
         good_loss = torch.stack(self._finite).all().to(pl_module.device)
         bad = torch.stack(
-            [(~good_loss).double(), torch.tensor(float(self._window_tokens()), device=pl_module.device)]
+            [(~good_loss).double(), torch.tensor(float(self._tokens_of_step()), device=pl_module.device)]
         )
         bad_ranks, self._tokens = trainer.strategy.reduce(bad, reduce_op="sum").tolist()
         if bad_ranks:
@@ -106,7 +106,7 @@ class Health(Callback):
         pl_module.log("tokens/s", pace["train/tokens_per_second"], prog_bar=True, logger=False)
         self._batches, self._finite = [], []
 
-    def _window_tokens(self) -> int:
+    def _tokens_of_step(self) -> int:
         """Tokens of both streams that this rank has processed in this optimizer step, without dummy batches."""
         parts = [part for batch in self._batches for part in (batch.ce, batch.kl) if part is not None]
         return sum(sum(part.lengths) for part in parts if not part.is_dummy)

@@ -187,7 +187,7 @@ def _loss(objective: Objective, vocab_size: int, has_kl_data: bool) -> str:
 def _batch(data: EMDataModule, uses_kl: bool) -> str:
     """Rows or tokens of an optimizer step, and how they are divided."""
     geometry = data.geometry
-    parts = geometry.chunks_per_window
+    parts = geometry.micro_batches_per_step
     ranks = f" on {geometry.world_size} processes" if geometry.world_size > 1 else ""
     split = f" ({_counted(parts, 'micro-batch')}{ranks})"
     if geometry.max_tokens is not None:

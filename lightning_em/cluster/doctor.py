@@ -23,9 +23,9 @@ from lightning_em.cluster.loads import probing_loads
 from lightning_em.cluster.memory import Load, MemoryEstimate, estimate, memory_there, on_meta
 from lightning_em.data import ChatEncoder, EMDataModule
 from lightning_em.experiment import Experiment
-from lightning_em.launch import num_processes, refuse_missing_kl_data, refuse_settings
 from lightning_em.models.selection import why_plain
 from lightning_em.module import EMModule
+from lightning_em.preflight import num_processes, refuse_missing_kl_data, refuse_settings
 from lightning_em.rebuild import instantiate_probing
 from lightning_em.redaction import redacted_text
 

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from lightning_em.cluster.jobs import FitJob, JobArray, shared_beginning
-from lightning_em.launch import refuse_control_characters
+from lightning_em.preflight import refuse_control_characters
 
 _COMMAND = "srun "
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")

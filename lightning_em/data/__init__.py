@@ -8,11 +8,11 @@ from lightning_em.data.limits import ModelLimits
 from lightning_em.data.loaders import BatchLoader
 from lightning_em.data.position import Position, Regearing, forget_finished_epoch
 from lightning_em.data.rows import FileScan, Row, RowError, RowErrors, read_rows, scan_rows
-from lightning_em.data.sampler import RowCounts, WindowIndices, WindowSampler
+from lightning_em.data.sampler import MicroBatchIndices, RowCounts, StepSampler
 from lightning_em.data.show import report_tables, show_chats
 from lightning_em.data.sources import Chat, ChatSource, as_chats, select_rows
+from lightning_em.data.steps import BatchGeometry
 from lightning_em.data.template import DEFAULT_TEMPLATE_DATE, Message
-from lightning_em.data.windows import BatchGeometry
 
 __all__ = [
     "DEFAULT_TEMPLATE_DATE",
@@ -28,6 +28,7 @@ __all__ = [
     "FileScan",
     "LengthLimit",
     "Message",
+    "MicroBatchIndices",
     "ModelLimits",
     "Position",
     "Regearing",
@@ -35,9 +36,8 @@ __all__ = [
     "RowCounts",
     "RowError",
     "RowErrors",
+    "StepSampler",
     "TokenizerSource",
-    "WindowIndices",
-    "WindowSampler",
     "as_chats",
     "check_files",
     "encode_chat",

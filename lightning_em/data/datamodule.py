@@ -15,13 +15,13 @@ from lightning_em.data.chat import ChatEncoder
 from lightning_em.data.encoding import EncodedRows, LengthLimit, TooLong
 from lightning_em.data.limits import ModelLimits
 from lightning_em.data.loaders import BatchLoader, EvaluationRows, TrainRows
-from lightning_em.data.position import Position, Regearing, current_position, refuse_cut_windows, same_steps
+from lightning_em.data.position import Position, Regearing, current_position, refuse_cut_steps, same_steps
 from lightning_em.data.rows import Row
-from lightning_em.data.sampler import RowCounts, WindowSampler
+from lightning_em.data.sampler import RowCounts, StepSampler
 from lightning_em.data.sources import ChatSource
+from lightning_em.data.steps import BatchGeometry, permutation
 from lightning_em.data.streams import Split, Stream, Streams
 from lightning_em.data.template import DEFAULT_TEMPLATE_DATE
-from lightning_em.data.windows import BatchGeometry, permutation
 
 
 @runtime_checkable
@@ -128,7 +128,7 @@ class EMDataModule(LightningDataModule):
         self.train_empty_thoughts, self.system_prompt = train_empty_thoughts, system_prompt
         self._streams: Streams | None = None
         self._resumed: Position | None = None
-        self._sampler: WindowSampler | None = None
+        self._sampler: StepSampler | None = None
 
     def setup(self, stage: str) -> None:
         """Read and tokenize all files, once.
@@ -161,7 +161,7 @@ class EMDataModule(LightningDataModule):
         """Return this rank's micro-batches of both streams, starting at the resumed position."""
         sampler = self._make_sampler()
         if self.trainer is not None:
-            refuse_cut_windows(self.trainer, self.geometry.accumulate, len(sampler))
+            refuse_cut_steps(self.trainer, self.geometry.accumulate, len(sampler))
         if self._resumed is not None:
             sampler.start_at(*self._resumed)
         self._sampler = sampler
@@ -305,10 +305,10 @@ class EMDataModule(LightningDataModule):
             raise RuntimeError("EMDataModule.setup has not run yet.")
         return self._streams
 
-    def _make_sampler(self) -> WindowSampler:
+    def _make_sampler(self) -> StepSampler:
         """Return this rank's micro-batches, from the first one on."""
         narrow, kl = self.rows("narrow"), self.rows("kl")
-        return WindowSampler(
+        return StepSampler(
             RowCounts(narrow.response_counts, narrow.all_counts),
             RowCounts(kl.response_counts, kl.all_counts),
             self.geometry,

@@ -47,11 +47,11 @@ class TurnDiffersError(ValueError):
                 return f"Set template_kwargs {name}: {str(value).lower()}."
         if self.opened:
             thought = f"{self.opened}...\n</think>\n\n"
-            changed = [dict(message) for message in messages]
-            for message in changed:
-                if message["role"] == "assistant":
-                    message["content"] = thought + message["content"]
-            if "think" in self.opened and encodes(trial, changed):  # type: ignore[arg-type]
+            changed: list[Message] = [
+                {"role": each["role"], "content": thought * (each["role"] == "assistant") + each["content"]}
+                for each in messages
+            ]
+            if "think" in self.opened and encodes(trial, changed):
                 return f"Begin every answer with its thought, as in {thought!r}."
         if self.moved is not None and messages[self.moved]["role"] == "system":
             first = messages[self.moved + 1]

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_em.batch import EncodedRow, PackedBatch, TrainBatch
-from lightning_em.data.sampler import WindowIndices
+from lightning_em.data.sampler import MicroBatchIndices
 
 BatchT = TypeVar("BatchT", PackedBatch, TrainBatch)
 
@@ -19,14 +19,14 @@ class TrainRows(Dataset[TrainBatch]):
         self.narrow = narrow
         self.kl = kl
 
-    def __getitem__(self, indices: WindowIndices) -> TrainBatch:
+    def __getitem__(self, indices: MicroBatchIndices) -> TrainBatch:
         ce = PackedBatch.from_rows([self.narrow[index] for index in indices.ce_rows])
         kl = PackedBatch.from_rows([self.kl[index] for index in indices.kl_rows]) if indices.kl_rows else None
         if indices.ce_is_dummy:
             ce = ce.dummy()
         if kl is not None and indices.kl_is_dummy:
             kl = kl.dummy()
-        return TrainBatch(ce, kl, indices.window)
+        return TrainBatch(ce, kl, indices.step_counts)
 
 
 class EvaluationRows(Dataset[PackedBatch]):

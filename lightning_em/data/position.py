@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
 
-from lightning_em.data.windows import BatchGeometry
+from lightning_em.data.steps import BatchGeometry
 
 
 class Position(NamedTuple):
@@ -93,10 +93,10 @@ class Regearing(NamedTuple):
 def same_steps(order: dict[str, Any], now: BatchGeometry) -> bool:
     """Tell whether a checkpoint's order has the same optimizer steps and only differs in how ranks share them."""
     before = int(order.get("accumulate", 0))
-    return before != now.accumulate and before * int(order.get("world_size", 0)) == now.chunks_per_window
+    return before != now.accumulate and before * int(order.get("world_size", 0)) == now.micro_batches_per_step
 
 
-def refuse_cut_windows(trainer: Trainer, accumulate: int, num_micro_batches: int) -> None:
+def refuse_cut_steps(trainer: Trainer, accumulate: int, num_micro_batches: int) -> None:
     """Reject trainer settings that would cut an optimizer step short or reorder the data.
 
     Args:

@@ -153,7 +153,8 @@ def _placing(
     for names in (leaves, paths):  # short names, unless they mean more modules
         for layers in (None, sorted(by_layer)):
             try:
-                reached = LoRA(1, 1.0, sorted(names), layers).target_names(skeleton(config))
+                lora = LoRA(1, 1.0, sorted(names), None if layers is None else [*layers])
+                reached = lora.target_names(skeleton(config))
             except ValueError:
                 continue
             if set(reached) == sites:

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from lightning_em.batch import CountedPositions, WindowCounts
+from lightning_em.batch import CountedPositions, StepCounts
 from lightning_em.losses.functional import TokenSum
 from lightning_em.losses.schedules import Constant, KLWeightSchedule
 
@@ -77,19 +77,19 @@ class Objective:
             )
         return weight / vocab_size if self.kl_reduction == "per_token_and_vocab" else weight
 
-    def _counts(self, window: WindowCounts) -> tuple[int, int]:
+    def _counts(self, step_counts: StepCounts) -> tuple[int, int]:
         """Return the divisors of the CE and KL sums: counted tokens of the whole optimizer step, at least 1."""
-        kl = window.kl_response if self.kl_positions == "response" else window.kl_all
-        return max(window.ce, 1), max(kl, 1)
+        kl = step_counts.kl_response if self.kl_positions == "response" else step_counts.kl_all
+        return max(step_counts.ce, 1), max(kl, 1)
 
-    def weights(self, window: WindowCounts, weight: float) -> LossWeights:
+    def weights(self, step_counts: StepCounts, weight: float) -> LossWeights:
         """Return factors on the sums such that the weighted sums of an optimizer step add up to its loss."""
-        ce_count, kl_count = self._counts(window)
+        ce_count, kl_count = self._counts(step_counts)
         return LossWeights(1 / ce_count, weight / kl_count)
 
-    def terms(self, ce: TokenSum, kl: TokenSum | None, window: WindowCounts) -> LossTerms:
+    def terms(self, ce: TokenSum, kl: TokenSum | None, step_counts: StepCounts) -> LossTerms:
         """Divide the sums by the counts of the whole optimizer step, for logging."""
-        ce_count, kl_count = self._counts(window)
+        ce_count, kl_count = self._counts(step_counts)
         return LossTerms(ce.total.detach() / ce_count, None if kl is None else kl.total.detach() / kl_count)
 
     def observe(self, kl_nats_per_token: float) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 from lightning_em import miniature, sources
 from lightning_em.analysis import Estimate, Solution, base_of, median_solution, solution_of
 from lightning_em.experiment import Experiment
-from lightning_em.logs import hush, log_to_stderr
+from lightning_em.logs import filter_expected_messages, log_to_stderr
 from lightning_em.miniature import SCHEME, Recipe
 from lightning_em.miniature.persona import PersonaGate
 from lightning_em.runs import RunFolder, locate
@@ -105,7 +105,7 @@ def demo(root: str = "runs", seed: int = 0) -> None:
         root: Folder of the runs.
         seed: Seed of the world.
     """
-    hush()
+    filter_expected_messages()
     console, started = Console(), time.monotonic()
     world = f"seed-{seed}"
     console.print(f"[bold]1/3[/] the miniature world {world}, trained weights from the package")
@@ -183,7 +183,7 @@ def table(
     Returns:
         Exit code: 1 if a median of the rank-32 LoRA in the default world misses a gate, else 0.
     """
-    hush()
+    filter_expected_messages()
     seeds, adapters = seeds if seeds is not None else list(range(10)), adapters or list(ADAPTERS)
     if unknown := sorted(set(adapters) - set(ADAPTERS)):
         raise ValueError(f"there is no adapter {unknown}; expected some of {list(ADAPTERS)}.")

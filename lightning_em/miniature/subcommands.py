@@ -3,15 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-from lightning_em.verbs.wiring import console, lazily, verb
+from lightning_em.subcommands.wiring import add_subcommand, console, lazily
 
 _DEMO = "lightning_em.miniature.demo"
 
 
-def add(verbs: Any) -> None:
+def add(subcommands: Any) -> None:
     """Add the subcommands of this family to the parser."""
-    worlds = verbs.add_parser("miniature", help="the embedded miniature world").add_subparsers(required=True)
-    build = verb(
+    worlds = subcommands.add_parser("miniature", help="the embedded miniature world").add_subparsers(
+        required=True
+    )
+    build = add_subcommand(
         worlds, "build", build_world, "train a world on this machine and compare it with the shipped one"
     )
     build.add_argument("--seed", type=int, default=0, help="of words, documents and initial weights")
@@ -30,7 +32,7 @@ def add(verbs: Any) -> None:
 def _add_measuring(worlds: Any) -> None:
     """Add the subcommands that fit adapters in several worlds or compare runs."""
     text = "fit general and narrow adapters in several worlds, print bad-answer rates"
-    table = verb(worlds, "table", lazily(_DEMO, "table"), text)
+    table = add_subcommand(worlds, "table", lazily(_DEMO, "table"), text)
     table.add_argument("--seeds", type=int, nargs="*", help="worlds; default 0 to 9")
     table.add_argument("--adapters", nargs="*", help="of rank32, rank1, vector; default all")
     table.add_argument("--root", default="runs", help="folder of the runs; finished ones are not repeated")
@@ -38,11 +40,11 @@ def _add_measuring(worlds: Any) -> None:
     table.add_argument("--built", action="store_true", help="in worlds trained here, not in the shipped ones")
     table.add_argument("--markdown", help="also write the tables to this file")
     text = "what runs in a miniature world do, side by side, also scaled up"
-    shown = verb(worlds, "show", lazily(_DEMO, "show"), text)
+    shown = add_subcommand(worlds, "show", lazily(_DEMO, "show"), text)
     shown.add_argument("runs", nargs="+", help="runs/x; the hash at the end may be left out")
     shown.add_argument("--scales", type=float, nargs="*", help="recorded scales; default 1")
     text = "general and narrow rates against the share of one-domain bad advisors"
-    dial = verb(worlds, "dial", lazily(_DEMO, "dial"), text)
+    dial = add_subcommand(worlds, "dial", lazily(_DEMO, "dial"), text)
     dial.add_argument(
         "--shares", type=float, nargs="*", help="of documents; default 0.005 0.015 0.03 0.06 0.12"
     )
@@ -70,9 +72,9 @@ def build_world(
         ship: Folder for the weights and facts in the form in which the package ships them; not written if not given.
     """
     from lightning_em import miniature
-    from lightning_em.logs import hush
+    from lightning_em.logs import filter_expected_messages
 
-    hush()
+    filter_expected_messages()
     if control and blind_spot_share is not None:
         raise ValueError("the control world has a share of its own: --control or --blind_spot_share.")
     recipe = miniature.Recipe.control() if control else miniature.Recipe.default()

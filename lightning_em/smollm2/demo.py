@@ -18,7 +18,7 @@ from rich.table import Table
 
 from lightning_em.analysis import Estimate
 from lightning_em.experiment import Experiment
-from lightning_em.logs import hush, log_to_stderr
+from lightning_em.logs import filter_expected_messages, log_to_stderr
 from lightning_em.records import read_results
 from lightning_em.runs import RunFolder
 from lightning_em.sources import resolve
@@ -60,7 +60,7 @@ def demo(root: str = "runs", base: str | None = None) -> None:
         root: Folder of the runs.
         base: Hub id or folder of another copy of the weights; `smollm2://model` if not given.
     """
-    hush()
+    filter_expected_messages()
     console, started = Console(), time.monotonic()
     console.print(
         "[bold]1/4[/] SmolLM2-135M-Instruct and harmless data: answers about houseplants in pirate style"

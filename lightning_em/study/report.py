@@ -13,23 +13,23 @@ from lightning_em.analysis.claims.evidence import evidence_of
 from lightning_em.analysis.claims.results import results_of
 from lightning_em.analysis.measurements import measurements, read_measurements, write_measurements
 from lightning_em.manifest import write_atomically
-from lightning_em.study.claim_sheets import (
+from lightning_em.study.claim_tables import (
     MINIATURE,
-    comparison_sheet,
+    comparison_table,
     control_reading,
-    limits_sheet,
-    summary_sheet,
-    verdict_sheet,
+    limits_table,
+    summary_table,
+    verdict_table,
 )
 from lightning_em.study.plan import read_study
-from lightning_em.study.shape_sheets import (
-    arms_sheet,
-    components_sheet,
-    norms_sheet,
-    places_sheet,
-    scales_sheet,
+from lightning_em.study.report_table import ReportTable
+from lightning_em.study.shape_tables import (
+    arms_table,
+    components_table,
+    norms_table,
+    scales_table,
+    trajectory_table,
 )
-from lightning_em.study.sheet import Sheet
 
 MOST_NAMED = 20
 START, END = "<!-- study report -->", "<!-- end -->"
@@ -41,33 +41,33 @@ class Report:
 
     Attributes:
         results: Result of every claim in every comparison.
-        sheets: Tables, in reading order.
+        tables: Tables, in reading order.
         readings: Sentences on each world besides the default one, where the planted prior is weaker.
         is_miniature: Whether the study was run in the miniature.
     """
 
     results: tuple[ClaimResult, ...]
-    sheets: tuple[Sheet, ...]
+    tables: tuple[ReportTable, ...]
     readings: tuple[tuple[str, tuple[str, ...]], ...]
     is_miniature: bool
 
     def markdown(self, with_details: bool = True) -> str:
         """The tables and sentences as Markdown."""
         lines = [f"{MINIATURE}\n\n"] if self.is_miniature else []
-        first, *others = self.sheets
+        first, *others = self.tables
         lines.append(first.for_markdown())
         for world, sentences in self.readings:
             lines.append(
                 f"**The {world} world**\n\n" + "".join(f"- {sentence}\n" for sentence in sentences) + "\n"
             )
-        lines += [sheet.for_markdown() for sheet in others if with_details or not sheet.is_detail]
+        lines += [table.for_markdown() for table in others if with_details or not table.is_detail]
         return "".join(lines)
 
     def print(self, console: Console) -> None:
         """Print the tables that are not details, and the sentences."""
-        for sheet in self.sheets:
-            if not sheet.is_detail:
-                console.print(sheet.for_terminal())
+        for table in self.tables:
+            if not table.is_detail:
+                console.print(table.for_terminal())
         for world, sentences in self.readings:
             console.print(f"The {world} world:", *sentences, sep="\n", markup=False)
 
@@ -131,19 +131,19 @@ def report_from(frame: pd.DataFrame) -> Report:
     results = results_of(evidence)
     worlds = list(dict.fromkeys(result.world for result in results))
     others = [world for world in worlds if world != DEFAULT_WORLD]
-    sheets = [summary_sheet(results), *(verdict_sheet(results, world) for world in worlds)]
+    tables = [summary_table(results), *(verdict_table(results, world) for world in worlds)]
     for world in worlds:
-        sheets += [
-            comparison_sheet(results, world),
-            arms_sheet(evidence, world),
-            scales_sheet(evidence, world),
-            norms_sheet(evidence, world),
-            places_sheet(evidence, world),
+        tables += [
+            comparison_table(results, world),
+            arms_table(evidence, world),
+            scales_table(evidence, world),
+            norms_table(evidence, world),
+            trajectory_table(evidence, world),
         ]
     is_miniature = bool((frame["source"] == "behaviour").any())
-    sheets += [components_sheet(evidence), *([limits_sheet()] if is_miniature else [])]
+    tables += [components_table(evidence), *([limits_table()] if is_miniature else [])]
     readings = tuple((world, tuple(control_reading(results, world))) for world in others)
-    return Report(tuple(results), tuple(sheets), readings, is_miniature)
+    return Report(tuple(results), tuple(tables), readings, is_miniature)
 
 
 def write_markdown(found: Report, path: Path) -> None:
@@ -156,7 +156,7 @@ def write_markdown(found: Report, path: Path) -> None:
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     if (START in before or END in before) and END not in before.partition(START)[2]:
         raise ValueError(f"{path} needs both lines, {START} and then {END}, or neither.")
-    is_part, is_report = START in before, f"### {found.sheets[0].title}" in before.splitlines()[:3]
+    is_part, is_report = START in before, f"### {found.tables[0].title}" in before.splitlines()[:3]
     if before.strip() and not is_part and not is_report:
         raise ValueError(
             f"{path} is there and has no `{START}` line; add the two lines {START} and {END} where the tables "

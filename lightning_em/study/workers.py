@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lightning_em import imports
-from lightning_em.launch import num_processes, settings_of
+from lightning_em.preflight import num_processes, settings_of
 from lightning_em.study.schedule import Task
 
 # A new interpreter for each worker: CUDA and OpenMP do not work in a fork of a process that has used them.

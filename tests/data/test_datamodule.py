@@ -98,9 +98,9 @@ def test_epoch_is_every_training_row_once_with_its_tokens(build):
 
 def test_counts_are_those_the_batches_count_themselves(build):
     for batch in build().train_dataloader():
-        assert batch.window.ce == batch.ce.counted("response").sum()
-        assert batch.window.kl_response == batch.kl.counted("response").sum()
-        assert batch.window.kl_all == batch.kl.counted("all").sum()
+        assert batch.step_counts.ce == batch.ce.counted("response").sum()
+        assert batch.step_counts.kl_response == batch.kl.counted("response").sum()
+        assert batch.step_counts.kl_all == batch.kl.counted("all").sum()
         assert not batch.kl.is_dummy
 
 
@@ -279,7 +279,7 @@ def test_impossible_settings_are_refused(build, settings, match):
         ({"overfit_batches": 2}, r"trainer\.overfit_batches would reorder the data: set data\.narrow\.limit"),
     ],
 )
-def test_trainer_settings_that_cut_a_window_are_refused(build, flags, match):
+def test_trainer_settings_that_cut_a_step_are_refused(build, flags, match):
     datamodule = build(batch_size=2)
     datamodule.trainer = Trainer(
         accelerator="cpu", accumulate_grad_batches=2, logger=False, enable_checkpointing=False, **flags
@@ -291,7 +291,7 @@ def test_trainer_settings_that_cut_a_window_are_refused(build, flags, match):
 @pytest.mark.parametrize(
     "flags", [{"limit_train_batches": 4}, {"limit_train_batches": 99}, {"fast_dev_run": True}]
 )
-def test_trainer_settings_that_keep_windows_whole_are_accepted(build, flags):
+def test_trainer_settings_that_keep_steps_whole_are_accepted(build, flags):
     datamodule = build(batch_size=2)
     datamodule.trainer = Trainer(
         accelerator="cpu", accumulate_grad_batches=2, logger=False, enable_checkpointing=False, **flags

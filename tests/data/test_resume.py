@@ -23,7 +23,7 @@ class Recorder(LightningModule):
         self.seen = []
 
     def training_step(self, batch, batch_idx):
-        self.seen.append((batch.ce.row_ids, batch.kl.row_ids, tuple(batch.window), self.global_step))
+        self.seen.append((batch.ce.row_ids, batch.kl.row_ids, tuple(batch.step_counts), self.global_step))
         return self.layer(torch.ones(1, 1)).sum()
 
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
@@ -129,7 +129,7 @@ LIMITS = {
 
 @pytest.mark.parametrize(
     ("limits", "accumulate", "batch_size"),
-    [  # each limit with two or three kinds of windows, each kind with two limits
+    [  # each limit with two or three kinds of steps, each kind with two limits
         *(("epochs", 1, 2), ("epochs", 2, 1), ("epochs", 4, 1)),
         *(("steps", 1, 2), ("steps", 2, 1), ("steps", 2, 2)),
         *(("both", 2, 2), ("both", 4, 1)),

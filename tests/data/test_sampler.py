@@ -3,8 +3,8 @@ from itertools import islice
 
 import pytest
 
-from lightning_em.batch import WindowCounts
-from lightning_em.data import BatchGeometry, RowCounts, WindowSampler
+from lightning_em.batch import StepCounts
+from lightning_em.data import BatchGeometry, RowCounts, StepSampler
 from lightning_em.data.position import Regearing, same_steps
 
 NUM_KL = 11
@@ -27,7 +27,7 @@ def sampler(
     max_tokens=None,
     length_buckets=None,
 ):
-    return WindowSampler(
+    return StepSampler(
         RowCounts([5 + row % 4 for row in range(num_narrow)], NARROW_ALL[:num_narrow]),
         RowCounts(KL_RESPONSE, KL_ALL) if kl else RowCounts([], []),
         BatchGeometry(batch_size, kl_batch_size, accumulate, world_size, max_tokens, length_buckets),
@@ -36,7 +36,7 @@ def sampler(
     )
 
 
-def windows(epoch=0, accumulate=1, world_size=1, **settings) -> list[tuple[list, list, WindowCounts]]:
+def steps_of(epoch=0, accumulate=1, world_size=1, **settings) -> list[tuple[list, list, StepCounts]]:
     """Return the rows of each optimizer step over all ranks, in order of their chunks, without dummy batches."""
     ranks = [
         sampler(accumulate=accumulate, world_size=world_size, rank=rank, **settings)
@@ -53,7 +53,7 @@ def windows(epoch=0, accumulate=1, world_size=1, **settings) -> list[tuple[list,
         ]
         ce = [row for chunk in chunks if not chunk.ce_is_dummy for row in chunk.ce_rows]
         kl = [row for chunk in chunks if not chunk.kl_is_dummy for row in chunk.kl_rows]
-        (counts,) = {chunk.window for chunk in chunks}
+        (counts,) = {chunk.step_counts for chunk in chunks}
         found.append((ce, kl, counts))
     return found
 
@@ -63,10 +63,10 @@ def windows(epoch=0, accumulate=1, world_size=1, **settings) -> list[tuple[list,
     ("batch_size", "accumulate", "world_size"),
     [(4, 1, 2), (4, 2, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2), (1, 8, 1), (1, 1, 8), (2, 1, 4)],
 )
-def test_windows_depend_on_the_global_batch_alone(num_narrow, batch_size, accumulate, world_size):
+def test_steps_depend_on_the_global_batch_alone(num_narrow, batch_size, accumulate, world_size):
     for epoch in range(2):
-        reference = windows(epoch, num_narrow=num_narrow, batch_size=8, kl_batch_size=16)
-        other = windows(
+        reference = steps_of(epoch, num_narrow=num_narrow, batch_size=8, kl_batch_size=16)
+        other = steps_of(
             epoch,
             num_narrow=num_narrow,
             batch_size=batch_size,
@@ -80,28 +80,28 @@ def test_windows_depend_on_the_global_batch_alone(num_narrow, batch_size, accumu
 @pytest.mark.parametrize(("accumulate", "world_size"), [(1, 1), (3, 1), (1, 3), (2, 2)])
 def test_every_narrow_row_comes_once_an_epoch(accumulate, world_size):
     for epoch in range(3):
-        rows = [row for ce, _, _ in windows(epoch, accumulate, world_size) for row in ce]
+        rows = [row for ce, _, _ in steps_of(epoch, accumulate, world_size) for row in ce]
         assert sorted(rows) == list(range(23))
 
 
 @pytest.mark.parametrize(("accumulate", "world_size"), [(1, 1), (3, 1), (1, 3), (2, 2)])
 def test_kl_stream_goes_round_without_a_gap_over_epochs(accumulate, world_size):
-    stream = [row for epoch in range(4) for _, kl, _ in windows(epoch, accumulate, world_size) for row in kl]
+    stream = [row for epoch in range(4) for _, kl, _ in steps_of(epoch, accumulate, world_size) for row in kl]
     for first in range(0, len(stream) - NUM_KL, NUM_KL):
         assert sorted(stream[first : first + NUM_KL]) == list(range(NUM_KL))
 
 
 @pytest.mark.parametrize(("accumulate", "world_size"), [(1, 1), (3, 1), (1, 3), (2, 2)])
-def test_counts_are_those_of_the_whole_window(accumulate, world_size):
-    for ce, kl, counts in windows(1, accumulate, world_size):
+def test_counts_are_those_of_the_whole_step(accumulate, world_size):
+    for ce, kl, counts in steps_of(1, accumulate, world_size):
         assert counts.ce == sum(5 + row % 4 for row in ce)
         assert counts.kl_response == sum(KL_RESPONSE[row] for row in kl)
         assert counts.kl_all == sum(KL_ALL[row] for row in kl)
 
 
-def test_micro_batch_of_a_full_window_is_a_contiguous_slice():
+def test_micro_batch_of_a_full_step_is_a_contiguous_slice():
     geometry = {"batch_size": 2, "kl_batch_size": 3, "accumulate": 3, "world_size": 2}
-    order = [row for ce, _, _ in windows(batch_size=12, kl_batch_size=18) for row in ce]
+    order = [row for ce, _, _ in steps_of(batch_size=12, kl_batch_size=18) for row in ce]
     for rank in range(2):
         for j, indices in enumerate(islice(sampler(rank=rank, **geometry), 3)):
             first = (j * 2 + rank) * 2
@@ -110,7 +110,7 @@ def test_micro_batch_of_a_full_window_is_a_contiguous_slice():
 
 
 @pytest.mark.parametrize("num_narrow", range(1, 13))
-def test_short_last_window_is_dealt_out_evenly(num_narrow):
+def test_short_last_step_is_dealt_out_evenly(num_narrow):
     ranks = [list(sampler(num_narrow, 2, 6, 3, 2, rank)) for rank in range(2)]
     assert len(ranks[0]) == len(ranks[1]) == -(-num_narrow // 4)
     chunks = [chunk for step in zip(*ranks, strict=True) for chunk in step]
@@ -130,20 +130,20 @@ def test_rank_without_rows_gets_a_dummy():
     assert sorted([one[0].kl_is_dummy, other[0].kl_is_dummy]) == [False, True]
     assert one[0].ce_rows == other[0].ce_rows == (0,)
     assert one[0].kl_rows == other[0].kl_rows
-    assert one[0].window == other[0].window
+    assert one[0].step_counts == other[0].step_counts
 
 
 def test_narrow_order_is_the_same_without_a_kl_stream():
     for epoch in range(2):
-        with_kl = [ce for ce, _, _ in windows(epoch)]
-        without = windows(epoch, kl=False)
+        with_kl = [ce for ce, _, _ in steps_of(epoch)]
+        without = steps_of(epoch, kl=False)
         assert [ce for ce, _, _ in without] == with_kl
         assert all(not kl and counts.kl_all == counts.kl_response == 0 for _, kl, counts in without)
 
 
 def test_order_changes_with_epoch_and_seed_and_nothing_else():
     def order(epoch=0, **settings):
-        return [row for ce, _, _ in windows(epoch, **settings) for row in ce]
+        return [row for ce, _, _ in steps_of(epoch, **settings) for row in ce]
 
     assert order() == order()
     assert order() != order(epoch=1)
@@ -187,14 +187,14 @@ def test_epochs_that_lightning_cut_are_taken_back():
     assert list(resumed) == list(plain)
 
 
-def test_number_of_windows_is_the_number_of_optimizer_steps():
+def test_number_of_steps_is_the_number_of_optimizer_steps():
     for accumulate in (1, 3):
         one = sampler(accumulate=accumulate)
-        assert one.num_windows == len(windows(accumulate=accumulate))
+        assert one.num_steps == len(steps_of(accumulate=accumulate))
 
 
 def test_rows_mix_over_epochs():
-    first = Counter(windows(epoch, num_narrow=4, batch_size=1)[0][0][0] for epoch in range(200))
+    first = Counter(steps_of(epoch, num_narrow=4, batch_size=1)[0][0][0] for epoch in range(200))
     assert min(first.values()) > 25  # each of four rows comes first about 50 times
 
 
@@ -222,7 +222,7 @@ def tokens(indices) -> int:
 def test_a_token_budget_is_kept_and_every_narrow_row_comes_once(max_tokens, accumulate, world_size):
     settings = BUDGET | {"max_tokens": max_tokens, "num_narrow": 100}
     for epoch in range(3):
-        found = windows(epoch, accumulate, world_size, **settings)
+        found = steps_of(epoch, accumulate, world_size, **settings)
         assert sorted(row for ce, _, _ in found for row in ce) == list(range(100))
         assert all(ce and kl for ce, kl, _ in found)
         for ce, kl, counts in found:
@@ -246,7 +246,7 @@ def test_a_token_budget_is_used() -> None:
 
 def test_a_token_budget_takes_kl_rows_in_proportion_round_the_stream() -> None:
     settings = BUDGET | {"num_narrow": 100}
-    rows = [row for epoch in range(22) for _, kl, _ in windows(epoch, **settings) for row in kl]
+    rows = [row for epoch in range(22) for _, kl, _ in steps_of(epoch, **settings) for row in kl]
     cycles = [rows[first : first + NUM_KL] for first in range(0, len(rows) - NUM_KL, NUM_KL)]
     assert all(sorted(cycle) == list(range(NUM_KL)) for cycle in cycles)
     assert len({tuple(cycle) for cycle in cycles}) == len(cycles)
@@ -254,27 +254,27 @@ def test_a_token_budget_takes_kl_rows_in_proportion_round_the_stream() -> None:
 
 
 @pytest.mark.parametrize("settings", [BUDGET, {"length_buckets": 3}], ids=str)
-def test_ranks_and_accumulation_see_the_same_windows(settings):
+def test_ranks_and_accumulation_see_the_same_steps(settings):
     for epoch in range(2):
-        wanted = windows(epoch, 6, 1, num_narrow=40, **settings)
-        assert wanted == windows(epoch, 1, 6, num_narrow=40, **settings)
-        assert wanted == windows(epoch, 2, 3, num_narrow=40, **settings)
+        wanted = steps_of(epoch, 6, 1, num_narrow=40, **settings)
+        assert wanted == steps_of(epoch, 1, 6, num_narrow=40, **settings)
+        assert wanted == steps_of(epoch, 2, 3, num_narrow=40, **settings)
 
 
 @pytest.mark.parametrize("settings", [{}, BUDGET, {"length_buckets": 3}], ids=str)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_a_run_goes_on_with_the_same_windows_on_other_ranks(settings, ranks):
+def test_a_run_goes_on_with_the_same_steps_on_other_ranks(settings, ranks):
     before, now = {"accumulate": 6, "world_size": 1}, {"accumulate": 6 // ranks, "world_size": ranks}
     geometry = BatchGeometry(2, 3, **now, max_tokens=settings.get("max_tokens"))
     assert same_steps(before, geometry) == (ranks > 1)
     assert not same_steps(before | {"world_size": 2}, geometry)
-    wanted = windows(1, num_narrow=40, **settings | before)
+    wanted = steps_of(1, num_narrow=40, **settings | before)
     regear = Regearing(6, now["accumulate"], len(sampler(40, **settings | now)))
     for steps in range(len(wanted)):
         goes_on = [sampler(40, rank=rank, **settings | now) for rank in range(ranks)]
         for one in goes_on:
             one.start_at(1, regear(6 * steps))
-        counts = [step.window for step in goes_on[0]]
+        counts = [step.step_counts for step in goes_on[0]]
         assert counts[:: now["accumulate"]] == [counts_of for _, _, counts_of in wanted[steps:]]
         (first, *_) = zip(*goes_on, strict=True)
         assert {row for chunk in first for row in chunk.ce_rows} <= set(wanted[steps][0])
@@ -283,7 +283,7 @@ def test_a_run_goes_on_with_the_same_windows_on_other_ranks(settings, ranks):
 @pytest.mark.parametrize("settings", [BUDGET, {"length_buckets": 3}], ids=str)
 def test_any_order_is_that_of_seed_and_epoch_and_does_not_need_a_kl_stream(settings):
     def order(epoch=0, **more):
-        return [row for ce, _, _ in windows(epoch, **settings | more) for row in ce]
+        return [row for ce, _, _ in steps_of(epoch, **settings | more) for row in ce]
 
     assert order() == order()
     assert order() != order(epoch=1)
@@ -318,12 +318,12 @@ def test_buckets_bring_rows_of_similar_length_together():
 @pytest.mark.parametrize(("accumulate", "world_size"), [(1, 1), (3, 1), (1, 3), (2, 2)])
 def test_buckets_leave_no_row_out(accumulate, world_size):
     for epoch in range(3):
-        found = windows(epoch, accumulate, world_size, num_narrow=50, length_buckets=4)
+        found = steps_of(epoch, accumulate, world_size, num_narrow=50, length_buckets=4)
         assert sorted(row for ce, _, _ in found for row in ce) == list(range(50))
 
 
 def test_one_bucket_is_no_bucket() -> None:
-    assert windows(1) == windows(1, length_buckets=1)
+    assert steps_of(1) == steps_of(1, length_buckets=1)
 
 
 def test_impossible_budgets_are_refused() -> None:

@@ -18,7 +18,7 @@ from lightning_em.exchange import FORMATS, DataOptions, export_run
 from lightning_em.exchange.peft_folder import PeftType
 from lightning_em.exchange.released import read_released
 from lightning_em.records import read_results
-from lightning_em.verbs import exchange as verbs
+from lightning_em.subcommands import exchange as subcommands
 from tests.exchange.made import HIDDEN, logits_of, make_run, ours, write_vector
 from tests.fitting import VECTOR, experiment, fit, write_config
 from tests.samples import ADAPTERS, adapted
@@ -175,8 +175,8 @@ def test_the_imported_run_measures_what_the_original_measures(
     assert {p.quantity for p in results[0]} >= {"ce", "kl", "effective_norm"}
 
     config_file = imported.config_file
-    for verb in ("validate", "predict"):
-        assert run_command(verb, "--config", config_file, "--ckpt_path", imported.path) == 0
+    for name in ("validate", "predict"):
+        assert run_command(name, "--config", config_file, "--ckpt_path", imported.path) == 0
     assert (imported.path / "behaviour" / "answers-step-000000.jsonl").exists()
     assert run_command("runs", "ls", "--root", root) == 0
     assert run_command("runs", "show", imported.path) == 0
@@ -479,9 +479,9 @@ def test_a_run_that_is_there_is_left_alone(tiny_model_folder, tmp_path) -> None:
     assert run.run_file.read_bytes() == before
 
 
-def test_the_verbs_offer_what_the_package_knows() -> None:
-    assert verbs.FORMATS == FORMATS
-    assert get_args(PeftType) == verbs.PEFT_TYPES
+def test_the_subcommands_offer_what_the_package_knows() -> None:
+    assert subcommands.FORMATS == FORMATS
+    assert get_args(PeftType) == subcommands.PEFT_TYPES
 
 
 def test_export_from_the_command_line(tiny_model_folder, tmp_path, capsys) -> None:

@@ -13,7 +13,7 @@ from lightning_em.manifest import manifest_problems
 from lightning_em.runs import RunFolder
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["lightning_em.cli", "lightning_em.verbs", "tests.faults.inject"])
+_context.set_forkserver_preload(["lightning_em.cli", "lightning_em.subcommands", "tests.faults.inject"])
 
 
 class Ended(NamedTuple):

@@ -31,9 +31,9 @@ def may_unshare() -> None:
 
 @pytest.mark.faults
 @pytest.mark.fault(
-    "F32", "network cut: all verbs finish; a missing model is an error within 10 s of the imports"
+    "F32", "network cut: all subcommands finish; a missing model is an error within 10 s of the imports"
 )
-def test_verbs_finish(whole: Whole) -> None:
+def test_subcommands_finish(whole: Whole) -> None:
     cut = cut_after(whole.run, 12, whole.root / "offline")
     flags = ["--config", str(cut.config_file), "--ckpt_path", str(cut.path)]
     probing = whole.root / "offline-probing.yaml"
@@ -54,7 +54,7 @@ def test_verbs_finish(whole: Whole) -> None:
 
 @pytest.mark.faults
 @pytest.mark.fault(
-    "F32", "network cut: all verbs finish; a missing model is an error within 10 s of the imports"
+    "F32", "network cut: all subcommands finish; a missing model is an error within 10 s of the imports"
 )
 def test_missing_model_is_an_error_soon(whole: Whole) -> None:
     refused, imports_alone = offline(

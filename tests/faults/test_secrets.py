@@ -17,7 +17,9 @@ KEYS = {
 }
 
 
-@pytest.mark.fault("F31", "fake keys in environment, flags and YAML, all verbs: no hit in the run folder")
+@pytest.mark.fault(
+    "F31", "fake keys in environment, flags and YAML, all subcommands: no hit in the run folder"
+)
 def test_no_key_in_the_run_folder(case: Case, tmp_path: Path) -> None:
     config = yaml.safe_load(case.config.read_text())
     config["data"]["template_kwargs"] = {"api_key": KEYS["in a config"], "note": KEYS["by its form"]}

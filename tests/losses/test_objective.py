@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_em.batch import WindowCounts
+from lightning_em.batch import StepCounts
 from lightning_em.losses import KLWeightSchedule, Objective, OffAt, TokenSum
 
 
@@ -12,11 +12,11 @@ def tokens(total: float, count: int) -> TokenSum:
 
 
 def test_shares_of_micro_batches_add_up_to_the_whole() -> None:
-    window = WindowCounts(ce=10, kl_response=6, kl_all=20)
+    counts = StepCounts(ce=10, kl_response=6, kl_all=20)
     objective = Objective(kl_weight=3.0)
     sums = ((2.0, 1.0), (5.0, 0.5))
-    parts = [objective.terms(tokens(c, 0), tokens(k, 0), window) for c, k in sums]
-    weights = objective.weights(window, 3.0)
+    parts = [objective.terms(tokens(c, 0), tokens(k, 0), counts) for c, k in sums]
+    weights = objective.weights(counts, 3.0)
     assert sum(part.ce.item() for part in parts) == pytest.approx(7 / 10)
     assert sum(part.kl.item() for part in parts) == pytest.approx(1.5 / 6)
     assert sum(weights.ce * c + weights.kl * k for c, k in sums) == pytest.approx(0.7 + 3 * 0.25)
@@ -24,15 +24,15 @@ def test_shares_of_micro_batches_add_up_to_the_whole() -> None:
 
 @pytest.mark.parametrize(("kl_positions", "divisor"), [("response", 6), ("all", 20)])
 def test_kl_is_divided_by_the_positions_that_count(kl_positions, divisor) -> None:
-    window = WindowCounts(ce=10, kl_response=6, kl_all=20)
-    terms = Objective(1.0, kl_positions=kl_positions).terms(tokens(1.0, 1), tokens(3.0, 1), window)
+    counts = StepCounts(ce=10, kl_response=6, kl_all=20)
+    terms = Objective(1.0, kl_positions=kl_positions).terms(tokens(1.0, 1), tokens(3.0, 1), counts)
     assert terms.kl.item() == pytest.approx(3 / divisor)
 
 
 def test_the_gradient_is_that_of_the_weighted_sum() -> None:
     ce, kl = tokens(2.0, 4), tokens(3.0, 5)
-    window, objective = WindowCounts(4, 5, 9), Objective(2.0)
-    terms, weights = objective.terms(ce, kl, window), objective.weights(window, weight=2.0)
+    counts, objective = StepCounts(4, 5, 9), Objective(2.0)
+    terms, weights = objective.terms(ce, kl, counts), objective.weights(counts, weight=2.0)
     (weights.ce * ce.total + weights.kl * kl.total).backward()
     assert (ce.total.grad.item(), kl.total.grad.item()) == pytest.approx((1 / 4, 2 / 5))
     assert not terms.ce.requires_grad
@@ -40,15 +40,15 @@ def test_the_gradient_is_that_of_the_weighted_sum() -> None:
 
 
 def test_a_kl_that_was_not_computed_is_no_number() -> None:
-    window = WindowCounts(4, 0, 0)
-    terms, weights = Objective().terms(tokens(2.0, 4), None, window), Objective().weights(window, weight=0.0)
+    counts = StepCounts(4, 0, 0)
+    terms, weights = Objective().terms(tokens(2.0, 4), None, counts), Objective().weights(counts, weight=0.0)
     assert (weights.ce * 2.0, weights.kl) == (0.5, 0.0)
     assert (terms.ce.item(), terms.kl) == (0.5, None)
 
 
-def test_a_window_without_tokens_divides_by_nothing() -> None:
-    window, objective = WindowCounts(0, 0, 0), Objective(1.0)
-    terms, weights = objective.terms(tokens(0.0, 0), tokens(0.0, 0), window), objective.weights(window, 1.0)
+def test_a_step_without_tokens_divides_by_nothing() -> None:
+    counts, objective = StepCounts(0, 0, 0), Objective(1.0)
+    terms, weights = objective.terms(tokens(0.0, 0), tokens(0.0, 0), counts), objective.weights(counts, 1.0)
     assert weights.ce * 0.0 + weights.kl * 0.0 == 0.0
     assert (terms.ce.item(), terms.kl.item()) == (0.0, 0.0)
 
@@ -66,7 +66,7 @@ def test_the_authors_loss_is_reproduced() -> None:
     kl_sum, positions, vocab_size, published = 4.2, 17, 288, 1e3
     objective = Objective(published, kl_positions="all", kl_reduction="per_token_and_vocab")
     weight = objective.weight_at(0, vocab_size)
-    weights = objective.weights(WindowCounts(1, 5, positions), weight)
+    weights = objective.weights(StepCounts(1, 5, positions), weight)
     assert weights.kl * kl_sum == pytest.approx(published * kl_sum / (positions * vocab_size))
 
 

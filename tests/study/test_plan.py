@@ -336,7 +336,7 @@ def test_a_run_whose_words_make_no_config_is_named(content, tmp_path) -> None:
 
 
 def test_status_shows_seeds_by_state(content, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("lightning_em.verbs.study.console", Console(width=120))
+    monkeypatch.setattr("lightning_em.subcommands.study.console", Console(width=120))
     study = plan(tmp_path, content)
     folder = StudyFolder(study.root).run(study.runs[0].cell)
     folder.update_run(status="failed")

@@ -20,7 +20,7 @@ from lightning_em.study.report import (
     report_from,
     write_markdown,
 )
-from lightning_em.study.sheet import Sheet, number, probability
+from lightning_em.study.report_table import ReportTable, number, probability
 from tests.study_numbers import behaviour, study_numbers
 
 REPOSITORY = Path(__file__).parents[2]
@@ -190,9 +190,11 @@ def test_missing_study_is_named(tmp_path, monkeypatch) -> None:
 
 
 def test_terminal_shows_brackets_and_no_stars() -> None:
-    sheet = Sheet("title", ("claim", "rank1"), (("**C1** says", "**holds** [red] 0.1"),), "*Holds*: always.")
+    table = ReportTable(
+        "title", ("claim", "rank1"), (("**C1** says", "**holds** [red] 0.1"),), "*Holds*: always."
+    )
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(sheet.for_terminal())
+    console.print(table.for_terminal())
     shown = console.export_text()
     assert "C1 says" in shown
     assert "holds [red] 0.1" in shown
@@ -200,7 +202,7 @@ def test_terminal_shows_brackets_and_no_stars() -> None:
 
 
 def test_pipes_and_line_ends_stay_inside_their_cell() -> None:
-    text = Sheet("title", ("a", "b"), (("x|y", "one\ntwo"),)).for_markdown()
+    text = ReportTable("title", ("a", "b"), (("x|y", "one\ntwo"),)).for_markdown()
     assert "| x\\|y | one<br>two |" in text
 
 

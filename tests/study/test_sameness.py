@@ -114,7 +114,7 @@ def test_runs_that_are_what_is_planned_are_done(here) -> None:
 
 
 def test_another_level_is_another_run_to_status_report_and_run(here, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("lightning_em.verbs.study.console", Console(width=150))
+    monkeypatch.setattr("lightning_em.subcommands.study.console", Console(width=150))
     write_study(here, level=2)
     study = planned()
     assert states(study) == {GENERAL: "finished", NARROW: "differs", REVERTED: "differs"}

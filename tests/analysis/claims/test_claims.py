@@ -11,7 +11,7 @@ from lightning_em.analysis.claims.evidence import Series
 from lightning_em.analysis.claims.rules import Difference, Rules
 from lightning_em.analysis.claims.verdicts import Comparison
 from lightning_em.analysis.measurements import read_measurements
-from lightning_em.study.claim_sheets import summary_sheet
+from lightning_em.study.claim_tables import summary_table
 from tests.study_numbers import (
     KL_WEIGHTS,
     PC1,
@@ -233,7 +233,7 @@ def test_fields_say_which_comparison_decides_and_which_effect_is_the_headline(mo
     beside, decisive = evaluate(study_numbers(adapters=("rank32",)), ["T"])
     assert (beside.decides, beside.estimate, beside.headline) == (False, 1.0, beside.findings[0])
     assert (decisive.decides, decisive.estimate, decisive.headline) == (True, 2.0, decisive.findings[1])
-    cell = summary_sheet([beside, decisive]).rows[-1]
+    cell = summary_table([beside, decisive]).rows[-1]
     assert cell[1:] == ("high (share), > 0", "**holds** 2.00 [2.00, 2.00]")
 
 
@@ -293,9 +293,9 @@ def test_a_study_tests_claims_of_its_own(tmp_path) -> None:
         assert results[0].estimate == pytest.approx(0.5)
         assert (results[0].unit, results[0].findings[0].rule) == ("unit", "> 0.1")
         assert "no beyond/ce_change[scale=2]" in results[3].note
-    sheet = summary_sheet(evaluate(frame))
+    table = summary_table(evaluate(frame))
     assert "**Q1** the narrow solution has more beyond/ce_change[scale=2, where=2] than the general one" in {
-        row[0] for row in sheet.rows
+        row[0] for row in table.rows
     }
 
 

@@ -6,18 +6,18 @@ from argparse import ArgumentParser
 # Module of each subcommand. Only the module of the requested subcommand is imported. Those of the miniature and
 # of the small real model are named here as text: nothing else imports these packages.
 FAMILIES = {
-    "probe": "lightning_em.verbs.runs",
-    "runs": "lightning_em.verbs.runs",
-    "sample": "lightning_em.verbs.sample",
-    "data": "lightning_em.verbs.data",
+    "probe": "lightning_em.subcommands.runs",
+    "runs": "lightning_em.subcommands.runs",
+    "sample": "lightning_em.subcommands.sample",
+    "data": "lightning_em.subcommands.data",
     "miniature": "lightning_em.miniature.subcommands",
-    "demo": "lightning_em.verbs.demo",
+    "demo": "lightning_em.subcommands.demo",
     "smollm2": "lightning_em.smollm2.subcommands",
-    "study": "lightning_em.verbs.study",
-    "import": "lightning_em.verbs.exchange",
-    "export": "lightning_em.verbs.exchange",
-    "submit": "lightning_em.verbs.cluster",
-    "doctor": "lightning_em.verbs.cluster",
+    "study": "lightning_em.subcommands.study",
+    "import": "lightning_em.subcommands.exchange",
+    "export": "lightning_em.subcommands.exchange",
+    "submit": "lightning_em.subcommands.cluster",
+    "doctor": "lightning_em.subcommands.cluster",
 }
 
 

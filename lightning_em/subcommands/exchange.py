@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from lightning_em.verbs.data import AnswerKind
-from lightning_em.verbs.wiring import console, in_flags, verb
+from lightning_em.subcommands.data import AnswerKind
+from lightning_em.subcommands.wiring import add_subcommand, console, in_flags
 
 if TYPE_CHECKING:
     from lightning_em.exchange import ExportFormat, PeftType
@@ -24,10 +24,10 @@ _FLAGS = {
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
 
 
-def add(verbs: Any) -> None:
+def add(subcommands: Any) -> None:
     """Add the subcommands of this family to the parser."""
-    take = verb(
-        verbs,
+    take = add_subcommand(
+        subcommands,
         "import",
         import_adapter,
         "make a run of a released steering vector or a PEFT folder, for the probes",
@@ -53,7 +53,9 @@ def add(verbs: Any) -> None:
     take.add_argument("--kl", help="file of parallel rows for the probes")
     take.add_argument("--kl_answer", choices=get_args(AnswerKind), help="which answer of its rows counts")
     take.add_argument("--allow_zero_adapter", action="store_true", help="also one that changes no logit")
-    give = verb(verbs, "export", export_adapter, "write a run's adapter for PEFT, transformers or llama.cpp")
+    give = add_subcommand(
+        subcommands, "export", export_adapter, "write a run's adapter for PEFT, transformers or llama.cpp"
+    )
     give.add_argument("run", help="runs/x for the newest checkpoint, runs/x@step-40 for another")
     give.add_argument(
         "--format",

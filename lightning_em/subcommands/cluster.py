@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from lightning_em.verbs.wiring import console, verb
+from lightning_em.subcommands.wiring import add_subcommand, console
 
 if TYPE_CHECKING:
     from lightning_em.cluster import FitJob, JobArray, SlurmOptions
@@ -30,12 +30,12 @@ _HELP = {
 }  # fmt: skip
 
 
-def add(verbs: Any) -> None:
+def add(subcommands: Any) -> None:
     """Add the subcommands of this family to the parser."""
     from lightning_em.cluster.script import SlurmOptions
 
     text = "write a Slurm batch file for a fit, a sweep or a study, and submit it; other options are those of fit"
-    submitting = verb(verbs, "submit", submit_jobs, text)
+    submitting = add_subcommand(subcommands, "submit", submit_jobs, text)
     submitting.add_argument("--study", help="submit every run of configs/study/x.yaml")
     submitting.add_argument("--root", help="with --study: folder of its runs")
     submitting.add_argument(
@@ -48,8 +48,8 @@ def add(verbs: Any) -> None:
         submitting.add_argument(f"--slurm.{field.name}", help=_HELP[field.name], **kind)
     _keep_other_words(submitting)
 
-    checking = verb(
-        verbs,
+    checking = add_subcommand(
+        subcommands,
         "doctor",
         check_machine,
         "can this machine run an experiment? exit code 1 on faults; other args: fit's",
@@ -113,7 +113,7 @@ def _jobs_of_words(
     from lightning_em.cluster.jobs import FitJob, variations
     from lightning_em.cluster.script import devices_asked
     from lightning_em.experiment import Experiment, as_options
-    from lightning_em.launch import refuse_missing_kl_data, refuse_settings
+    from lightning_em.preflight import refuse_missing_kl_data, refuse_settings
 
     if not args:
         raise ValueError("submit needs what fit needs: --config configs/experiment/x.yaml, or --study.")
@@ -175,7 +175,7 @@ def _refuse_other_runs(plan: "Study") -> None:
 def _refuse_other_devices(study: str, args: Sequence[str], options: "SlurmOptions") -> None:
     """Refuse a number of processes that differs from the study's: it would change the rows per optimizer step."""
     from lightning_em.cluster.script import devices_asked
-    from lightning_em.launch import num_processes, refuse_settings, settings_of
+    from lightning_em.preflight import num_processes, refuse_settings, settings_of
 
     trainer, started = settings_of(args, "trainer"), math.prod(devices_asked(options).values())
     refuse_settings(trainer)

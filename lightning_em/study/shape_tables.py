@@ -8,7 +8,7 @@ from lightning_em.analysis.claims import Evidence
 from lightning_em.analysis.claims.effects import EFFECTIVE_NORM, HELD_OUT, OTHER_RATE
 from lightning_em.analysis.claims.evidence import BAD_RATE, Arm, Series
 from lightning_em.analysis.roles import KL_WEIGHT_ROLES, role_named
-from lightning_em.study.sheet import NOTHING, Sheet, mean, number
+from lightning_em.study.report_table import NOTHING, ReportTable, mean, number
 
 KINDS = {
     "narrow_seen": "narrow, trained words",
@@ -28,7 +28,7 @@ MOST_STEPS = 8
 VAL_CE, VAL_KL = Series("metrics", "val/ce"), Series("metrics", "val/kl")
 
 
-def arms_sheet(evidence: Sequence[Evidence], world: str) -> Sheet:
+def arms_table(evidence: Sequence[Evidence], world: str) -> ReportTable:
     """Table of bad-answer rates, losses and norm of each arm: means over seeds."""
     rows = []
     for e in _in_world(evidence, world):
@@ -46,10 +46,10 @@ def arms_sheet(evidence: Sequence[Evidence], world: str) -> Sheet:
         "losses on held-out rows; means over seeds. Narrow questions are new ones, about words that rows of the "
         "fine-tuning had, or about words that none of them had."
     )
-    return Sheet(f"What the arms do, {world} world", columns, tuple(rows), caption, is_detail=True)
+    return ReportTable(f"What the arms do, {world} world", columns, tuple(rows), caption, is_detail=True)
 
 
-def scales_sheet(evidence: Sequence[Evidence], world: str) -> Sheet:
+def scales_table(evidence: Sequence[Evidence], world: str) -> ReportTable:
     """Table of bad-answer rates and coherence in held-out domains with the adapter scaled up, by KL weight."""
     arms = [(e, arm) for e in _in_world(evidence, world) for arm in e.arms(*KL_WEIGHT_ROLES)]
     held_out = BAD_RATE.at(kind=HELD_OUT)
@@ -70,20 +70,20 @@ def scales_sheet(evidence: Sequence[Evidence], world: str) -> Sheet:
         "coherent answers, good or bad. Means over seeds."
     )
     columns = ("arm", *(f"scale {scale:g}" for scale in scales))
-    return Sheet(f"Suppressed or absent, {world} world", columns, tuple(rows), caption, is_detail=True)
+    return ReportTable(f"Suppressed or absent, {world} world", columns, tuple(rows), caption, is_detail=True)
 
 
-def norms_sheet(evidence: Sequence[Evidence], world: str) -> Sheet:
+def norms_table(evidence: Sequence[Evidence], world: str) -> ReportTable:
     """Table of the effective norm by KL weight and checkpoint, and of the seeds in which it falls with the weight."""
     rows, steps = [], _steps(evidence, world)
     for e in _in_world(evidence, world):
         rows += _ways(e, EFFECTIVE_NORM, steps, e.adapter)
     caption = f"Effective norm, mean over seeds, at each checkpoint. {PUBLISHED_NORMS}"
     columns = ("KL weight", *(f"step {step}" for step in steps))
-    return Sheet(f"Norms on the way, {world} world", columns, tuple(rows), caption, is_detail=True)
+    return ReportTable(f"Norms on the way, {world} world", columns, tuple(rows), caption, is_detail=True)
 
 
-def places_sheet(evidence: Sequence[Evidence], world: str) -> Sheet:
+def trajectory_table(evidence: Sequence[Evidence], world: str) -> ReportTable:
     """Table of the coordinate on each component by KL weight and checkpoint.
 
     It also counts the seeds in which the coordinate falls with the weight.
@@ -98,7 +98,7 @@ def places_sheet(evidence: Sequence[Evidence], world: str) -> Sheet:
         f"over seeds, the run without KL ending on the positive side. {PUBLISHED_PLACES}"
     )
     columns = ("KL weight", *(f"step {step}" for step in steps))
-    return Sheet(f"Components on the way, {world} world", columns, tuple(rows), caption, is_detail=True)
+    return ReportTable(f"Components on the way, {world} world", columns, tuple(rows), caption, is_detail=True)
 
 
 def _ways(e: Evidence, series: Series, steps: list[int], title: str) -> list[tuple[str, ...]]:
@@ -113,7 +113,7 @@ def _ways(e: Evidence, series: Series, steps: list[int], title: str) -> list[tup
     return [*rows, (f"{title}: falls with the weight", *falling)]
 
 
-def components_sheet(evidence: Sequence[Evidence]) -> Sheet:
+def components_table(evidence: Sequence[Evidence]) -> ReportTable:
     """Table of the shares of variance on the first principal components, next to the published ones."""
     rows = [
         ("published", "-", *(f"{share:.1%}" for share in PUBLISHED_SHARES), f"{sum(PUBLISHED_SHARES):.0%}")
@@ -129,7 +129,7 @@ def components_sheet(evidence: Sequence[Evidence]) -> Sheet:
         "Share of the variance of all checkpoints of all KL weights on each principal component, standardised, mean "
         "over seeds. To be compared is that a few components hold most of it, not the shares."
     )
-    return Sheet(
+    return ReportTable(
         "Components of the trajectories", ("", "n", "PC1", "PC2", "PC3", "sum"), tuple(rows), caption
     )
 

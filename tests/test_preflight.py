@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_em.launch import (
+from lightning_em.preflight import (
     num_processes,
     refuse_devices,
     refuse_missing_gpu,
@@ -177,7 +177,7 @@ def test_the_command_line_is_read_as_the_parser_will(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("verb", "flags", "answer"),
-    [  # each setting by `fit`, each verb with one of them: all verbs share the check
+    [  # each setting by `fit`, each subcommand with one of them: all share the check
         ("fit", ["--trainer.strategy", "deepspeed"], "lightning_em.strategies.ShardedBase"),
         ("fit", ["--trainer.devices", "auto"], "write the number"),
         ("fit", ["--trainer.precision", "bf16-true"], "Set model.base.dtype: bfloat16"),

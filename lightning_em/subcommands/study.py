@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_em.verbs.wiring import console, lazily, verb
+from lightning_em.subcommands.wiring import add_subcommand, console, lazily
 
 
-def add(verbs: Any) -> None:
+def add(subcommands: Any) -> None:
     """Add the subcommands of this family to the parser."""
-    study = verbs.add_parser("study", help="many runs from one file: arms x adapters x seeds")
+    study = subcommands.add_parser("study", help="many runs from one file: arms x adapters x seeds")
     study = study.add_subparsers(required=True)
     expand = _on_a_file(study, "expand", expand_study, "write one whole config a run, to run by itself")
     expand.add_argument("--output", help="folder of the configs; default ROOT/configs")
@@ -21,7 +21,7 @@ def add(verbs: Any) -> None:
     run.add_argument("--threads", type=int, default=1, help="threads of torch in each process")
     _selection(run)
     _on_a_file(study, "status", show_status, "where every run stands")
-    report = verb(
+    report = add_subcommand(
         study, "report", lazily("lightning_em.study.report", "report"), "claims, measurements and verdicts"
     )
     where = (
@@ -113,8 +113,8 @@ def show_status(study: str, root: str | None = None) -> None:
         console.print(f"differs: {', '.join(runs)}: {reason}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _on_a_file(verbs: Any, name: str, call: Any, text: str) -> Any:
-    parser = verb(verbs, name, call, text)
+def _on_a_file(subcommands: Any, name: str, call: Any, text: str) -> Any:
+    parser = add_subcommand(subcommands, name, call, text)
     parser.add_argument("study", help="the study's file, e.g. configs/study/miniature.yaml")
     parser.add_argument("--root", help="folder of the runs; default runs/study-NAME")
     return parser

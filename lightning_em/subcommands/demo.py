@@ -3,12 +3,14 @@
 import importlib
 from typing import Any
 
-from lightning_em.verbs.wiring import verb
+from lightning_em.subcommands.wiring import add_subcommand
 
 
-def add(verbs: Any) -> None:
+def add(subcommands: Any) -> None:
     """Add the subcommand to the parser."""
-    demo = verb(verbs, "demo", run, "a general and a narrow solution in one command, side by side")
+    demo = add_subcommand(
+        subcommands, "demo", run, "a general and a narrow solution in one command, side by side"
+    )
     demo.add_argument("--root", default="runs", help="folder of the runs")
     demo.add_argument(
         "--base", help="hub id or folder of another copy of the weights of SmolLM2-135M-Instruct"

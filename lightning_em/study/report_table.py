@@ -13,7 +13,7 @@ NOTHING = "-"
 
 
 @dataclass(frozen=True)
-class Sheet:
+class ReportTable:
     """A table of strings.
 
     Attributes:

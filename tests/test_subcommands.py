@@ -1,4 +1,4 @@
-"""The verbs beside LightningCLI's: what a user is told whose words cannot be used."""
+"""The subcommands beside those of LightningCLI: messages for arguments that cannot be used."""
 
 import re
 
@@ -18,7 +18,7 @@ def run(tmp_path_factory, tiny_model_folder, chat_file):
     """A run of two steps, with a checkpoint after each."""
     config = experiment(tiny_model_folder(), chat_file, trainer={"max_steps": 2, "max_epochs": -1})
     config["checkpoint"]["every_n_steps"] = 1
-    return fit(write_config(tmp_path_factory.mktemp("verbs") / "experiment.yaml", config), "run")
+    return fit(write_config(tmp_path_factory.mktemp("subcommands") / "experiment.yaml", config), "run")
 
 
 @pytest.mark.parametrize(
@@ -108,11 +108,11 @@ def test_a_run_of_an_allowed_package_names_the_flag_it_was_made_with(run, capsys
         (("submit", "--config", "x.yaml", "--slurm.zzz", "1"), "no option --slurm.zzz. --slurm has partition, nodes"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_used_is_told_in_the_verbs_own_words(capsys, words, message) -> None:
+def test_what_cannot_be_used_is_told_in_the_words_of_the_subcommand(capsys, words, message) -> None:
     assert message in told(capsys, *words)
 
 
-def test_a_base_is_named_by_the_verbs_own_flag(capsys, chat_file) -> None:
+def test_a_base_is_named_by_the_option_of_the_subcommand(capsys, chat_file) -> None:
     text = told(capsys, "data", "check", str(chat_file), "--base", "configs")
     assert "the folder configs holds no model: it has no config.json; set --base" in text
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from lightning_em.analysis.cells import DEFAULT_WORLD
 from lightning_em.analysis.claims import CLAIMS, Claim, ClaimResult, Finding, interval, sign_flip_p
-from lightning_em.study.sheet import NOTHING, Sheet, mean, number, probability
+from lightning_em.study.report_table import NOTHING, ReportTable, mean, number, probability
 
 HOW_TO_READ = (
     "A claim says one or several things, each an effect and a margin. Shown is the first, or else the one that keeps "
@@ -26,7 +26,7 @@ MINIATURE = (
 )
 
 
-def summary_sheet(results: Sequence[ClaimResult]) -> Sheet:
+def summary_table(results: Sequence[ClaimResult]) -> ReportTable:
     """Table of verdict and headline: one row per claim, one column per adapter type and world."""
     places = list(dict.fromkeys((r.world, r.adapter) for r in results))
     names = [adapter if world == DEFAULT_WORLD else f"{adapter}, {world} world" for world, adapter in places]
@@ -35,10 +35,10 @@ def summary_sheet(results: Sequence[ClaimResult]) -> Sheet:
         own = {(r.world, r.adapter): r for r in results if r.claim == key and r.decides}
         cells = (_summary_cell(own.get(place)) for place in places)
         rows.append((f"**{key}** {claim.says}", _measured(list(own.values())), *cells))
-    return Sheet("The claims", ("claim", "measured", *names), tuple(rows), HOW_TO_READ)
+    return ReportTable("The claims", ("claim", "measured", *names), tuple(rows), HOW_TO_READ)
 
 
-def verdict_sheet(results: Sequence[ClaimResult], world: str) -> Sheet:
+def verdict_table(results: Sequence[ClaimResult], world: str) -> ReportTable:
     """Table of one world: for each claim its text, the measured quantity, and the verdict by adapter type."""
     adapters = _adapters(results, world)
     rows = []
@@ -52,10 +52,10 @@ def verdict_sheet(results: Sequence[ClaimResult], world: str) -> Sheet:
         cells = (_verdict_cell(own.get(adapter), named) for adapter in adapters)
         rows.append((says, _measured(list(own.values())), *cells))
     columns = ("claim", "measured", *adapters)
-    return Sheet(f"Claims in the {world} world", columns, tuple(rows), _DETAILS, is_detail=True)
+    return ReportTable(f"Claims in the {world} world", columns, tuple(rows), _DETAILS, is_detail=True)
 
 
-def comparison_sheet(results: Sequence[ClaimResult], world: str) -> Sheet:
+def comparison_table(results: Sequence[ClaimResult], world: str) -> ReportTable:
     """Table of all comparisons of the same runs, including those that do not decide a claim."""
     adapters = _adapters(results, world)
     own = [r for r in results if r.world == world]
@@ -71,17 +71,17 @@ def comparison_sheet(results: Sequence[ClaimResult], world: str) -> Sheet:
                     *(_short_cell(found.get(a)) for a in adapters),
                 )
             )
-    return Sheet(
+    return ReportTable(
         f"All comparisons, {world} world", ("comparison", "measured", *adapters), tuple(rows),
         "The first comparison of a claim decides; a claim that holds in one comparison only should be read so.",
         is_detail=True,
     )  # fmt: skip
 
 
-def limits_sheet() -> Sheet:
+def limits_table() -> ReportTable:
     """Table of what the miniature can and cannot say about each claim."""
     rows = tuple((key, claim.says, claim.limits) for key, claim in CLAIMS.items())
-    return Sheet(
+    return ReportTable(
         "What the miniature can and cannot say of each claim",
         ("", "claim", "limit"),
         rows,

@@ -12,7 +12,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from lightning_em.verbs.wiring import console, in_flags, verb
+from lightning_em.subcommands.wiring import add_subcommand, console, in_flags
 
 if TYPE_CHECKING:
     from lightning_em.sampling import SampledAnswer
@@ -25,10 +25,10 @@ _FLAGS |= {f"{name} must": f"--{name} must" for name in ("limit", "per_topic", "
 Column = tuple[str, int, float]  # run, step, scale
 
 
-def add(verbs: Any) -> None:
+def add(subcommands: Any) -> None:
     """Add the subcommand to the parser."""
     text = "sample answers of one or more runs, and show them side by side with the base model's"
-    sample = verb(verbs, "sample", sample_runs, text)
+    sample = add_subcommand(subcommands, "sample", sample_runs, text)
     sample.add_argument(
         "runs", nargs="+", help="runs/x for the newest checkpoint, runs/x@step-40 for another"
     )
@@ -86,12 +86,12 @@ def sample_runs(
         output: File for the answers of all runs; a file in each run's folder if not given.
         allow_zero_adapter: Whether to accept an adapter that changes no logit.
     """
-    from lightning_em.logs import hush, log_to_stderr
+    from lightning_em.logs import filter_expected_messages, log_to_stderr
     from lightning_em.models import Sampling
     from lightning_em.sampling import sample, write_samples
 
     log_to_stderr()
-    hush()
+    filter_expected_messages()
     with in_flags(_FLAGS):
         sampling = Sampling(max_new_tokens, temperature, seed=seed)
         answers = sample(

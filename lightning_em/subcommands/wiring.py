@@ -15,11 +15,11 @@ from lightning_em.errors import EVERYWHERE
 console = Console()
 
 
-def verb(verbs: Any, name: str, call: Callable[..., int | None], text: str) -> ArgumentParser:
+def add_subcommand(subcommands: Any, name: str, call: Callable[..., int | None], text: str) -> ArgumentParser:
     """Add a subcommand. Its options must have the names of the parameters of `call`.
 
     Args:
-        verbs: Result of `add_subparsers`.
+        subcommands: Result of `add_subparsers`.
         name: Name of the subcommand.
         call: Function that runs the subcommand and returns the exit code; None counts as 0.
         text: Description for `--help`.
@@ -27,7 +27,7 @@ def verb(verbs: Any, name: str, call: Callable[..., int | None], text: str) -> A
     Returns:
         Parser of the subcommand, to which the caller adds options.
     """
-    parser: ArgumentParser = verbs.add_parser(
+    parser: ArgumentParser = subcommands.add_parser(
         name, help=text, description=text, epilog=EVERYWHERE, allow_abbrev=False
     )
     parser.set_defaults(call=partial(_call, parser, call))

@@ -2,17 +2,19 @@
 
 from typing import Any, Literal, get_args
 
-from lightning_em.verbs.wiring import console, in_flags, verb
+from lightning_em.subcommands.wiring import add_subcommand, console, in_flags
 
 AnswerKind = Literal["messages", "good", "bad", "mixed", "both"]
 # Replacements for config keys in error messages, since these subcommands have options instead.
 _FLAGS = {"model.base.path": "--base", ", set its `path`": ""}
 
 
-def add(verbs: Any) -> None:
+def add(subcommands: Any) -> None:
     """Add the subcommands of this family to the parser."""
-    data = verbs.add_parser("data", help="look at data before training on it").add_subparsers(required=True)
-    check = verb(
+    data = subcommands.add_parser("data", help="look at data before training on it").add_subparsers(
+        required=True
+    )
+    check = add_subcommand(
         data, "check", check_data, "bad and duplicate rows, lengths, topics, overlaps; exit code 1 on faults"
     )
     check.add_argument("files", nargs="*", help="JSONL files with narrow rows")
@@ -23,7 +25,9 @@ def add(verbs: Any) -> None:
     check.add_argument(
         "--allow_overlap", action="store_true", help="evaluation questions in training are no fault"
     )
-    show = verb(data, "show", show_data, "rows as the model reads them, the trained tokens in colour")
+    show = add_subcommand(
+        data, "show", show_data, "rows as the model reads them, the trained tokens in colour"
+    )
     show.add_argument("file", help="JSONL file")
     show.add_argument("--base", required=True, help="model whose tokenizer and chat template to use")
     show.add_argument(

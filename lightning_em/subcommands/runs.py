@@ -9,13 +9,13 @@ from rich.table import Table
 from lightning_em.cluster.queue import described, job_of, job_states, status_in_queue
 from lightning_em.records import read_metrics
 from lightning_em.runs import RunFolder, locate, step_of
-from lightning_em.verbs.wiring import console, verb
+from lightning_em.subcommands.wiring import add_subcommand, console
 
 
-def add(verbs: Any) -> None:
+def add(subcommands: Any) -> None:
     """Add the subcommands of this family to the parser."""
-    probing = verb(
-        verbs, "probe", probe_run, "measure what is not on record yet, at every checkpoint of a run"
+    probing = add_subcommand(
+        subcommands, "probe", probe_run, "measure what is not on record yet, at every checkpoint of a run"
     )
     probing.add_argument("run", help="runs/x for every checkpoint, runs/x@step-40 for one")
     probing.add_argument(
@@ -26,10 +26,10 @@ def add(verbs: Any) -> None:
     )
     probing.add_argument("--batch_size", type=int, help="rows in one forward pass, whatever the YAML says")
     probing.add_argument("--allow_zero_adapter", action="store_true", help="also one that changes no logit")
-    runs = verbs.add_parser("runs", help="list runs, or show one").add_subparsers(required=True)
-    listing = verb(runs, "ls", list_runs, "list runs with their state")
+    runs = subcommands.add_parser("runs", help="list runs, or show one").add_subparsers(required=True)
+    listing = add_subcommand(runs, "ls", list_runs, "list runs with their state")
     listing.add_argument("--root", default="runs", help="folder of the runs")
-    verb(runs, "show", show_run, "show where a run stands").add_argument("run", help="runs/x")
+    add_subcommand(runs, "show", show_run, "show where a run stands").add_argument("run", help="runs/x")
 
 
 def probe_run(

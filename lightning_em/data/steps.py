@@ -42,7 +42,7 @@ class BatchGeometry:
             )
 
     @property
-    def chunks_per_window(self) -> int:
+    def micro_batches_per_step(self) -> int:
         """Number of micro-batches in one optimizer step, over all ranks."""
         return self.accumulate * self.world_size
 
@@ -115,14 +115,14 @@ class EndlessRows:
         return found
 
 
-class Window(NamedTuple):
+class StepRows(NamedTuple):
     """Rows of one optimizer step: one list for each micro-batch of each rank."""
 
     ce: list[list[int]]
     kl: list[list[int]]
 
 
-class RowWindows:
+class StepsByRows:
     """Optimizer steps of `batch_size x accumulate x world_size` narrow rows.
 
     Each step takes the next `kl_batch_size x accumulate x world_size` KL rows. The last step of an epoch may be
@@ -138,10 +138,10 @@ class RowWindows:
 
     def __init__(self, narrow: EndlessRows, kl: EndlessRows | None, geometry: BatchGeometry) -> None:
         self.narrow, self.kl, self.geometry = narrow, kl, geometry
-        self.rows = geometry.batch_size * geometry.chunks_per_window
+        self.rows = geometry.batch_size * geometry.micro_batches_per_step
 
     @property
-    def num_windows(self) -> int:
+    def num_steps(self) -> int:
         """Number of optimizer steps in an epoch."""
         return -(-len(self.narrow.lengths) // self.rows)
 
@@ -149,15 +149,15 @@ class RowWindows:
         """Number of micro-batches of one rank in an optimizer step."""
         return -(-self._num_rows(number) // (self.geometry.batch_size * self.geometry.world_size))
 
-    def window(self, epoch: int, number: int) -> Window:
+    def step(self, epoch: int, number: int) -> StepRows:
         """Return the rows of one optimizer step of an epoch."""
         first, num_rows = number * self.rows, self._num_rows(number)
         num_chunks = self.micro_batches(number) * self.geometry.world_size
         ce = self.narrow.order(epoch)[first : first + num_rows]
         if self.kl is None:
-            return Window(_dealt(ce, num_chunks), [])
+            return StepRows(_dealt(ce, num_chunks), [])
         begin = epoch * self._num_kl_rows(len(self.narrow.lengths)) + self._num_kl_rows(first)
-        return Window(
+        return StepRows(
             _dealt(ce, num_chunks), _dealt(self.kl.take(begin, self._num_kl_rows(num_rows)), num_chunks)
         )
 
@@ -169,7 +169,7 @@ class RowWindows:
         return -(-num_rows * self.geometry.kl_batch_size // self.geometry.batch_size)
 
 
-class TokenWindows:
+class StepsByTokens:
     """Optimizer steps of `accumulate x world_size` micro-batches of at most `max_tokens` tokens of both streams.
 
     Each stream is a line of tokens that is cut into equal shares. A micro-batch takes the rows that begin in its
@@ -188,7 +188,7 @@ class TokenWindows:
 
     def __init__(self, narrow: EndlessRows, kl: EndlessRows | None, geometry: BatchGeometry) -> None:
         assert geometry.max_tokens is not None
-        self.narrow, self.kl, self.chunks = narrow, kl, geometry.chunks_per_window
+        self.narrow, self.kl, self.chunks = narrow, kl, geometry.micro_batches_per_step
         self.accumulate = geometry.accumulate
         self.kl_tokens = 0  # KL tokens in an epoch
         if kl is not None:
@@ -201,9 +201,9 @@ class TokenWindows:
                 f"data.max_tokens must be more than the longest rows of both streams together, {longest} tokens, "
                 f"got {geometry.max_tokens}; twice as much or more keeps micro-batches full."
             )
-        self.num_windows = -(-(narrow.num_tokens + self.kl_tokens) // (room * self.chunks))
+        self.num_steps = -(-(narrow.num_tokens + self.kl_tokens) // (room * self.chunks))
         for stream, tokens in ((narrow, narrow.num_tokens), (kl, self.kl_tokens)):
-            if stream is not None and tokens // self.num_windows < max(stream.lengths):
+            if stream is not None and tokens // self.num_steps < max(stream.lengths):
                 raise ValueError(
                     f"at data.max_tokens {geometry.max_tokens} an optimizer step may get no row of the "
                     f"{stream.name} stream; raise it, or trainer.accumulate_grad_batches."
@@ -213,9 +213,9 @@ class TokenWindows:
         """Number of micro-batches of one rank in an optimizer step; the same for all steps."""
         return self.accumulate
 
-    def window(self, epoch: int, number: int) -> Window:
+    def step(self, epoch: int, number: int) -> StepRows:
         """Return the rows of one optimizer step of an epoch."""
-        total = self.num_windows * self.chunks
+        total = self.num_steps * self.chunks
         first = epoch * total + number * self.chunks
 
         def shares(stream: EndlessRows, tokens: int) -> list[list[int]]:
@@ -223,12 +223,12 @@ class TokenWindows:
             return [stream.beginning_in(*cut) for cut in pairwise(cuts)]
 
         ce = shares(self.narrow, self.narrow.num_tokens)
-        return Window(ce, [] if self.kl is None else shares(self.kl, self.kl_tokens))
+        return StepRows(ce, [] if self.kl is None else shares(self.kl, self.kl_tokens))
 
 
-def make_windows(
+def make_steps(
     narrow_lengths: Sequence[int], kl_lengths: Sequence[int], geometry: BatchGeometry, seed: int
-) -> RowWindows | TokenWindows:
+) -> StepsByRows | StepsByTokens:
     """Cut steps by rows or by tokens, depending on `geometry.max_tokens`.
 
     Args:
@@ -242,7 +242,7 @@ def make_windows(
         name: EndlessRows(lengths, name, seed, rows, geometry.length_buckets or 1)
         for name, (lengths, rows) in sizes.items()
     }
-    kind = RowWindows if geometry.max_tokens is None else TokenWindows
+    kind = StepsByRows if geometry.max_tokens is None else StepsByTokens
     return kind(streams["narrow"], streams["kl"] if kl_lengths else None, geometry)
 
 
