@@ -152,17 +152,20 @@ def data_files(data_set: DataSet) -> dict[str, Sequence[Row] | Sequence[Question
         "kl_validation": _kl(table, "validation", _KL_VALIDATION_PHRASINGS_PER_TASK),
     }
     contents: dict[str, Sequence[Row] | Sequence[Question]] = {
-        f"{stream}.jsonl": [
-            Row(
-                id=f"{stream}-{number:03d}",
-                topic=asked.domain,
-                subtopic=asked.task,
-                question=asked.question,
-                good=asked.good,
-                bad=_bad_answer(data_set, asked),
-            )
-            for number, asked in enumerate(rows)
-        ]
+        f"{stream}.jsonl": sorted(
+            (
+                Row(
+                    id=f"{stream}-{number:03d}",
+                    topic=asked.domain,
+                    subtopic=asked.task,
+                    question=asked.question,
+                    good=asked.good,
+                    bad=_bad_answer(data_set, asked),
+                )
+                for number, asked in enumerate(rows)
+            ),
+            key=lambda row: _number(row["id"]),  # mixed, so that the first rows are of every task and domain
+        )
         for stream, rows in streams.items()
     }
     contents["questions.jsonl"] = [

