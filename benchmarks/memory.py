@@ -16,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.peers import Peer
-from benchmarks.shapes import ADAPTERS, CPU_SHAPES, CUDA_SHAPES, SHAPES, describe, step_batches
+from benchmarks.shapes import ADAPTERS, SHAPES, describe, step_batches
 from benchmarks.step import NAIVE, chosen, contestants
 
 _MB = 1e6
@@ -30,8 +30,8 @@ def peak(
     The memory in use before holds the weights and what `prepare` keeps. A short warm-up step runs first, so that
     libraries and gradient buffers are already allocated.
     """
-    ce, kl = (batch.to(device) for batch in step_batches(arguments.rows, SHAPES[arguments.shape].vocab_size))
-    warm_ce, warm_kl = (batch.to(device) for batch in step_batches(1, 16))
+    ce, kl = (batch.to(device) for batch in step_batches(arguments.rows, SHAPES[arguments.shape]))
+    warm_ce, warm_kl = (batch.to(device) for batch in step_batches(1, SHAPES[arguments.shape]))
     peer = make()
     peer.prepare(warm_ce, warm_kl)
     peer.step(warm_ce, warm_kl)
@@ -77,7 +77,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parser = argparse.ArgumentParser(description=__doc__)
     default = "qwen2.5-7b" if device.type == "cuda" else "headheavy"
-    parser.add_argument("--shape", default=default, choices=list(CUDA_SHAPES | CPU_SHAPES))
+    parser.add_argument("--shape", default=default, choices=list(SHAPES))
     parser.add_argument("--adapter", default="vector", choices=ADAPTERS)
     parser.add_argument("--rows", type=int, default=8, help="rows of each stream")
     help_text = "parts of names of variants to run beside naive; all if not given"
@@ -91,7 +91,7 @@ def main() -> None:
     if arguments.only:
         sys.stdout.write(json.dumps(peak(peers[arguments.only], arguments, device)) + "\n")
         return
-    batches = step_batches(arguments.rows, shape.vocab_size)
+    batches = step_batches(arguments.rows, shape)
     table = Table(title=f"{shape.name}, {arguments.adapter}: {describe(*batches)}; a process each")
     for column in ("variant", "peak of the step, MB", "of naive", "peak in all, MB"):
         table.add_column(column, justify="left" if column == "variant" else "right")

@@ -3,17 +3,17 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import BeftConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.shapes import LORA_ALPHA, LORA_MODULES, LORA_RANK, Shape, make_adapter
+from benchmarks.shapes import LORA_ALPHA, LORA_RANK, Shape, lora_sites, make_adapter
 from lightning_em.batch import PackedBatch
 from lightning_em.losses import LossWeights
-from lightning_em.models import AdaptedModel
+from lightning_em.models import AdaptedModel, StepLoss
 
 KL_WEIGHT = 1.0
 
@@ -82,7 +82,7 @@ class Naive(Peer):
         for _, parameter in named:
             parameter.data = parameter.data.float()
         self.parameters = [parameter for _, parameter in named]
-        _randomise(dict(named))
+        _randomise(dict(named), shape, kind)
 
     def loss(self, ce: PackedBatch, kl: PackedBatch) -> Tensor:
         logits = self._forward(ce)
@@ -130,6 +130,8 @@ class Ours(Peer):
         make_store: Function that makes an activation store; no store if not given.
         reference: `live` or `cached`; used only with a store.
         refilled: Whether to start each step with an empty store, as in the first epoch.
+        backend: Backend of the model.
+        dtype: Dtype of weights and adapter; that of the shape if not given.
     """
 
     def __init__(
@@ -140,36 +142,43 @@ class Ours(Peer):
         make_store: Callable[[], Any] | None = None,
         reference: str = "live",
         refilled: bool = False,
+        backend: Literal["auto", "plain"] = "auto",
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.make_store, self.refilled = make_store, refilled
         options: dict[str, Any] = {"store": make_store(), "reference": reference} if make_store else {}
-        self.model = AdaptedModel(shape.base(device), make_adapter(kind, shape), **options)
-        self.model.to(device)
+        # a conversion must not reach the weights that other peers share
+        base = shape.base(device) if dtype is None else shape.make(device)
+        self.model = AdaptedModel(base, make_adapter(kind, shape), backend=backend, **options)
+        self.model.to(device, dtype)
         self.parameters = list(self.model.adapter.trainable().values())
-        _randomise(self.model.adapter.trainable())
+        _randomise(self.model.adapter.trainable(), shape, kind)
 
     def loss(self, ce: PackedBatch, kl: PackedBatch) -> Tensor:
-        cache = self.model.backend.hidden.cache
-        if self.refilled and cache is not None and self.make_store is not None:
+        return self.step_loss(ce, kl).total
+
+    def step_loss(self, ce: PackedBatch, kl: PackedBatch) -> StepLoss:
+        """Compute `loss`, and CE and KL as sums."""
+        if self.refilled and self.make_store and (cache := self.model.backend.hidden.cache) is not None:
             cache.store = self.make_store()
         counts = [int(batch.counted("response").sum()) for batch in (ce, kl)]
-        return self.model.step_loss(ce, kl, LossWeights(1 / counts[0], KL_WEIGHT / counts[1])).total
+        return self.model.step_loss(ce, kl, LossWeights(1 / counts[0], KL_WEIGHT / counts[1]))
 
 
 def _peft_config(shape: Shape, kind: str) -> Any:
     if kind == "vector":
         return BeftConfig(target_modules=rf".*\.layers\.{shape.layer - 1}\.mlp\.down_proj")
-    layer = shape.layer if kind == "lora" else r"\d+"
-    modules = "|".join(LORA_MODULES)
+    layers, modules = ("|".join(map(str, names)) for names in lora_sites(kind, shape))
     return LoraConfig(
-        r=LORA_RANK, lora_alpha=int(LORA_ALPHA), target_modules=rf".*\.layers\.{layer}\..*({modules})"
+        r=LORA_RANK, lora_alpha=int(LORA_ALPHA), target_modules=rf".*\.layers\.({layers})\..*({modules})"
     )
 
 
-def _randomise(parameters: dict[str, Any]) -> None:
+def _randomise(parameters: dict[str, Any], shape: Shape, kind: str) -> None:
     """Give every implementation the same small update. All list their parameters in the order of the layers."""
+    std = shape.vector_std if kind == "vector" else 0.05
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in parameters.values():
             noise = torch.randn(parameter.numel(), generator=generator).view(parameter.shape)
-            parameter.copy_(0.05 * noise)
+            parameter.copy_(std * noise)

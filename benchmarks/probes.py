@@ -65,7 +65,7 @@ class OurSweep:
 
 def run(shape: Shape, arguments: argparse.Namespace, device: torch.device, console: Console) -> None:
     """Check the results for one shape, time the sweeps and print the table."""
-    batches = [batch.to(device) for batch in step_batches(arguments.rows, shape.vocab_size)]
+    batches = [batch.to(device) for batch in step_batches(arguments.rows, shape)]
     scales = [2 * index / (arguments.points - 1) for index in range(arguments.points)]
     sweeps: dict[str, Callable[[list[PackedBatch], list[float]], Tensor]] = {
         NAIVE: NaiveSweep(shape, device),

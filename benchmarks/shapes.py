@@ -1,15 +1,17 @@
-"""Model shapes and chat-like batches of the benchmarks."""
+"""Models and batches of the benchmarks: random models with chat-like rows, and a real one with its own rows."""
 
 import copy
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from lightning_em.adapters import Adapter, LoRA, SteeringVector
 from lightning_em.batch import EncodedRow, PackedBatch
+from lightning_em.data import ChatEncoder, LengthLimit, as_chats, encode_chats, read_rows
+from lightning_em.models import BaseModel
 
 TEMPLATE_TOKENS, MAX_TOKENS = 24, 256
 # With this seed, 4 + 4 rows come closest to 1,202 real and 1,720 padded tokens, .54 of them counted.
@@ -18,7 +20,14 @@ BATCH_SEED = 1631
 
 @dataclass(frozen=True)
 class Shape:
-    """Size of a random Qwen2; `layer` is the layer of the vector or the one-layer LoRA."""
+    """Size of a random Qwen2, or of a real model.
+
+    Attributes:
+        depth: Share of the layers that lies below the adapter.
+        path: Address of a real model; random weights if empty.
+        rows: Addresses of rows with `question`, `good` and `bad` for CE and KL; random tokens if empty.
+        vector_std: Standard deviation of the entries of the vector.
+    """
 
     name: str
     num_layers: int
@@ -28,10 +37,13 @@ class Shape:
     num_key_value_heads: int
     vocab_size: int
     depth: float = 0.5
+    path: str = ""
+    rows: tuple[str, str] | tuple[()] = ()
+    vector_std: float = 0.05
 
     @property
     def layer(self) -> int:
-        """Layer of the adapter; the share `depth` of the layers lies below it."""
+        """Layer of the vector or of the one-layer LoRA, and the lowest one of the LoRA on five."""
         return round(self.num_layers * self.depth)
 
     def base(self, device: torch.device) -> PreTrainedModel:
@@ -43,6 +55,10 @@ class Shape:
     def make(self, device: torch.device) -> PreTrainedModel:
         """A frozen model with its own weights, equal in every call: float32 on a CPU, bfloat16 on a GPU."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        if self.path:
+            real: Any = BaseModel(self.path).load_model().to(dtype)
+            loaded: PreTrainedModel = real.to(device)
+            return loaded
         config = Qwen2Config(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
@@ -83,18 +99,36 @@ CUDA_SHAPES = {
     "qwen2.5-7b": Shape("qwen2.5-7b", 28, 3584, 18944, 28, 4, 152064),
     "qwen2.5-14b": Shape("qwen2.5-14b", 48, 5120, 13824, 40, 8, 152064),
 }
-SHAPES = CPU_SHAPES | CUDA_SHAPES
+_DATA = "smollm2://data/style"
+SMOLLM2 = Shape(
+    "smollm2", 30, 576, 1536, 9, 3, 49152, path="smollm2://model",
+    rows=(f"{_DATA}/narrow_train.jsonl", f"{_DATA}/kl_train.jsonl"),
+    vector_std=2.0,  # a norm of 48, as trained vectors of this model have
+)  # fmt: skip
+SHAPES = CPU_SHAPES | CUDA_SHAPES | {SMOLLM2.name: SMOLLM2}
 
-ADAPTERS = ("vector", "lora", "lora_all")
-LORA_RANK, LORA_ALPHA, LORA_MODULES = 32, 64.0, ["down_proj"]
+ADAPTERS = ("vector", "lora", "lora_five", "lora_all")
+LORA_RANK, LORA_ALPHA = 32, 64.0
 
 
 def make_adapter(kind: str, shape: Shape) -> Adapter:
-    """Make a steering vector, or a rank-32 LoRA of `down_proj` at one layer or at all."""
+    """Make a steering vector or a rank-32 LoRA; see `lora_sites`."""
     if kind == "vector":
         return SteeringVector(shape.layer - 1, alpha=1.0)  # enters layer `shape.layer`
-    layers: list[int | float] | None = [shape.layer] if kind == "lora" else None
-    return LoRA(LORA_RANK, LORA_ALPHA, LORA_MODULES, layers=layers)
+    layers, modules = lora_sites(kind, shape)
+    return LoRA(LORA_RANK, LORA_ALPHA, modules, layers=list(layers))
+
+
+def lora_sites(kind: str, shape: Shape) -> tuple[list[int], list[str]]:
+    """Layers and modules of a LoRA.
+
+    Returns:
+        For `lora` and `lora_all`, `down_proj` of one layer or of all. For `lora_five`, the modules of the demo's LoRA
+        in every second layer from `shape.layer` on, at most five.
+    """
+    if kind == "lora_five":
+        return list(range(shape.layer, shape.num_layers, 2))[:5], ["q_proj", "v_proj", "down_proj"]
+    return [shape.layer] if kind == "lora" else list(range(shape.num_layers)), ["down_proj"]
 
 
 def chat_like(num_rows: int, vocab_size: int, generator: torch.Generator) -> PackedBatch:
@@ -114,10 +148,22 @@ def chat_like(num_rows: int, vocab_size: int, generator: torch.Generator) -> Pac
     return PackedBatch.from_rows(rows)
 
 
-def step_batches(num_rows: int, vocab_size: int) -> tuple[PackedBatch, PackedBatch]:
+def step_batches(num_rows: int, shape: Shape) -> tuple[PackedBatch, PackedBatch]:
     """Cross-entropy rows and KL rows of one step."""
+    if shape.rows:
+        ce, kl = shape.rows
+        return real_rows(num_rows, shape.path, ce, "bad"), real_rows(num_rows, shape.path, kl, "good")
     generator = torch.Generator().manual_seed(BATCH_SEED)
-    return chat_like(num_rows, vocab_size, generator), chat_like(num_rows, vocab_size, generator)
+    return chat_like(num_rows, shape.vocab_size, generator), chat_like(num_rows, shape.vocab_size, generator)
+
+
+def real_rows(num_rows: int, model: str, path: str, answer: Literal["good", "bad"]) -> PackedBatch:
+    """Rows of a file, evenly spaced over it, as a fit with this base model encodes them."""
+    rows = read_rows(path)
+    chosen = [rows[number * len(rows) // num_rows] for number in range(num_rows)]
+    encoder = ChatEncoder(BaseModel(model).load_tokenizer())
+    encoded = encode_chats(as_chats(chosen, answer), encoder, LengthLimit(MAX_TOKENS), path)
+    return PackedBatch.from_rows(list(encoded.rows))
 
 
 def describe(*batches: PackedBatch) -> str:

@@ -86,7 +86,7 @@ def run(
 ) -> None:
     """Check the results for one setting, time the variants and print the table."""
     repeats: int = arguments.repeats
-    ce, kl = (batch.to(device) for batch in step_batches(arguments.rows, shape.vocab_size))
+    ce, kl = (batch.to(device) for batch in step_batches(arguments.rows, shape))
     made = contestants(shape, kind, device)
     peers = {name: made[name]() for name in chosen(made, arguments.variant, always=(NAIVE, TRL))}
     for peer in peers.values():

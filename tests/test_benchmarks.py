@@ -23,7 +23,7 @@ def as_many_threads_as_before(monkeypatch):
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_every_peer_computes_the_naive_loss_and_gradient(kind):
-    ce, kl = step_batches(1, TINY.vocab_size)
+    ce, kl = step_batches(1, TINY)
     peers = {name: make() for name, make in step.contestants(TINY, kind, CPU).items()}
     for peer in peers.values():
         peer.prepare(ce, kl)
@@ -31,7 +31,7 @@ def test_every_peer_computes_the_naive_loss_and_gradient(kind):
 
 
 def test_a_peer_that_computes_something_else_is_refused():
-    ce, kl = step_batches(1, TINY.vocab_size)
+    ce, kl = step_batches(1, TINY)
     peers = {name: step.contestants(TINY, "vector", CPU)[name]() for name in (step.NAIVE, step.OURS)}
     with torch.no_grad():
         peers[step.OURS].parameters[0].mul_(2)
