@@ -5,9 +5,13 @@ import gc
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import product
+from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -16,11 +20,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import Naive, Ours, Peer
 from benchmarks.shapes import ADAPTERS, CPU_SHAPES, CUDA_SHAPES, SHAPES, Shape, describe, step_batches
-from benchmarks.timing import interleaved, matmul_peak, medians
+from benchmarks.timing import clock, interleaved, matmul_peak, medians
+from lightning_em.logs import hush
 from lightning_em.models import ActivationStore, StoreOptions
+from lightning_em.models.fast import backend as fast_backend
 
 TRL = "TRL default: checkpointing"
 NAIVE, OURS = "naive: peft, full logits", "ours, prefix and reference cached"
+UNCACHED = "ours, nothing cached"
+PREFIX, REFERENCE, HEAD, UPPER = "prefix", "reference above it", "head", "upper layers, backward too"
 
 
 def contestants(shape: Shape, kind: str, device: torch.device) -> dict[str, Callable[[], Peer]]:
@@ -33,7 +41,7 @@ def contestants(shape: Shape, kind: str, device: torch.device) -> dict[str, Call
         TRL: partial(naive, checkpointing=True),
         "second model as reference": partial(naive, second_model=True),
         "reference logits cached": partial(naive, cached_logits=True),
-        "ours, nothing cached": ours,
+        UNCACHED: ours,
         "ours, store being filled": partial(ours, make_store=make_store, refilled=True),
         "ours, both being filled": partial(ours, make_store=make_store, reference="cached", refilled=True),
         "ours, prefix cached": partial(ours, make_store=make_store),
@@ -81,6 +89,61 @@ def count_flops(step: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
+@contextmanager
+def metered(peer: Ours, meter: Callable[[], float]) -> Iterator[Counter[str]]:
+    """Add up by how much a meter, such as a clock, advances in prefix, reference and head of this project's step.
+
+    The head computes its gradient in the forward pass.
+    """
+    advanced: Counter[str] = Counter()
+
+    def watched(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            before = meter()
+            result = function(*args)
+            advanced[part] += meter() - before
+            return result
+
+        return call
+
+    hidden = peer.model.backend.hidden
+    with ExitStack() as stack:
+        for owner, name, part in (
+            (hidden, "prefix", PREFIX),
+            (hidden, "reference", REFERENCE),
+            (fast_backend, "head_cross_entropy", HEAD),
+            (fast_backend, "head_kl", HEAD),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, watched(part, getattr(owner, name))))
+        yield advanced
+
+
+def parts_table(
+    peers: dict[str, Ours], step: Callable[[Ours], object], repeats: int, peak: float, device: torch.device
+) -> Table:
+    """Seconds and FLOPs of the parts of a step: medians of each part."""
+    columns = ("variant", "part", "s/step", "GFLOP", "of matmul peak")
+    table = Table(title="parts of a step")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("variant", "part") else "right")
+    for name, peer in peers.items():
+        with FlopCounterMode(display=False) as counter, metered(peer, counter.get_total_flops) as flops:
+            step(peer)
+        flops[UPPER] = counter.get_total_flops() - flops.total()
+        timed: dict[str, list[float]] = {part: [] for part in flops}
+        for _ in range(repeats):
+            start = clock(device)
+            with metered(peer, partial(clock, device)) as seconds:
+                step(peer)
+            seconds[UPPER] = clock(device) - start - seconds.total()
+            for part, values in timed.items():
+                values.append(seconds[part])
+        for part, value in medians(timed).items():
+            share = f"{flops[part] / value / peak:.0%}" if flops[part] else ""
+            table.add_row(name, part, f"{value:.3f}", f"{flops[part] / 1e9:.1f}", share)
+    return table
+
+
 def run(
     shape: Shape, kind: str, arguments: argparse.Namespace, device: torch.device, console: Console
 ) -> None:
@@ -123,7 +186,13 @@ def run(
             f"{flops[name] / value / peak:.0%}",
             difference.split(": ")[-1],
         )
+    limit = min(flops.values()) / peak
+    ratios = (f"{real / limit:,.0f}", f"{seconds[NAIVE] / limit:.2f}", f"{trl / limit:.2f}")
+    table.add_row("limit: fewest FLOPs at the matmul rate", f"{limit:.3f}", *ratios, "100%", "")
     console.print(table)
+    ours = {name: peer for name in (UNCACHED, OURS) if isinstance(peer := peers.get(name), Ours)}
+    if ours:
+        console.print(parts_table(ours, lambda peer: peer.step(ce, kl), repeats, peak, device))
 
 
 def main() -> None:
@@ -139,6 +208,7 @@ def main() -> None:
     parser.add_argument("--variant", nargs="+", default=[""], help=help_text)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    hush()
     console = Console(width=140)
     settings = list(product(arguments.shape, arguments.adapter))
     if len(settings) == 1:

@@ -5,6 +5,7 @@ import argparse
 import pytest
 import torch
 from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import probes, same_bits, step, sweep
 from benchmarks.shapes import ADAPTERS, Shape, make_adapter, step_batches
@@ -37,6 +38,27 @@ def test_a_peer_that_computes_something_else_is_refused():
         peers[step.OURS].parameters[0].mul_(2)
     with pytest.raises(ValueError, match="ours, prefix and reference cached differs from naive: loss by"):
         step.check_equal(peers, lambda peer: peer.step(ce, kl))
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_the_parts_of_a_step_add_up_and_nothing_is_left_below_a_cached_prefix(kind):
+    ce, kl = step_batches(1, TINY)
+    flops = {}
+    for name in (step.UNCACHED, step.OURS):
+        peer = step.contestants(TINY, kind, CPU)[name]()
+        peer.step(ce, kl)  # fills the stores
+        with FlopCounterMode(display=False) as counter, step.metered(peer, counter.get_total_flops) as parts:
+            peer.step(ce, kl)
+        flops[name] = {**parts, step.UPPER: counter.get_total_flops() - parts.total()}
+    counted = sum(int(batch.counted("response").sum()) for batch in (ce, kl))
+    of_kl = int(kl.counted("response").sum())
+    # logits and their gradient for each counted token, and the logits of the reference
+    head = 2 * TINY.vocab_size * TINY.hidden_size * (2 * counted + of_kl)
+    assert {parts[step.HEAD] for parts in flops.values()} == {head}
+    assert flops[step.OURS][step.PREFIX] == flops[step.OURS][step.REFERENCE] == 0
+    assert (flops[step.UNCACHED][step.PREFIX] > 0) == (kind != "lora_all")  # which begins at layer 0
+    assert flops[step.UNCACHED][step.REFERENCE] > 0
+    assert min(parts[step.UPPER] for parts in flops.values()) > 0
 
 
 def test_peers_share_the_weights_and_nothing_else():
