@@ -173,9 +173,8 @@ def run_fits(source: Path, inputs: Path, runs: Path, fits: dict[str, dict[str, A
         for number, spelling in enumerate((config, before_renaming(config))):
             path = runs / f"{name}-{number}.yaml"
             path.write_text(yaml.safe_dump(spelling), encoding="utf-8")
-            jobs[-1].append(
-                ["fit", "--config", str(path), "--run.root", str(runs), "--run.name", name, "--debug"]
-            )
+            options = ["--run.root", str(runs), "--run.name", name, "--allow_import", "shift_plug_in"]
+            jobs[-1].append(["fit", "--config", str(path), *options, "--debug"])
     environment = os.environ | {
         "PYTHONPATH": f"{source}{os.pathsep}{inputs}",
         "LIGHTNING_EM_CACHE": str(runs / "cache"),
