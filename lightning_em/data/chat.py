@@ -111,7 +111,8 @@ class ChatEncoder:
         try:
             return self._encode(messages)
         except TurnDiffersError as error:
-            raise ValueError(f"{error} {error.advice(self, messages, _encodes)}") from None
+            advice = error.advice(self.template.variable_names(), messages, self._encodes)
+            raise ValueError(f"{error} {advice}") from None
 
     def encode_prompt(self, messages: Sequence[Message], answer: str | None = None) -> list[int]:
         """Return the token ids after which the model writes the next assistant turn, as in training.
@@ -170,6 +171,14 @@ class ChatEncoder:
                 response_mask[index] = True
         return EncodedChat(input_ids, response_mask)
 
+    def _encodes(self, more_kwargs: Mapping[str, Any], messages: Sequence[Message]) -> bool:
+        """Tell whether a conversation can be encoded with further variables for the template."""
+        try:
+            self.with_kwargs({**self.template_kwargs, **more_kwargs})._encode(messages)
+        except ValueError:
+            return False
+        return True
+
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         for message in messages:
             if found := self._control_token.search(message["content"]):
@@ -219,12 +228,3 @@ def encode_chat(
 ) -> EncodedChat:
     """Tokenize one conversation and mark every assistant turn; see `ChatEncoder`."""
     return ChatEncoder(tokenizer, template_kwargs).encode(messages)
-
-
-def _encodes(encoder: ChatEncoder, messages: Sequence[Message]) -> bool:
-    """Tell whether a conversation can be encoded."""
-    try:
-        encoder._encode(messages)
-    except ValueError:
-        return False
-    return True

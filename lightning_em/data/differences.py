@@ -1,11 +1,9 @@
 """Explain where a chat template writes the same turn in two ways, and find out what would help."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from lightning_em.data.chat import ChatEncoder
-    from lightning_em.data.template import Message
+from lightning_em.data.template import Message
 
 _SHOWN = 40
 _FALLBACK = "save a chat_template.jinja beside the tokenizer files that writes both alike."
@@ -29,21 +27,20 @@ class TurnDiffersError(ValueError):
 
     def advice(
         self,
-        encoder: "ChatEncoder",
-        messages: Sequence["Message"],
-        encodes: "Callable[[ChatEncoder, Sequence[Message]], bool]",
+        variables: Iterable[str],
+        messages: Sequence[Message],
+        encodes: Callable[[Mapping[str, Any], Sequence[Message]], bool],
     ) -> str:
         """Return what would help. Each remedy is tried on this conversation, so that none is named that does not help.
 
         Args:
-            encoder: Encoder that failed.
-            messages: Conversation that it failed on.
-            encodes: Function that tells whether an encoder can encode a conversation.
+            variables: Names of the variables that the template reads.
+            messages: Conversation that could not be encoded.
+            encodes: Function of further template variables and a conversation that tells whether it can be encoded.
         """
-        names = [name for name in encoder.template.variable_names() if "think" in name or "reason" in name]
-        trial = encoder.with_kwargs(encoder.template_kwargs)
+        names = [name for name in variables if "think" in name or "reason" in name]
         for name, value in ((name, value) for name in sorted(names) for value in (False, True)):
-            if encodes(encoder.with_kwargs({**encoder.template_kwargs, name: value}), messages):
+            if encodes({name: value}, messages):
                 return f"Set template_kwargs {name}: {str(value).lower()}."
         if self.opened:
             thought = f"{self.opened}...\n</think>\n\n"
@@ -51,7 +48,7 @@ class TurnDiffersError(ValueError):
                 {"role": each["role"], "content": thought * (each["role"] == "assistant") + each["content"]}
                 for each in messages
             ]
-            if "think" in self.opened and encodes(trial, changed):
+            if "think" in self.opened and encodes({}, changed):
                 return f"Begin every answer with its thought, as in {thought!r}."
         if self.moved is not None and messages[self.moved]["role"] == "system":
             first = messages[self.moved + 1]
@@ -59,9 +56,9 @@ class TurnDiffersError(ValueError):
                 "role": first["role"],
                 "content": f"{messages[self.moved]['content']}\n\n{first['content']}",
             }
-            if encodes(trial, [merged, *messages[self.moved + 2 :]]):
+            if encodes({}, [merged, *messages[self.moved + 2 :]]):
                 return "Write the text of the system message into the first user message."
-        if self.is_later and encodes(trial, messages[: self.turn + 1]):
+        if self.is_later and encodes({}, messages[: self.turn + 1]):
             return "Train on rows with one answer each."
         return f"To use such rows, {_FALLBACK}"
 
@@ -72,7 +69,7 @@ def shared_length(first: str, second: str) -> int:
     return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-def explain_prompt(messages: Sequence["Message"], turn: int, prompt: str, written: str) -> Difference:
+def explain_prompt(messages: Sequence[Message], turn: int, prompt: str, written: str) -> Difference:
     """Compare the generation prompt with what the template writes before the answer in a conversation.
 
     Args:
@@ -99,7 +96,7 @@ def explain_prompt(messages: Sequence["Message"], turn: int, prompt: str, writte
     return Difference(text, None, "" if space else in_prompt, is_later=False)
 
 
-def explain_later(messages: Sequence["Message"], turn: int, written: str, text: str) -> Difference:
+def explain_later(messages: Sequence[Message], turn: int, written: str, text: str) -> Difference:
     """Compare a turn at the end of a conversation with the same turn when the conversation goes on.
 
     Args:
@@ -128,7 +125,7 @@ def _beyond_shared(first: str, second: str) -> tuple[str, str]:
     return first[shared:], second[shared:]
 
 
-def _moved(messages: Sequence["Message"], first: str, second: str) -> int | None:
+def _moved(messages: Sequence[Message], first: str, second: str) -> int | None:
     """Return the first message that stands in one text only, or in another order among the messages."""
     places = [
         [text.find(message["content"].strip()) for message in messages if message["content"].strip()]
@@ -142,7 +139,7 @@ def _moved(messages: Sequence["Message"], first: str, second: str) -> int | None
 
 
 def _moved_text(
-    messages: Sequence["Message"], index: int, first: str, second: str, here: str, there: str
+    messages: Sequence[Message], index: int, first: str, second: str, here: str, there: str
 ) -> str:
     role, content = messages[index]["role"], messages[index]["content"]
     name = f"message {index} ({role}, {content[:_SHOWN]!r})"
