@@ -2,11 +2,13 @@
 
 import os
 from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import yaml
+from jsonargparse import Namespace, _typehints
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -68,6 +70,26 @@ class Made(NamedTuple):
     trainer: Trainer
 
 
+@contextmanager
+def _new_class_without_old_init_args() -> Iterator[None]:
+    """Let a new `class_path` discard all init_args of the class that it replaces.
+
+    jsonargparse 4.53 discards only those that the new class does not have, so that an adapter would get the `alpha` of
+    the adapter of an earlier config file in silence.
+    """
+
+    def discard(_: Any, previous: Any, value: Any) -> None:
+        if previous and "init_args" in previous and previous["class_path"] != value["class_path"]:
+            previous["init_args"] = Namespace()
+
+    original = _typehints.discard_init_args_on_class_path_change
+    _typehints.discard_init_args_on_class_path_change = discard
+    try:
+        yield
+    finally:
+        _typehints.discard_init_args_on_class_path_change = original
+
+
 class ExperimentParser(LightningCLI):
     """LightningCLI's parser for one subcommand. It only parses; `make` instantiates, and the caller runs the trainer.
 
@@ -93,15 +115,16 @@ class ExperimentParser(LightningCLI):
         }
         options = {"exit_on_error": False, "allow_abbrev": False}
         try:
-            super().__init__(
-                EMModule,
-                EMDataModule,
-                args=[subcommand, *args],
-                save_config_callback=None,
-                seed_everything_default=0,
-                auto_configure_optimizers=False,
-                parser_kwargs={subcommand: usage | options, "prog": "lightning-em", **options},
-            )
+            with _new_class_without_old_init_args():
+                super().__init__(
+                    EMModule,
+                    EMDataModule,
+                    args=[subcommand, *args],
+                    save_config_callback=None,
+                    seed_everything_default=0,
+                    auto_configure_optimizers=False,
+                    parser_kwargs={subcommand: usage | options, "prog": "lightning-em", **options},
+                )
         except ArgumentError as error:
             parser = self._subcommand_parsers[subcommand]
             keys = list(parser.get_defaults().keys())

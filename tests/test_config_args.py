@@ -70,6 +70,33 @@ def test_order_of_options_does_not_change_the_config(config):
         assert preflight.settings_of(args, "trainer")["max_epochs"] == 7
 
 
+@pytest.mark.parametrize("way", ["class_path", "group", "file", "config"])
+def test_a_new_class_gets_no_setting_of_the_class_that_it_replaces(config, way):
+    """`momentum` and `lr` exist in both classes; jsonargparse alone keeps them."""
+    parts = config.parent / "parts"
+    old = {
+        "class_path": "torch.optim.RMSprop",
+        "init_args": {"lr": 0.05, "momentum": 0.7, "weight_decay": 0.3},
+    }
+    before = write_config(parts / "before.yaml", {"model": {"optimizer": old}})
+    new = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}
+    args = {
+        "class_path": ["--model.optimizer.class_path", "torch.optim.SGD"],
+        "group": ["--model.optimizer", "torch.optim.SGD"],
+        "file": ["--model.optimizer", str(write_config(parts / "sgd.yaml", new))],
+        "config": ["--config", str(write_config(parts / "after.yaml", {"model": {"optimizer": new}}))],
+    }[way]
+    lr = ["--model.optimizer.init_args.lr", "0.5"] if way in ("class_path", "group") else []
+    found = Experiment(["--config", str(config), "--config", str(before), *args, *lr])
+    optimizer = found.config["model"]["optimizer"]
+    assert optimizer["class_path"] == "torch.optim.SGD"
+    assert [optimizer["init_args"][key] for key in ("lr", "momentum", "weight_decay")] == [0.5, 0, 0]
+    same = Experiment(
+        ["--config", str(config), "--config", str(before), "--model.optimizer.init_args.lr", "0.5"]
+    )
+    assert same.config["model"]["optimizer"]["init_args"]["momentum"] == 0.7
+
+
 def repeat(file, text: str) -> None:
     file.write_text(file.read_text() + text)
 
