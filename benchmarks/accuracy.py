@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.peers import Ours
 from benchmarks.shapes import ADAPTERS, SHAPES, SMOLLM2, Shape, describe, step_batches
 from lightning_em.batch import PackedBatch
-from lightning_em.logs import hush
+from lightning_em.logs import filter_expected_messages
 from lightning_em.models import ActivationStore, StoreOptions
 
 PLAIN, FAST, CACHED = "plain", "fast", "fast, prefix and reference cached"
@@ -79,7 +79,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--adapter", nargs="+", default=["vector", "lora_five", "lora_all"], choices=ADAPTERS)
     parser.add_argument("--rows", type=int, default=2, help="rows of each stream")
     arguments = parser.parse_args(args)
-    hush()
+    filter_expected_messages()
     shape = SHAPES[arguments.shape]
     ce, kl = step_batches(arguments.rows, shape)
     table = Table(title=f"{shape.name}, relative errors (x plain): {describe(ce, kl)}")

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.peers import Naive, Ours, Peer
 from benchmarks.shapes import ADAPTERS, CPU_SHAPES, CUDA_SHAPES, SHAPES, Shape, describe, step_batches
 from benchmarks.timing import clock, interleaved, matmul_peak, medians
-from lightning_em.logs import hush
+from lightning_em.logs import filter_expected_messages
 from lightning_em.models import ActivationStore, StoreOptions
 from lightning_em.models.fast import backend as fast_backend
 
@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--variant", nargs="+", default=[""], help=help_text)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    hush()
+    filter_expected_messages()
     console = Console(width=140)
     settings = list(product(arguments.shape, arguments.adapter))
     if len(settings) == 1:
