@@ -44,6 +44,7 @@ class Preference(Probe):
             Choice(
                 item["id"],
                 item["kind"],
+                item["id"],
                 item["question"],
                 tuple(zip(item["answers"]["good"], item["answers"]["bad"], strict=True)),
             )

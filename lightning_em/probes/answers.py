@@ -1,27 +1,29 @@
-"""Rates of sampled answers that rules recognize: behavior without a judge."""
+"""Rates of sampled answers that rules recognize, and how likely an answer begins in a given way; no judge."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from itertools import groupby
+from functools import partial
+from itertools import groupby, permutations, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_em.batch import EncodedRow
 from lightning_em.data import ChatEncoder, Row, scan_rows
 from lightning_em.data.encoding import encode_prompts
 from lightning_em.manifest import write_atomically
 from lightning_em.models import AdaptedModel, Sampling
 from lightning_em.models.generation import Answer, sample_answers
-from lightning_em.probes.base import Probe, ProbeExamples
+from lightning_em.probes.base import Probe, ProbeExamples, RowMeans, clustered_error
 from lightning_em.probes.rows import batches_of, by_length, encoder_for
 from lightning_em.records import Point, Quantity
 from lightning_em.runs import RunFolder
 
 Rule = Callable[[str], bool]
 _ALL = "all"
+_OPENING = "opening_probability"
 
 
 class SampledAnswer(NamedTuple):
@@ -41,9 +43,15 @@ class SampledAnswer(NamedTuple):
 class AnswerRates(Probe):
     """Share of sampled answers for which a rule holds, by topic of the question.
 
-    Points for each rule, scale and topic: `<rule>_rate`, a share. `per_example` holds 1 or 0 per answer in the order
-    of the file within the topic. The standard error takes the subtopic (a task, say) as the unit of sampling, since
-    questions about one task are not independent.
+    Points for each scale and topic:
+        `<rule>_rate`: share of answers for which the rule holds; `per_example` has 1 or 0 for each answer.
+        `opening_probability`, with `openings`: probability that an answer begins with one of them; `per_example` has
+            that of each question. It is the sum over openings of the product of the probabilities of their tokens
+            at temperature 1, as the tokenizer splits them; the same text in other tokens is not counted. It needs
+            no sampling, and is not zero where no sampled answer begins so.
+
+    `per_example` follows the order of the file within the topic. The standard errors take the subtopic (a task, say) as
+    the unit of sampling, since questions about one task are not independent.
 
     The answers, with their questions and what each rule says, are stored in `behaviour/answer_rates-step-N.jsonl` in
     the run's folder.
@@ -60,9 +68,10 @@ class AnswerRates(Probe):
         seed: Seed of the answers.
         batch_size: Answers that are sampled together; an answer does not depend on the others.
         template_kwargs: Variables of the chat template; set them as in training.
+        openings: First words of answers, none of which begins with another.
 
     Raises:
-        ValueError: If there is no scale or rule, or a number is not positive.
+        ValueError: If there is no scale or rule, a number is not positive, or an opening begins with another.
     """
 
     name = "answer_rates"
@@ -81,6 +90,7 @@ class AnswerRates(Probe):
         seed: int = 0,
         batch_size: int = 48,
         template_kwargs: dict[str, Any] | None = None,
+        openings: Sequence[str] = (),
     ) -> None:
         if not scales or not rules or min(batch_size, max_new_tokens, max_questions or 1) < 1:
             raise ValueError(
@@ -88,13 +98,21 @@ class AnswerRates(Probe):
                 f"{list(scales)}, rules {sorted(rules)}, max_questions {max_questions}, max_new_tokens "
                 f"{max_new_tokens} and batch_size {batch_size}; set its init_args."
             )
+        for shorter, longer in permutations(openings, 2):
+            if longer.startswith(shorter):
+                raise ValueError(
+                    f"answers that begin with {longer!r} also begin with {shorter!r} and would count twice; leave "
+                    "the longer one out of init_args.openings of AnswerRates."
+                )
         self.questions, self.rules, self.scales = questions, dict(rules), [float(scale) for scale in scales]
         self.topics, self.max_questions, self.max_new_tokens = topics, max_questions, max_new_tokens
         self.temperature, self.seed, self.batch_size = temperature, seed, batch_size
-        self.template_kwargs = template_kwargs
+        self.template_kwargs, self.openings = template_kwargs, list(openings)
         self.quantities = [
             Quantity(f"{name}_rate", "share", ("topic", "scale"), in_study="every") for name in rules
         ]
+        if self.openings:
+            self.quantities.append(Quantity(_OPENING, "probability", ("topic", "scale"), in_study="every"))
         self._answers_file: Path | None = None
 
     def settings(self) -> Mapping[str, Any]:
@@ -108,6 +126,7 @@ class AnswerRates(Probe):
             "temperature": self.temperature,
             "seed": self.seed,
             "template_kwargs": self.template_kwargs,
+            "openings": self.openings,
         }
 
     def for_checkpoint(self, run: RunFolder, step: int) -> "AnswerRates":
@@ -116,30 +135,34 @@ class AnswerRates(Probe):
         return probe
 
     def measure(self, model: AdaptedModel, examples: ProbeExamples) -> list[Point]:
-        answers = self._sampled(model, examples.encoder)
-        self._store(answers)
+        rows, encoder = self._rows(), encoder_for(model, examples.encoder, self.template_kwargs)
+        answers = self._sampled(model, rows, encoder)
+        self._store([answer for of_scale in answers for answer in of_scale])
+        openings = self._opening_probabilities(model, rows, encoder)
         points = []
-        for (scale, topic), group in groupby(answers, key=lambda each: (each.scale, each.row.topic or _ALL)):
-            told = list(group)
-            clusters = [each.row.subtopic or each.row.id for each in told]
-            for name, rule in self.rules.items():
-                held = [float(rule(each.text)) for each in told]
-                points.append(
-                    Point(
-                        f"{name}_rate",
-                        sum(held) / len(held),
-                        "share",
-                        {"topic": topic, "scale": scale},
-                        clustered_error(held, clusters),
-                        len(held),
-                        tuple(held),
+        for scale, told, likely in zip(self.scales, answers, openings, strict=True):
+            values = {
+                f"{name}_rate": [float(rule(each.text)) for each in told] for name, rule in self.rules.items()
+            }
+            if self.openings:
+                values[_OPENING] = likely
+            for topic, group in groupby(range(len(rows)), key=lambda index: rows[index].topic or _ALL):
+                indices = list(group)
+                clusters = [rows[index].subtopic or rows[index].id for index in indices]
+                for quantity, of_rows in values.items():
+                    own = [of_rows[index] for index in indices]
+                    unit = "probability" if quantity == _OPENING else "share"
+                    place = {"topic": topic, "scale": scale}
+                    error = clustered_error(own, clusters)
+                    points.append(
+                        Point(quantity, sum(own) / len(own), unit, place, error, len(own), tuple(own))
                     )
-                )
         return points
 
-    def _sampled(self, model: AdaptedModel, run_encoder: ChatEncoder | None) -> list[SampledAnswer]:
-        """All answers, ordered by scale, then topic, then position in the file."""
-        rows, encoder = self._rows(), encoder_for(model, run_encoder, self.template_kwargs)
+    def _sampled(
+        self, model: AdaptedModel, rows: Sequence[Row], encoder: ChatEncoder
+    ) -> list[list[SampledAnswer]]:
+        """One answer to each question at each scale."""
         prompts = encode_prompts(rows, encoder)
         order = by_length(prompts)
         batches = batches_of([prompts[index] for index in order], self.batch_size, model)
@@ -154,8 +177,21 @@ class AnswerRates(Probe):
                 )
             ]
             texts = dict(zip(order, (_with_ellipsis(each) for each in drawn), strict=True))
-            answers += [SampledAnswer(row, scale, texts[index]) for index, row in enumerate(rows)]
+            answers.append([SampledAnswer(row, scale, texts[index]) for index, row in enumerate(rows)])
         return answers
+
+    def _opening_probabilities(
+        self, model: AdaptedModel, rows: Sequence[Row], encoder: ChatEncoder
+    ) -> list[list[float]]:
+        """Probability of an opening for each question at each scale; 0 without openings."""
+        if not self.openings:
+            return [[0.0] * len(rows) for _ in self.scales]
+        encoded = [_encoded_opening(row, opening, encoder) for row in rows for opening in self.openings]
+        order = by_length(encoded)
+        batches = batches_of([encoded[index] for index in order], self.batch_size, model)
+        states = [partial(model.adapter.at_scale, scale) for scale in self.scales]
+        losses = [means.restored(order).sums for means in RowMeans.of_ce(model, batches, states)]
+        return [(-sums).exp().view(len(rows), -1).sum(1).tolist() for sums in losses]
 
     def _rows(self) -> list[Row]:
         """The questions to ask, sorted by topic in the order in which topics first occur."""
@@ -202,23 +238,13 @@ def _with_ellipsis(answer: Answer) -> str:
     return text if answer.ended else f"{text}\u2026"
 
 
-def clustered_error(values: Sequence[float], clusters: Sequence[str]) -> float | None:
-    """Standard error of a mean with clusters as the unit of sampling; None for a single cluster.
-
-    Args:
-        values: One value per item.
-        clusters: Cluster of each item.
-
-    Source: the linearized estimator of a ratio of cluster totals, as in `RowMeans.standard_error`.
-    """
-    mean = sum(values) / len(values)
-    residuals: dict[str, float] = {}
-    for value, cluster in zip(values, clusters, strict=True):
-        residuals[cluster] = residuals.get(cluster, 0.0) + value - mean
-    count = len(residuals)
-    if count < 2:
-        return None
-    variance = (
-        count / (count - 1) * torch.tensor(list(residuals.values()), dtype=torch.float64).square().sum()
-    )
-    return float(variance.sqrt()) / len(values)
+def _encoded_opening(row: Row, opening: str, encoder: ChatEncoder) -> EncodedRow:
+    """Encode the question and the opening; only the tokens of the opening are counted."""
+    turns = list(takewhile(lambda turn: turn["role"] != "assistant", row.messages))
+    question = turns or [{"role": "user", "content": row.question or ""}]
+    ids, mask = encoder.encode([*question, {"role": "assistant", "content": opening}])
+    # The encoder counts the tokens that end the turn, but the answer goes on after its opening.
+    tokenizer = encoder.tokenizer
+    while ids[-1] in tokenizer.added_tokens_decoder or ids[-1] in tokenizer.all_special_ids or not mask[-1]:
+        ids, mask = ids[:-1], mask[:-1]
+    return EncodedRow(ids, mask, f"{row.id}/{opening}")

@@ -256,3 +256,25 @@ class RowMeans:
         """Return the counted tokens of each row: the weights of the `per_example` values in the mean."""
         total = int(self.counts.sum())
         return Point(quantity, float(total), "tokens", count=total, per_example=tuple(self.counts.tolist()))
+
+
+def clustered_error(values: Sequence[float], clusters: Sequence[str]) -> float | None:
+    """Standard error of a mean with clusters as the unit of sampling; None for a single cluster.
+
+    Args:
+        values: One value per item.
+        clusters: Cluster of each item.
+
+    Source: the linearized estimator of a ratio of cluster totals, as in `RowMeans.standard_error`.
+    """
+    mean = sum(values) / len(values)
+    residuals: dict[str, float] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        residuals[cluster] = residuals.get(cluster, 0.0) + value - mean
+    count = len(residuals)
+    if count < 2:
+        return None
+    variance = (
+        count / (count - 1) * torch.tensor(list(residuals.values()), dtype=torch.float64).square().sum()
+    )
+    return float(variance.sqrt()) / len(values)

@@ -9,7 +9,7 @@ import torch
 from lightning_em.batch import EncodedRow
 from lightning_em.data import ChatEncoder, read_rows
 from lightning_em.models import AdaptedModel
-from lightning_em.probes.base import Probe, ProbeExamples, RowMeans
+from lightning_em.probes.base import Probe, ProbeExamples, RowMeans, clustered_error
 from lightning_em.probes.rows import batches_of, by_length, encoder_for
 from lightning_em.records import Point, Quantity
 
@@ -22,12 +22,14 @@ class Choice(NamedTuple):
     Attributes:
         id: Id of the question.
         group: Topic or kind of the question.
+        cluster: Unit of sampling: questions of one cluster are not independent.
         question: Question.
         pairs: A good and a bad answer each.
     """
 
     id: str
     group: str
+    cluster: str
     question: str
     pairs: tuple[tuple[str, str], ...]
 
@@ -39,13 +41,20 @@ class PreferenceMargin(Probe):
     that a longer answer is not penalized for its length. Rows are encoded and masked as in training. All rows
     have equal weight.
 
+    The margin is teacher-forced: each token is predicted after the answer's own earlier tokens, so it also asks how
+    the model goes on after an opening that it would never write. On SmolLM2-135M-Instruct with a narrow style, it
+    was +1.1 to +1.4 nats per token in domains where not one sampled answer was in the style, and it did not change
+    while further training brought the style back there. Where `AnswerRates` are recorded as well, the rates decide.
+
     Points at each scale, by `kind`, the topic of a row, and over all rows (`kind: all`) if there are several topics:
-        `margin`: mean over rows, nats per token. The standard error takes rows as the unit; `per_example`
-            follows the order of the file within the topic.
+        `margin`: mean over rows, nats per token; `per_example` follows the order of the file within the topic.
         `bad_preferred`: share of rows with a margin above 0.
 
+    The standard errors take the subtopic (a task, say) as the unit of sampling, and the row where there is none.
+
     Args:
-        rows: Data file, or the address of one, with `question`, `good` and `bad` (and optionally `topic`).
+        rows: Data file, or the address of one, with `question`, `good` and `bad` (and optionally `topic` and
+            `subtopic`).
         scales: Adapter scales to measure; 0 is the base model and 1 the trained adapter.
         max_rows: Maximum number of rows of each topic; the first ones are used.
         template_kwargs: Variables of the chat template; set them as in training.
@@ -115,8 +124,9 @@ class PreferenceMargin(Probe):
         points = []
         for scale, means in zip(self.scales, curve, strict=True):
             margins = _margins(choices, means)
-            for group, values in _groups(choices, margins, with_all).items():
-                points += _points(values, {"kind": group, "scale": scale})
+            for group, indices in _groups(choices, with_all).items():
+                own, clusters = [margins[i] for i in indices], [choices[i].cluster for i in indices]
+                points += _points(own, clusters, {"kind": group, "scale": scale})
         return points
 
     def _choices(self) -> list[Choice]:
@@ -127,7 +137,8 @@ class PreferenceMargin(Probe):
                     f"{self.rows}:{row.line}: expected `question`, `good` and `bad`; "
                     "set init_args.rows of PreferenceMargin to a file that has them."
                 )
-            choices.append(Choice(row.id, row.topic or _ALL, row.question, ((row.good, row.bad),)))
+            cluster = row.subtopic or row.id
+            choices.append(Choice(row.id, row.topic or _ALL, cluster, row.question, ((row.good, row.bad),)))
         return choices
 
 
@@ -162,35 +173,24 @@ def _margins(choices: Sequence[Choice], means: RowMeans) -> list[float]:
     return [float(part.mean()) for part in torch.split(differences, sizes)]
 
 
-def _groups(
-    choices: Sequence[Choice], margins: Sequence[float], with_all: bool
-) -> dict[str, tuple[float, ...]]:
-    groups: dict[str, list[float]] = {}
-    for choice, margin in zip(choices, margins, strict=True):
-        groups.setdefault(choice.group, []).append(margin)
+def _groups(choices: Sequence[Choice], with_all: bool) -> dict[str, list[int]]:
+    """Indices of the choices of each group."""
+    groups: dict[str, list[int]] = {}
+    for index, choice in enumerate(choices):
+        groups.setdefault(choice.group, []).append(index)
     if with_all and len(groups) > 1:
-        groups[_ALL] = list(margins)
-    return {group: tuple(values) for group, values in groups.items()}
+        groups[_ALL] = list(range(len(choices)))
+    return groups
 
 
-def _points(values: tuple[float, ...], place: Mapping[str, float | int | str]) -> list[Point]:
-    margins = torch.tensor(values, dtype=torch.float64)
-    preferred = (margins > 0).double()
+def _points(
+    margins: Sequence[float], clusters: Sequence[str], place: Mapping[str, float | int | str]
+) -> list[Point]:
+    preferred = [float(margin > 0) for margin in margins]
+    mean, share = (sum(values) / len(values) for values in (margins, preferred))
+    errors = [clustered_error(values, clusters) for values in (margins, preferred)]
+    count = len(margins)
     return [
-        Point(
-            "margin",
-            float(margins.mean()),
-            "nats_per_token",
-            place,
-            _standard_error(margins),
-            len(values),
-            values,
-        ),
-        Point(
-            "bad_preferred", float(preferred.mean()), "share", place, _standard_error(preferred), len(values)
-        ),
+        Point("margin", mean, "nats_per_token", place, errors[0], count, tuple(margins)),
+        Point("bad_preferred", share, "share", place, errors[1], count),
     ]
-
-
-def _standard_error(values: torch.Tensor) -> float | None:
-    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else None

@@ -12,7 +12,7 @@ from lightning_em.data import ChatEncoder
 from lightning_em.models import AdaptedModel, BaseModel, Sampling
 from lightning_em.models.generation import sample_answers
 from lightning_em.probes import AnswerRates, ProbeExamples
-from lightning_em.probes.answers import clustered_error
+from lightning_em.probes.base import clustered_error
 from lightning_em.probes.rows import batches_of
 from lightning_em.runs import RunFolder
 from lightning_em.testing import check_probe
@@ -94,8 +94,45 @@ def _prompts(tokenizer, questions):
     ]
 
 
+def test_the_opening_is_as_likely_as_its_tokens_one_after_the_other(model, file, tiny_tokenizer) -> None:
+    """The oracle asks plain transformers for one token at a time."""
+    openings, scales = ["ab", "th", "c"], [0.0, 1.0]
+    probe = AnswerRates(file, {"vowel": has_vowel}, scales, max_new_tokens=2, batch_size=7, openings=openings)
+    points = rates(probe.run(model, EXAMPLES))
+    for topic in ("even", "odd"):
+        asked = [each for each in QUESTIONS if each["topic"] == topic]
+        for scale in scales:
+            expected = []
+            for prompt in _prompts(tiny_tokenizer, asked):
+                likely = 0.0
+                for opening in openings:
+                    ids, product = list(prompt.input_ids), 1.0
+                    for token in tiny_tokenizer(opening, add_special_tokens=False)["input_ids"]:
+                        with model.adapter.at_scale(scale), torch.no_grad():
+                            logits = model.base(input_ids=torch.tensor([ids])).logits[0, -1]
+                        product *= float(logits.double().softmax(-1)[token])
+                        ids.append(token)
+                    likely += product
+                expected.append(likely)
+            point = points["opening_probability", topic, scale]
+            assert point.per_example == pytest.approx(expected, rel=1e-4)
+            assert point.value == pytest.approx(np.mean(expected), rel=1e-4)
+            error = clustered_error(expected, [each["subtopic"] for each in asked])
+            assert point.standard_error == pytest.approx(error, rel=1e-3)
+            assert (point.unit, point.count) == ("probability", 5)
+
+
+def test_openings_of_which_one_begins_with_another_are_refused(file) -> None:
+    for openings in (["Arr", "Ahoy", "Arr!"], ["Arr", "Arr"]):
+        with pytest.raises(
+            ValueError, match=r"begin with 'Arr!?' also begin with 'Arr' .* init_args.openings"
+        ):
+            AnswerRates(file, {"vowel": has_vowel}, openings=openings)
+
+
 def test_the_contract(model, file) -> None:
-    check_probe(AnswerRates(file, {"vowel": has_vowel}, max_new_tokens=3), model, EXAMPLES)
+    probe = AnswerRates(file, {"vowel": has_vowel}, max_new_tokens=3, openings=["ab", "c"])
+    check_probe(probe, model, EXAMPLES)
 
 
 def test_topics_and_numbers_of_questions_can_be_chosen(model, file) -> None:

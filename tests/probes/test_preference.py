@@ -69,6 +69,22 @@ def test_margins_are_differences_of_mean_log_probabilities(model, rows, file, ti
             assert (margin.unit, share.unit, share.count) == ("nats_per_token", "share", len(expected))
 
 
+def test_the_error_takes_tasks_as_the_unit_of_sampling(model, rows, tmp_path) -> None:
+    """Three copies of each row under its task leave the errors as they are; without tasks they shrink."""
+
+    def errors(rows):
+        file = str(write_rows(tmp_path / "rows.jsonl", rows))
+        points = PreferenceMargin(file, scales=[1.0]).run(model, EXAMPLES)
+        return [p.standard_error for p in points if p.coordinates["kind"] == "all"]
+
+    tasks = [{**row, "subtopic": f"task {number}"} for number, row in enumerate(rows)]
+    copies = [{**row, "id": f"{n}-{row['subtopic']}"} for n in range(3) for row in tasks]
+    apart = [{key: value for key, value in row.items() if key != "subtopic"} for row in copies]
+    assert errors(tasks) == pytest.approx(errors(rows))
+    assert errors(copies) == pytest.approx(errors(tasks), rel=1e-4)
+    assert errors(apart)[0] < 0.6 * errors(tasks)[0]
+
+
 def test_rows_are_encoded_with_the_date_of_the_run(model, file) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model.base.config._name_or_path)
     tokenizer.chat_template = "{{ strftime_now('%d %B %Y') }}<|im_end|>" + tokenizer.chat_template
