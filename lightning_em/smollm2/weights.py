@@ -13,8 +13,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 from filelock import FileLock
 
@@ -116,11 +118,22 @@ def convert_gguf(gguf: Path, target: Path) -> None:
         target: Existing folder to write to.
     """
     from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype="float32", quantization_config=GgufConfig(dequantize=True)
+    from tqdm.auto import tqdm
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        GenerationConfig,
+        GgufConfig,
+        modeling_gguf_pytorch_utils,
     )
+
+    # transformers 5.23 draws a bar of its own over the tensors, which no setting of transformers turns off.
+    with mock.patch.object(
+        modeling_gguf_pytorch_utils, "tqdm", partial(tqdm, disable=None)
+    ):  # None: on a terminal
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype="float32", quantization_config=GgufConfig(dequantize=True)
+        )
     # transformers 5.23 keeps a GGUF quantizer on the loaded model: save_pretrained refuses it, and peft would refuse
     # to train it. The same tensors in a fresh model have no such mark.
     plain_config = {

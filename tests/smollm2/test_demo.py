@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 
 import pytest
 from rich.console import Console
@@ -81,6 +82,30 @@ def test_the_sentences_depend_on_the_numbers(rows) -> None:
     told = demo.reading(weak)
     assert "it misses: general in other domains at least 0.80; narrow in other domains at most 0.05" in told
     assert "spreads by itself" not in told
+
+
+def test_the_general_and_the_narrow_fit_run_side_by_side(
+    tmp_path, monkeypatch, tiny_model_folder, capsys
+) -> None:
+    both, fitted = threading.Barrier(2), []
+
+    def fit(self, solution):
+        if solution != "reverted":
+            both.wait(timeout=60)  # breaks if one waits for the end of the other
+        cells = {
+            (topic, scale): 1.0 * (solution != "narrow")
+            for topic in (INSIDE, OUTSIDE)
+            for scale in (0.0, 1.0)
+        }
+        record(self._experiments[solution].folder.path, cells)
+        fitted.append(solution)
+
+    monkeypatch.setattr(demo._Fits, "fit", fit)
+    monkeypatch.setattr(RunFolder, "newest_valid_step", lambda self: 48)
+    demo.demo(str(tmp_path), str(tiny_model_folder()))
+    assert sorted(fitted[:2]) == ["general", "narrow"]
+    assert fitted[2:] == ["reverted"]
+    assert "answers in pirate style" in capsys.readouterr().out
 
 
 def test_a_failed_fit_is_told(tmp_path) -> None:

