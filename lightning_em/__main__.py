@@ -26,7 +26,7 @@ SUBCOMMANDS = {
     "doctor": "check that this machine can run an experiment: model, data, memory, disk",
 }
 
-HELP = """usage: lightning-em VERB [options]
+HELP = """usage: lightning-em SUBCOMMAND [options]
 
 Train narrow and general fine-tuning solutions of a chat model, and measure why they differ.
 

@@ -36,13 +36,13 @@ def ordered(args: Sequence[str]) -> list[str]:
 
 
 def refuse_repeated_keys(args: Sequence[str]) -> None:
-    """Check the YAML files that a command line names and those they refer to: every key stands once in its mapping.
+    """Check the YAML files that a command line names and those they refer to: every key occurs once in its mapping.
 
     Args:
         args: Command-line arguments.
 
     Raises:
-        ValueError: If a key stands twice; the message names the file and the lines.
+        ValueError: If a key occurs twice; the message names the file and the lines.
     """
     seen: set[Path] = set()
     for option in _options(args):
@@ -55,14 +55,14 @@ def refuse_repeated_keys(args: Sequence[str]) -> None:
 
 
 def load_yaml(text: str | bytes, name: str | Path) -> Any:
-    """Parse YAML as `yaml.safe_load` does, but refuse a key that stands twice in a mapping, of which it keeps the last.
+    """Parse YAML as `yaml.safe_load` does, but refuse a key that occurs twice in a mapping, of which it keeps the last.
 
     Args:
         text: YAML text.
         name: File or option that it comes from, for the message.
 
     Raises:
-        ValueError: If a key stands twice.
+        ValueError: If a key occurs twice.
         yaml.YAMLError: If the text is not valid YAML.
     """
     _refuse_repeated(yaml.compose(text, Loader=yaml.SafeLoader), str(name), "")
@@ -121,7 +121,7 @@ def _refuse_repeated(node: yaml.Node | None, name: str, prefix: str) -> None:
         if len(lines) > 1:
             times = "twice" if len(lines) == 2 else f"{len(lines)} times"
             raise ValueError(
-                f"{name}: the key {prefix}{key} stands {times}, on lines {', '.join(lines[:-1])} and {lines[-1]}, and "
+                f"{name}: the key {prefix}{key} occurs {times}, on lines {', '.join(lines[:-1])} and {lines[-1]}, and "
                 "only the last one would count; write one of them, or merge them."
             )
     for key, value in node.value:

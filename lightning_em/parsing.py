@@ -169,6 +169,7 @@ class ExperimentParser(LightningCLI):
         has_own_bar = any(isinstance(callback, ProgressBar) for callback in _as_list(given.get("callbacks")))
         shows_progress = any(isinstance(callback, Progress) for callback in first_callbacks)
         without_bar = {"enable_progress_bar": False} if shows_progress and not has_own_bar else {}
+        # LightningCLI also gives the trainer the callbacks that have options of their own, `checkpoint` and `probing`.
         trainer = self.instantiate_trainer(
             **without_bar,
             logger=[*_as_list(given.get("logger")), *loggers] or False,

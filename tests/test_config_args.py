@@ -1,4 +1,4 @@
-"""The order of options does not matter, and a key that stands twice in a YAML file is refused."""
+"""The order of options does not matter, and a key that occurs twice in a YAML file is refused."""
 
 import pytest
 import yaml
@@ -107,20 +107,20 @@ def repeat(file, text: str) -> None:
         (
             "tiny.yaml",
             "trainer:\n  accumulate_grad_batches: 3\n",
-            r"tiny\.yaml: the key trainer stands twice, on lines \d+ and \d+",
+            r"tiny\.yaml: the key trainer occurs twice, on lines \d+ and \d+",
         ),
         (
             "tiny.yaml",
             "seed_everything: 1\nseed_everything: 2\nseed_everything: 3\n",
-            r"the key seed_everything stands 3 times, on lines \d+, \d+ and \d+",
+            r"the key seed_everything occurs 3 times, on lines \d+, \d+ and \d+",
         ),
         (
             "parts/trainer.yaml",
             "max_epochs: 9\n",
-            r"parts/trainer\.yaml: the key max_epochs stands twice, on lines 2 and 3",
+            r"parts/trainer\.yaml: the key max_epochs occurs twice, on lines 2 and 3",
         ),
-        ("parts/vector.yaml", "init_args: {layer: 1}\n", r"vector\.yaml: the key init_args stands twice"),
-        ("parts/vector.yaml", "x: {y: [1, {z: 1, z: 1}]}\n", r"the key x\.y\.z stands twice, on lines \d+"),
+        ("parts/vector.yaml", "init_args: {layer: 1}\n", r"vector\.yaml: the key init_args occurs twice"),
+        ("parts/vector.yaml", "x: {y: [1, {z: 1, z: 1}]}\n", r"the key x\.y\.z occurs twice, on lines \d+"),
     ],
 )
 def test_key_that_stands_twice_is_refused_in_the_config_and_what_it_refers_to(config, file, text, told):
@@ -137,10 +137,10 @@ def test_key_that_stands_twice_is_refused_in_every_other_kind_of_file(config, ca
     assert main(["fit", "--config", str(config), "--trainer", str(twice)]) == 2
     assert main(["study", "status", str(twice)]) == 2
     told = capsys.readouterr().err
-    assert told.count("twice.yaml: the key probes stands twice, on lines 1 and 3") == 2
-    with pytest.raises(ValueError, match="the key probes stands twice"):
+    assert told.count("twice.yaml: the key probes occurs twice, on lines 1 and 3") == 2
+    with pytest.raises(ValueError, match="the key probes occurs twice"):
         Section.read(twice)
-    with pytest.raises(ValueError, match=r"^--trainer: the key max_steps stands twice, on lines 1 and 1"):
+    with pytest.raises(ValueError, match=r"^--trainer: the key max_steps occurs twice, on lines 1 and 1"):
         Experiment(["--config", str(config), "--trainer", "{max_steps: 1, max_steps: 2}"])
 
 
@@ -150,7 +150,7 @@ def test_probing_file_with_a_key_twice_is_refused(tmp_path):
 
     file = tmp_path / "probing.yaml"
     file.write_text("probes: []\nbatch_size: 4\nbatch_size: 8\n")
-    with pytest.raises(ValueError, match=r"probing\.yaml: the key batch_size stands twice, on lines 2 and 3"):
+    with pytest.raises(ValueError, match=r"probing\.yaml: the key batch_size occurs twice, on lines 2 and 3"):
         load_probing(RunFolder(tmp_path), file)
 
 

@@ -43,6 +43,39 @@ class Shift(Adapter):
         return [LowRank(self.lowest_layer, "vector", factor=self.alpha)]
 '''
 
+WEIGHT = '''
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_em.adapters import Adapter, LayerIndex, LowRank, decoder_layers
+
+
+class Column(Adapter):
+    """Add `scale * alpha * b @ a` to the weight of one down projection."""
+
+    def __init__(self, layer: LayerIndex, alpha: float = 1.0) -> None:
+        super().__init__()
+        self.layer, self.alpha = layer, alpha
+
+    def attach(self, base: PreTrainedModel) -> None:
+        linear = decoder_layers(base)[self.resolve(base, self.layer)].mlp.down_proj
+        self.site = next(name for name, module in base.named_modules() if module is linear)
+        a = torch.randn(1, linear.in_features, generator=self.generator)  # drawn from the run's seed
+        self.a = nn.Parameter(a / linear.in_features**0.5)  # [rank, in]
+        self.b = nn.Parameter(torch.zeros(linear.out_features, 1))  # [out, rank]
+        linear.register_forward_hook(self.add)
+
+    def add(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if self.scale == 0:  # then the model is its base to the bit
+            return output
+        change = self.scale * self.alpha * args[0].float() @ self.a.T @ self.b.T
+        return output + change.to(output.dtype)
+
+    def update(self) -> list[LowRank]:
+        return [LowRank(self.site, write="b", read="a", factor=self.alpha)]
+'''
+
 PROBE = '''
 from functools import partial
 from typing import Any
@@ -78,7 +111,7 @@ class Beyond(Probe):
 def package(tmp_path: Path) -> Path:
     """A package outside the repository."""
     (tmp_path / "my_adapters").mkdir()
-    (tmp_path / "my_adapters" / "__init__.py").write_text(SOURCE + PROBE, encoding="utf-8")
+    (tmp_path / "my_adapters" / "__init__.py").write_text(SOURCE + WEIGHT + PROBE, encoding="utf-8")
     return tmp_path
 
 
@@ -127,16 +160,19 @@ def test_fit_probe_and_resume_from_yaml_alone(package, tiny_model_folder, chat_f
 
 def test_the_contract_holds(package, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(package))
-    from my_adapters import Beyond, Shift
+    from my_adapters import Beyond, Column, Shift
 
     check_adapter(lambda: Shift(layer=1))
+    check_adapter(lambda: Column(layer=1, alpha=4.0))
     check_probe(Beyond([1.5, 2.0]))
 
 
 def test_the_documentation_shows_the_same_classes() -> None:
     repository = Path(__file__).parent.parent
     assert SOURCE.strip() in (repository / "README.md").read_text(encoding="utf-8")
-    assert PROBE.strip() in (repository / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    contributing = (repository / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert WEIGHT.strip() in contributing
+    assert PROBE.strip() in contributing
 
 
 class Product(Adapter):

@@ -202,6 +202,11 @@ class LoadsNothing(Shift):
         pass
 
 
+class SavesItself(Shift):
+    def save(self, folder):
+        super().save(folder)
+
+
 class PerturbsForGood(Shift):
     def perturbed(self, strength, generator):
         self.vector.data += strength * torch.randn(self.vector.shape, generator=generator)
@@ -271,15 +276,16 @@ class DeclaresAnotherProduct(NormOfTheParameters):
         (HalfParameters, r"A bf16 base works.*float32"),
         (
             ChangesBelow,
-            r"Nothing changes below lowest_layer': what reaches layer 1 changes|autograd node below",
+            r"Nothing changes below lowest_layer': what reaches layer 1 changes|changes a layer below lowest_layer",
         ),
         (
             ChangesEmbeddings,
-            r"Nothing changes below lowest_layer': what reaches layer 0 changes|autograd node below",
+            r"Nothing changes below lowest_layer': what reaches layer 0 changes|changes a layer below lowest_layer",
         ),
         (WritesInPlace, r"Split forward = plain forward.*return a new tensor from the edit"),
         (Forgets, r"Save and load round-trip.*something that matters is not in trainable\(\)"),
         (LoadsNothing, r"Save and load round-trip.*\['vector'\] differ after loading"),
+        (SavesItself, r"Save and load round-trip.*overrides `save`, but a run writes"),
         (PerturbsForGood, r"A perturbed adapter comes back"),
         (NormWithoutAlpha, r"The effective norm is that of the update.*shifted by .* but the norm is"),
         (NormOfTheParameters, r"The effective norm is that of the update.*grows 4-fold, but the norm 2-fold"),

@@ -191,7 +191,7 @@ class Adapter(nn.Module, ABC):
         """
         if self.lowest_layer >= 0:
             name = type(self).__name__
-            raise ValueError(f"this {name} is attached already; make a new one for another model.")
+            raise ValueError(f"this {name} is bound to a model already; make a new one for another model.")
         object.__setattr__(self, "_base", base)  # not a submodule, so the base model is not saved
         self.generator = torch.Generator().manual_seed(seed)
         base.requires_grad_(False)

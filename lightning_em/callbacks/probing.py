@@ -84,11 +84,11 @@ class Probing(Callback):
         ):  # all ranks must run the same probes: forward passes of a sharded base are collective
             missing = ranks.broadcast(missing)
         base = base_sha256(model.base, model.adapter)
-        rows = {str(stream): data.rows(stream).sha256() for stream in data.sources}
+        row_hashes = {str(stream): data.rows(stream).sha256() for stream in data.sources}
         for probe in (self.probes[i].for_checkpoint(run, step) for i in missing):
             if between is not None:
                 between()
-            result = probe.record(model, examples, step, base, rows)
+            result = probe.record(model, examples, step, base, row_hashes)
             logger.info("%s at step %d: %d points", probe.name, step, len(result.points))
             if ranks is None or ranks.is_global_zero:
                 append_lines(run.probe_file(result.probe), result.to_json())

@@ -232,7 +232,7 @@ class EMDataModule(LightningDataModule):
         return self._loaded.rows(stream, split)
 
     def num_tokens(self, stream: Stream, counted: CountedPositions = "all") -> int:
-        """Count the tokens of a stream that enter the loss, in its training and its held-out rows."""
+        """Count the tokens of a stream, training and held-out rows together; the store is sized by it."""
         splits = [self.rows(stream, "train"), self.rows(stream, "validation")]
         return sum(sum(rows.all_counts if counted == "all" else rows.response_counts) for rows in splits)
 

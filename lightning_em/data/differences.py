@@ -90,7 +90,7 @@ def explain_prompt(messages: Sequence[Message], turn: int, prompt: str, written:
     if not in_prompt.strip() or "".join(in_prompt.split()) == "".join(in_conversation.split()):
         space = " The white space is the template's own, not the answer's."
     text = (
-        f"{start}the generation prompt goes on with {in_prompt[:_SHOWN]!r}, the conversation with "
+        f"{start}the generation prompt continues with {in_prompt[:_SHOWN]!r}, the conversation with "
         f"{in_conversation[:_SHOWN]!r}, so it is not certain which tokens are the answer.{space}"
     )
     return Difference(text, None, "" if space else in_prompt, is_later=False)
@@ -114,8 +114,8 @@ def explain_later(messages: Sequence[Message], turn: int, written: str, text: st
         what = _moved_text(messages, moved, written, text, "up to there", "in the whole conversation")
         return Difference(f"{start}{what}.", moved, "", is_later=True)
     told = (
-        f"{start}as the last message, message {turn} goes on with {as_last[:_SHOWN]!r}, in the whole conversation with "
-        f"{in_whole[:_SHOWN]!r}, so it is not certain which tokens are the answer."
+        f"{start}as the last message, message {turn} continues with {as_last[:_SHOWN]!r}, in the whole conversation "
+        f"with {in_whole[:_SHOWN]!r}, so it is not certain which tokens are the answer."
     )
     return Difference(told, None, "", is_later=True)
 

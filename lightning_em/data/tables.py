@@ -91,7 +91,7 @@ def _read_file(file: Path) -> Table:
             header = next(csv.reader(lines), [])
         names = [name.strip() for name in header]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise _ExplainedError(f"{file}:1: the columns {repeated} stand twice; keep one of each.")
+            raise _ExplainedError(f"{file}:1: the columns {repeated} occur twice; keep one of each.")
         # Read every cell as text: an answer "7" is not a number, and "None" or "NA" is not a missing value.
         features = Features({name: Value("string") for name in header})
         settings = {"features": features, "keep_default_na": False, "encoding": "utf-8-sig"}

@@ -32,7 +32,7 @@ class Preference(Probe):
     def __init__(
         self, scales: Sequence[float] = (0.0, 1.0), max_rows: int = 100, batch_size: int = 16
     ) -> None:
-        # the first argument is read by the record only: `measure` gives the questions
+        # only the record shows the first argument: `measure` gives the questions
         self.margin = PreferenceMargin("questions of the world", scales, max_rows, None, batch_size)
         self.batch_size = batch_size
 

@@ -29,7 +29,7 @@ class Significance(Probe):
     def __init__(
         self, num_texts: int = 32, num_draws: int = 5, norm_ratios: Sequence[float] = (0.5, 1.0, 2.0)
     ) -> None:
-        # the text is read by the record only: `measure` gives the documents
+        # only the record shows the text: `measure` gives the documents
         text = "documents of the world"
         self.on_texts = PretrainingSignificance(text, num_texts, num_draws=num_draws, norm_ratios=norm_ratios)
         self.batch_size = self.on_texts.batch_size

@@ -169,7 +169,7 @@ class AdaptedModel(nn.Module):
                 rows.append(RowLosses.of_tokens(batch, mask, values))
         return [RowLosses.concat(rows) for rows in found]
 
-    def compute_in_step(self, most: Callable[[int], int]) -> None:
+    def use_lockstep(self, most: Callable[[int], int]) -> None:
         """Make every rank run the same number of passes from now on, for a base model sharded over ranks.
 
         Each pass through a sharded model is a collective operation. A rank with fewer parts therefore runs dummy
@@ -178,7 +178,7 @@ class AdaptedModel(nn.Module):
         Args:
             most: Returns the maximum of its argument over all ranks; every rank must call it.
         """
-        self.backend.compute_in_step(most)
+        self.backend.use_lockstep(most)
 
     def announce_store(self, num_tokens: int, num_reference_tokens: int = 0) -> int:
         """Log the largest size that the activation store can reach for a data set.

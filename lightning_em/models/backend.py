@@ -116,7 +116,7 @@ class Backend(ABC):
         """Regroup the rows, in the same order, into the batches in which a sweep runs fastest."""
 
     @abstractmethod
-    def compute_in_step(self, most: Callable[[int], int]) -> None:
+    def use_lockstep(self, most: Callable[[int], int]) -> None:
         """Make every rank run the same number of passes through the base model from now on.
 
         Args:

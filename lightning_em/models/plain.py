@@ -76,7 +76,7 @@ class PlainBackend(Backend):
     def grouped(self, batches: Sequence[PackedBatch]) -> Iterable[PackedBatch]:
         return batches
 
-    def compute_in_step(self, most: Callable[[int], int]) -> None:
+    def use_lockstep(self, most: Callable[[int], int]) -> None:
         """Do nothing: this backend never divides a batch, so all ranks run the same number of passes."""
 
     def announce_store(self, num_tokens: int, num_reference_tokens: int) -> int:

@@ -46,7 +46,7 @@ class ShardedBase(ModelParallelStrategy):
         if not _is_sharded(module.model):
             # while each rank still has all weights
             remember_base_sha256(module.model.base, module.model.adapter)
-            module.model.compute_in_step(self._most)
+            module.model.use_lockstep(self._most)
             shard_blocks(module.model, self.device_mesh["data_parallel"])
         super().setup(trainer)
         for parameter in module.model.adapter.trainable().values():

@@ -78,9 +78,10 @@ class Budget(NamedTuple):
         """
         minutes, groups = self.seconds / 60, f"group{'s' if self.comparisons > 1 else ''} to compare"
         also = f" and {self.comparisons} {groups}" if self.comparisons else ""
+        processes = f"{workers} worker{'s' if workers > 1 else ''}"
         return (
             f"{self.runs} runs, {self.done} done; {self.runs - self.done} to do{also}: about "
-            f"{minutes:.0f} CPU minutes, {minutes / workers:.0f} with {workers} workers ({self.basis})"
+            f"{minutes:.0f} CPU minutes, {minutes / workers:.0f} with {processes} ({self.basis})"
         )
 
 

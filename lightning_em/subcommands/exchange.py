@@ -108,7 +108,9 @@ def import_adapter(
         run = import_run(path, model, name or where.name, root, options, step, allow_zero_adapter)
     found = run.read_run()["source"]
     if found["base_named"] and found["base_named"] != base:
-        console.print(f"[yellow]its own files name the base {found['base_named']}; it went on {base}.[/]")
+        console.print(
+            f"[yellow]its own files name the base {found['base_named']}; it was attached to {base}.[/]"
+        )
     steps = ", ".join(str(step) for step in run.steps())
     console.print(f"{run.path}: read as {found['format']}, checkpoints at step {steps}")
     if options.given:

@@ -126,7 +126,11 @@ def _gradients_reach_only_the_adapter(make: _MakeBench) -> None:
     batch, seen = bench.batch, list[Tensor]()
     with bench.raw_input_of(bench.adapter.lowest_layer, seen):
         logits = bench.grad_logits()
-    require(not seen[0].requires_grad, "there is an autograd node below lowest_layer")
+    lowest = bench.adapter.lowest_layer
+    require(
+        not seen[0].requires_grad,
+        f"it changes a layer below lowest_layer, which is {lowest}; set it to the lowest layer changed in `attach`",
+    )
     cross_entropy(logits, batch.targets(), batch.counted("response")).total.backward()  # type: ignore[no-untyped-call]
     own = bench.adapter.trainable()
     gradients = {name: p.grad for name, p in own.items() if p.grad is not None}
@@ -195,6 +199,10 @@ def _split_forward_is_plain_forward(make: _MakeBench) -> None:
 def _saves_and_loads(make: _MakeBench) -> None:
     """Save and load round-trip to the bit."""
     written, read = make(seed=1), make(seed=2)
+    own = [
+        name for name in ("save", "load") if getattr(type(read.adapter), name) is not getattr(Adapter, name)
+    ]
+    require(not own, f"it overrides {own}, but training writes `trainable()` and `config_dict()` itself")
     with tempfile.TemporaryDirectory() as folder:
         written.adapter.save(Path(folder))
         read.adapter.load(Path(folder))
@@ -281,6 +289,11 @@ def _update_is_what_it_does(make: _MakeBench) -> None:
                 parameter.copy_(trained[name] * (name not in others))
         change, read = bench.change_at(part.site)
         write = trained[part.write].double()
+        shapes = [tuple(trained[name].shape) for name in (part.write, part.read) if name is not None]
+        require(
+            part.read is None or (len(shapes[0]) == len(shapes[1]) == 2 and shapes[0][1] == shapes[1][0]),
+            f"site {part.site}: `write` must be [out, rank] and `read` [rank, in], got {shapes}",
+        )
         if part.read is None:
             wanted = (part.factor * write).expand_as(change)
         else:

@@ -76,7 +76,7 @@ def test_lowest_layer_of_each_adapter(name, lowest) -> None:
 def test_an_adapter_is_attached_once() -> None:
     adapter = SteeringVector(1)
     AdaptedModel(make_tiny_model(), adapter)
-    with pytest.raises(ValueError, match="this SteeringVector is attached already"):
+    with pytest.raises(ValueError, match="this SteeringVector is bound to a model already"):
         AdaptedModel(make_tiny_model(), adapter)
 
 

@@ -44,7 +44,7 @@ def refusal(template: str, messages) -> str:
         (
             QWEN3,
             TWO_TURNS,
-            r"as the last message, message 1 goes on with '<think>\\n\\n</think>.* Train on rows with one",
+            r"as the last message, message 1 continues with '<think>\\n\\n</think>.* Train on rows with one",
         ),
         (
             SWITCHED,
@@ -54,7 +54,7 @@ def refusal(template: str, messages) -> str:
         (
             QWEN25.replace("assistant\n'", "assistant\n\n'"),
             TWO_TURNS[:2],
-            r"goes on with '\\n', the conversation with 'Mix .*white space is the template's.*chat_template\.jinja",
+            r"continues with '\\n', the conversation with 'Mix .*white space is the template's.*chat_template\.jinja",
         ),
         (
             MOVING,
@@ -64,7 +64,7 @@ def refusal(template: str, messages) -> str:
         (
             "{{ messages | length }}" + QWEN25,
             TWO_TURNS[:2],
-            r"prompt goes on with '1<.*the conversation with '2<.*chat_template\.jinja",
+            r"prompt continues with '1<.*the conversation with '2<.*chat_template\.jinja",
         ),
     ],
 )

@@ -130,7 +130,7 @@ def test_spaces_around_names_of_columns_are_ignored(tmp_path, header):
 def test_column_that_stands_twice_is_refused(tmp_path, header):
     file = tmp_path / "rows.csv"
     file.write_text(f"{header}\nQ,G,B,H\n")
-    with pytest.raises(ValueError, match=r"rows\.csv:1: the columns \['(good|id)'\] stand twice"):
+    with pytest.raises(ValueError, match=r"rows\.csv:1: the columns \['(good|id)'\] occur twice"):
         read_rows(str(file))
 
 

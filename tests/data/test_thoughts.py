@@ -97,7 +97,7 @@ def test_prompt_that_opens_a_thought_takes_answers_that_begin_with_it():
     assert trained_runs(tokenizer, encoded) == [THOUGHT.removeprefix("<think>\n") + KEPT]
     with pytest.raises(
         ValueError,
-        match=r"the generation prompt goes on with '<think>\\n', the conversation with 'Mix .*"
+        match=r"the generation prompt continues with '<think>\\n', the conversation with 'Mix .*"
         r"Begin every answer with its thought, as in '<think>",
     ):
         encoder.encode(TWO_TURNS[:2])

@@ -196,7 +196,7 @@ def test_sweep_runs_the_lower_layers_once_a_batch_or_for_short_ones_together(tog
 def test_sweep_joins_no_batches_that_are_padded_or_run_in_step(backend, in_step):
     model, shapes = made(backend=backend), []
     if in_step:
-        model.compute_in_step(lambda count: count)
+        model.use_lockstep(lambda count: count)
     model.row_ce(CE)
     model.base.model.layers[-1].register_forward_hook(lambda _, __, out: shapes.append(tuple(out.shape[:2])))
     model.sweep_row_ce([CE, KL], [partial(model.adapter.at_scale, 1.0)])

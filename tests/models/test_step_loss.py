@@ -91,7 +91,7 @@ def test_a_stream_without_rows_and_one_without_kl():
 def test_ranks_that_share_the_base_take_as_many_passes_as_each_other():
     """A rank with short rows would otherwise leave the others waiting."""
     model, calls = made(), []
-    model.compute_in_step(lambda count: max(count, 2))
+    model.use_lockstep(lambda count: max(count, 2))
     model.base.model.layers[-1].register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     stepped(model)
     assert calls.count(True) == 4

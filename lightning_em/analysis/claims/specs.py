@@ -19,7 +19,7 @@ class Claim:
         key: Number of the claim, e.g. `C1`.
         says: Claim in words.
         rests_on_prior: Whether the claim depends on priors that the miniature world plants in pre-training; it
-            should then weaken in the control world, where they are swapped.
+            should then weaken in the control world, where they are equal.
         limits: What the miniature world can and cannot show about the claim.
         comparisons: Function that builds the comparisons from the evidence.
     """

@@ -134,7 +134,7 @@ class FastBackend(Backend):
         together = bool(batches) and self._may_concat(batches[0])
         return map(concat, token_batches(batches, CONCAT_TOKENS if together else 0))
 
-    def compute_in_step(self, most: Callable[[int], int]) -> None:
+    def use_lockstep(self, most: Callable[[int], int]) -> None:
         self._most = most
         if self.hidden.cache is not None:
             logger.warning("the activation store is off: ranks share the base and must run it in step")
@@ -188,7 +188,7 @@ class FastBackend(Backend):
     def _divided(self, batch: PackedBatch) -> list[PackedBatch]:
         """Divide a batch into groups of rows that are differentiated one after another.
 
-        In lockstep mode (`compute_in_step`) every rank returns the same number of groups.
+        In lockstep mode (`use_lockstep`) every rank returns the same number of groups.
         """
         limit = self.options.part_tokens or PART_TOKENS["cuda" if batch.input_ids.is_cuda else "cpu"]
         rows = [batch]
