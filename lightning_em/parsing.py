@@ -80,7 +80,7 @@ def _new_class_without_old_init_args() -> Iterator[None]:
 
     def discard(_: Any, previous: Any, value: Any) -> None:
         if previous and "init_args" in previous and previous["class_path"] != value["class_path"]:
-            previous["init_args"] = Namespace()
+            previous["init_args"] = Namespace()  # type: ignore[no-untyped-call]
 
     original = _typehints.discard_init_args_on_class_path_change
     _typehints.discard_init_args_on_class_path_change = discard

@@ -118,7 +118,6 @@ def convert_gguf(gguf: Path, target: Path) -> None:
         target: Existing folder to write to.
     """
     from tokenizers import pre_tokenizers
-    from tqdm.auto import tqdm
     from transformers import (
         AutoModelForCausalLM,
         AutoTokenizer,
@@ -128,9 +127,8 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     )
 
     # transformers 5.23 draws a bar of its own over the tensors, which no setting of transformers turns off.
-    with mock.patch.object(
-        modeling_gguf_pytorch_utils, "tqdm", partial(tqdm, disable=None)
-    ):  # None: on a terminal
+    bar = partial(modeling_gguf_pytorch_utils.tqdm, disable=None)  # None: on a terminal only
+    with mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", bar):
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype="float32", quantization_config=GgufConfig(dequantize=True)
         )
