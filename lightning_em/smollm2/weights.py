@@ -126,7 +126,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
         modeling_gguf_pytorch_utils,
     )
 
-    # transformers 5.23 draws a bar of its own over the tensors, which no setting of it turns off; None: on a terminal only
+    # transformers 5.23 draws a bar of its own over the tensors, which no setting turns off; None: on a terminal only
     bar = partial(modeling_gguf_pytorch_utils.tqdm, disable=None)  # type: ignore[attr-defined]
     with mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", bar):
         model = AutoModelForCausalLM.from_pretrained(
