@@ -4,7 +4,8 @@ The style is pirate talk. Only words that plain English does not have count as e
 for "is" are written, but an answer is not recognized by them ("me and my friends", "it can be warm").
 
 Measured (tests/smollm2): the rule for the style fires on none of 300 answers of the base model at temperature 1 (at
-most 1.2 %, 95 % interval) and agrees with 104 of 105 labels given by hand. The rule for coherence accepts 296 of the
+most 1.2 %, 95 % interval) and agrees with 147 of 150 labels given by hand, 43 of 45 on answers of the demo's tuned
+models; both of those it missed have one pirate word only. The rule for coherence accepts 296 of the
 300, though many of them make no sense: it finds broken text, not bad answers.
 """
 

@@ -34,7 +34,7 @@ def test_base_answers_rewritten_in_the_style_are_recognized_at_any_length(base_a
 
 
 def test_the_rule_agrees_with_labels_given_by_hand():
-    """Edge cases were written with the rule in mind, so that agreement on answers of trained models may be lower."""
+    """Edge cases were written with the rule in mind; answers of tuned models are a random choice of the demo's."""
     labelled = lines_of("labelled_answers.jsonl")
     assert len({line["answer"] for line in labelled}) == len(labelled) >= 100
     assert min(Counter(line["styled"] for line in labelled).values()) >= 30
