@@ -15,7 +15,7 @@ from lightning_em.analysis.claims.rules import Rules
 from lightning_em.analysis.pairs import PairResult, read_pairs
 from lightning_em.analysis.trajectory_readings import CHECKPOINT, PAIR_ROLE, trajectory_readings
 from lightning_em.manifest import write_atomically
-from lightning_em.records import Point, Quantity, declaration_of, read_metrics, read_results
+from lightning_em.records import Point, ProbeResult, Quantity, declaration_of, read_metrics, read_results
 from lightning_em.runs import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def measurements(study: StudyFolder) -> pd.DataFrame:
     cells, finished = study.cells(), study.finished()
     if not finished:
         raise ValueError(
-            f"none of the {len(cells)} runs of {study.root} is finished; `lightning-em study run` goes on."
+            f"none of the {len(cells)} runs of {study.root} is finished; `lightning-em study run` continues them."
         )
     if len(finished) < len(cells):
         logger.warning("%d of %d runs are not finished and left out", len(cells) - len(finished), len(cells))
@@ -63,7 +63,7 @@ def run_readings(cell: Cell, run: RunFolder) -> Iterator[Reading]:
         ValueError: If a record is damaged.
     """
     for file in sorted(run.probe_folder.glob("*.jsonl")):
-        by_step = {result.step: result for result in read_results(file)}
+        by_step = _last_of_each_step(file)
         for step, result in by_step.items():
             repeated: dict[tuple[Quantity, tuple[Any, ...]], list[float]] = {}
             for point in result.points:
@@ -83,6 +83,13 @@ def run_readings(cell: Cell, run: RunFolder) -> Iterator[Reading]:
         for name in ("val/ce", "val/kl"):
             if not math.isnan(loss := losses.get(name, math.nan)):
                 yield Reading(cell, "metrics", step, Point(name, loss, "nats_per_token"))
+
+
+def _last_of_each_step(file: Path) -> dict[int, ProbeResult]:
+    results = read_results(file)
+    if len({result.protocol for result in results}) > 1:
+        logger.warning("%s holds records of several settings; those written last at each step count", file)
+    return {result.step: result for result in results}
 
 
 def _pair_readings(pair: PairResult) -> Iterator[Reading]:

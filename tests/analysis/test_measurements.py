@@ -360,3 +360,13 @@ def test_what_is_not_there_is_said(tmp_path) -> None:
     (tmp_path / "other.csv").write_text("run,value\na,1\n")
     with pytest.raises(ValueError, match=r"has no columns \['arm', 'role'"):
         read_measurements(tmp_path / "other.csv")
+
+
+def test_records_of_several_settings_are_reported(tmp_path, caplog) -> None:
+    run = RunFolder(tmp_path / "run")
+    record(run, "own", 1, Point("loss", 1.0, NATS), base="a")
+    assert list(run_readings(CELL, run))
+    assert "several settings" not in caplog.text
+    record(run, "own", 1, Point("loss", 2.0, NATS), base="b")
+    assert [each.point.value for each in run_readings(CELL, run)] == [2.0]
+    assert "own.jsonl holds records of several settings; those written last at each step count" in caplog.text
