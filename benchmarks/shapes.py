@@ -158,7 +158,7 @@ def step_batches(num_rows: int, shape: Shape) -> tuple[PackedBatch, PackedBatch]
 
 
 def real_rows(num_rows: int, model: str, path: str, answer: Literal["good", "bad"]) -> PackedBatch:
-    """Rows of a file, evenly spaced over it, as a fit with this base model encodes them."""
+    """Rows of a file, evenly spaced over it, with the template's own system prompt."""
     rows = read_rows(path)
     chosen = [rows[number * len(rows) // num_rows] for number in range(num_rows)]
     encoder = ChatEncoder(BaseModel(model).load_tokenizer())

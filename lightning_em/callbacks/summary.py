@@ -197,10 +197,13 @@ def _batch(data: EMDataModule, uses_kl: bool) -> str:
 
 
 def _steps(trainer: Trainer) -> str:
+    """Steps of the fit and how many epochs they are, which `max_epochs` does not say if `max_steps` ends the fit."""
     total = trainer.estimated_stepping_batches
-    text = "no end set" if math.isinf(total) else f"{int(total):,}"
-    if trainer.max_epochs and trainer.max_epochs > 0:
-        text += f" in {_counted(trainer.max_epochs, 'epoch')}"
+    if math.isinf(total):
+        text = "no end set"
+    else:
+        epochs = total / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        text = f"{int(total):,} in {epochs:.3g} epoch{'s' * (epochs != 1)}"
     return text + (f", from step {trainer.global_step} on" if trainer.global_step else "")
 
 

@@ -45,8 +45,27 @@ def test_the_start_says_what_is_trained(config, tiny_model_folder, tmp_path, cap
     )
     assert lines["loss"].endswith("and vocabulary entry; 2 x KL in nats per token")
     assert lines["step"] == "6 narrow and 16 KL rows (2 micro-batches)"
-    assert lines["steps"] == "2"
+    assert lines["steps"] == "2 in 0.333 epochs"  # of six steps each
     assert re.fullmatch(r"1, about 0\.\d MB each; [\d.,]+ GB are free", lines["checkpoints"])
+
+
+@pytest.mark.parametrize(
+    ("max_epochs", "max_steps", "steps"),
+    [
+        (4, 3, "3 in 0.6 epochs"),
+        (4, 7, "7 in 1.4 epochs"),
+        (1, -1, "5 in 1 epoch"),
+        (2, 30, "10 in 2 epochs"),
+    ],
+)
+def test_the_epochs_are_those_of_the_steps_taken(
+    config, tmp_path, caplog, max_epochs, max_steps, steps
+) -> None:
+    """A fit of 3 steps with max_epochs 4 said `3 in 4 epochs`."""
+    trainer = [f"--trainer.max_epochs={max_epochs}", f"--trainer.max_steps={max_steps}"]
+    with caplog.at_level("INFO", logger="lightning_em"):
+        run = fit(config, f"epochs-{max_epochs}-{max_steps}", *trainer)
+    assert block(caplog, f"{run.path}\n")["steps"] == steps
 
 
 def test_a_lora_names_its_layers(config, tmp_path, caplog) -> None:
