@@ -20,6 +20,7 @@ PARTS = {
     "lr_scheduler": "model.lr_scheduler",
     "objective": "model.objective",
     "optimizer": "model.optimizer",
+    "store": "model.store",
     "data": "data",
     "trainer": "trainer",
     "probing": "probing",

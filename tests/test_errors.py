@@ -111,8 +111,9 @@ def test_a_class_changed_by_flags_names_the_options_it_lacks(config, capsys) -> 
         "2",
     ]
     text = told(capsys, "fit", "--config", str(config), *flags)
+    # `alpha` of the vector that it replaces is not taken over.
     assert (
-        "lightning_em.adapters.LoRA needs target_modules: set model.adapter.init_args.target_modules." in text
+        "lightning_em.adapters.LoRA needs alpha and target_modules: set model.adapter.init_args.alpha" in text
     )
 
 
