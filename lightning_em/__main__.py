@@ -130,9 +130,8 @@ def _unknown(subcommand: str) -> int:
 
     near = difflib.get_close_matches(subcommand, SUBCOMMANDS, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    sys.stderr.write(
-        f"lightning-em: there is no subcommand {subcommand!r}; subcommands are {', '.join(SUBCOMMANDS)}.{hint}\n"
-    )
+    known = ", ".join(SUBCOMMANDS)
+    sys.stderr.write(f"lightning-em: unknown subcommand {subcommand!r}, expected one of {known}.{hint}\n")
     return 2
 
 

@@ -114,14 +114,7 @@ def sample(
         ]
         if any(scales) and not allow_zero_adapter:
             refuse_idle_adapter(loaded.module.model, [batches[0].select([0])], str(path))
-        data = loaded.data
-        changing = [
-            data.template_kwargs,
-            data.template_date,
-            data.train_empty_thoughts,
-            data.system_prompt,
-        ]  # of the prompts
-        base = (loaded.module.base, json.dumps(changing))
+        base = (loaded.module.base, json.dumps(encoder.settings))  # these change the prompts
         columns: dict[float, list[Answer]] = {}
         for scale in scales:
             if scale == 0 and base in of_base:

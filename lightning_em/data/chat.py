@@ -37,6 +37,7 @@ class ChatEncoder:
             by itself if not given. Messages count from it.
 
     Attributes:
+        settings: The arguments beside the tokenizer, by name.
         template: The template.
         notes: Number of answers seen so far before which the template writes an empty thought
             (`empty thoughts`), and of earlier answers whose thought it leaves out (`dropped thoughts`).
@@ -65,8 +66,13 @@ class ChatEncoder:
                 "from; use a model folder with a tokenizer.json (a fast tokenizer)."
             )
         self.tokenizer, self.template_kwargs = tokenizer, dict(template_kwargs or {})
-        self.template_date, self.train_empty_thoughts = template_date, train_empty_thoughts
-        self.system_prompt = system_prompt
+        self.train_empty_thoughts, self.system_prompt = train_empty_thoughts, system_prompt
+        self.settings: dict[str, Any] = {
+            "template_kwargs": self.template_kwargs,
+            "template_date": template_date,
+            "train_empty_thoughts": train_empty_thoughts,
+            "system_prompt": system_prompt,
+        }
         self.template = ChatTemplate(tokenizer, self.template_kwargs, template_date)
         added = tokenizer.added_tokens_decoder
         # Gemma, for example, has line breaks among its added tokens, which templates write as ordinary text.
@@ -81,13 +87,7 @@ class ChatEncoder:
 
     def with_kwargs(self, template_kwargs: Mapping[str, Any] | None) -> "ChatEncoder":
         """Return an encoder that differs only in the variables for the template."""
-        return ChatEncoder(
-            self.tokenizer,
-            template_kwargs,
-            self.template_date,
-            train_empty_thoughts=self.train_empty_thoughts,
-            system_prompt=self.system_prompt,
-        )
+        return ChatEncoder(self.tokenizer, **{**self.settings, "template_kwargs": template_kwargs})
 
     @cached_property
     def stop_id(self) -> int:

@@ -149,12 +149,12 @@ def _placing(
         ValueError: If there are none, because one layer has other modules than another.
     """
     paths = {path for own in by_layer.values() for path in own}
-    leaves = {path.rsplit(".", 1)[-1] for path in paths}
+    leaves, model = {path.rsplit(".", 1)[-1] for path in paths}, skeleton(config)
     for names in (leaves, paths):  # short names, unless they mean more modules
         for layers in (None, sorted(by_layer)):
             try:
                 lora = LoRA(1, 1.0, sorted(names), None if layers is None else [*layers])
-                reached = lora.target_names(skeleton(config))
+                reached = lora.target_names(model)
             except ValueError:
                 continue
             if set(reached) == sites:

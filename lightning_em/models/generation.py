@@ -88,7 +88,7 @@ def sample_answers(
     Returns:
         `answers_per_prompt` answers for each row.
     """
-    ends = {*stop_ids, *_stop_ids(model, tokenizer)}
+    ends = _stop_ids(model, tokenizer, stop_ids)
     return [
         [Answer(str(tokenizer.decode(ids, skip_special_tokens=True)), ids[-1] in ends) for ids in answers]
         for answers in sample_tokens(model, prompts, sampling, scale, tokenizer, stop_ids)
@@ -117,7 +117,7 @@ def sample_tokens(
     Returns:
         `answers_per_prompt` answers for each row.
     """
-    pad_id, ends = _pad_id(model, tokenizer), sorted({*stop_ids, *_stop_ids(model, tokenizer)})
+    pad_id, ends = _pad_id(model, tokenizer), _stop_ids(model, tokenizer, stop_ids)
     answers: list[list[int]] = []
     with torch.no_grad(), model.adapter.at_scale(scale):
         for part in _parts(model.base, prompts, sampling.max_new_tokens):
@@ -261,8 +261,14 @@ def _pad_id(model: AdaptedModel, tokenizer: PreTrainedTokenizerBase | None) -> i
     return int(pad) if isinstance(pad, int) and pad < model.vocab_size else 0
 
 
-def _stop_ids(model: AdaptedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+def _stop_ids(
+    model: AdaptedModel, tokenizer: PreTrainedTokenizerBase | None, further: Sequence[int]
+) -> list[int]:
     config = model.base.generation_config
     ends = config.eos_token_id if config is not None and config.eos_token_id is not None else []
-    known = {*(ends if isinstance(ends, list) else [ends]), getattr(tokenizer, "eos_token_id", None)}
+    known = {
+        *further,
+        *(ends if isinstance(ends, list) else [ends]),
+        getattr(tokenizer, "eos_token_id", None),
+    }
     return sorted(token for token in known if isinstance(token, int))

@@ -71,7 +71,7 @@ class AnswerRates(Probe):
         openings: First words of answers, none of which begins with another.
 
     Raises:
-        ValueError: If there is no scale or rule, a number is not positive, or an opening begins with another.
+        ValueError: If there is no scale or no rule, if a number is not positive, or if one opening begins with another.
     """
 
     name = "answer_rates"
@@ -138,24 +138,25 @@ class AnswerRates(Probe):
         rows, encoder = self._rows(), encoder_for(model, examples.encoder, self.template_kwargs)
         answers = self._sampled(model, rows, encoder)
         self._store([answer for of_scale in answers for answer in of_scale])
-        openings = self._opening_probabilities(model, rows, encoder)
+        values: list[dict[str, list[float]]] = [
+            {f"{name}_rate": [float(rule(each.text)) for each in told] for name, rule in self.rules.items()}
+            for told in answers
+        ]
+        if self.openings:
+            likely = self._opening_probabilities(model, rows, encoder)
+            values = [rates | {_OPENING: each} for rates, each in zip(values, likely, strict=True)]
         points = []
-        for scale, told, likely in zip(self.scales, answers, openings, strict=True):
-            values = {
-                f"{name}_rate": [float(rule(each.text)) for each in told] for name, rule in self.rules.items()
-            }
-            if self.openings:
-                values[_OPENING] = likely
+        for scale, at_scale in zip(self.scales, values, strict=True):
             for topic, group in groupby(range(len(rows)), key=lambda index: rows[index].topic or _ALL):
                 indices = list(group)
                 clusters = [rows[index].subtopic or rows[index].id for index in indices]
-                for quantity, of_rows in values.items():
+                for quantity, of_rows in at_scale.items():
                     own = [of_rows[index] for index in indices]
                     unit = "probability" if quantity == _OPENING else "share"
-                    place = {"topic": topic, "scale": scale}
+                    coordinates = {"topic": topic, "scale": scale}
                     error = clustered_error(own, clusters)
                     points.append(
-                        Point(quantity, sum(own) / len(own), unit, place, error, len(own), tuple(own))
+                        Point(quantity, sum(own) / len(own), unit, coordinates, error, len(own), tuple(own))
                     )
         return points
 
@@ -183,9 +184,7 @@ class AnswerRates(Probe):
     def _opening_probabilities(
         self, model: AdaptedModel, rows: Sequence[Row], encoder: ChatEncoder
     ) -> list[list[float]]:
-        """Probability of an opening for each question at each scale; 0 without openings."""
-        if not self.openings:
-            return [[0.0] * len(rows) for _ in self.scales]
+        """Probability of an opening for each question at each scale."""
         encoded = [_encoded_opening(row, opening, encoder) for row in rows for opening in self.openings]
         order = by_length(encoded)
         batches = batches_of([encoded[index] for index in order], self.batch_size, model)
